@@ -1,0 +1,281 @@
+"""AdamW as DeepSeek-V3 uses it: decay on matrices only, moments in fp32 or bf16, an average of the weights on the host.
+
+Master weights are fp32 always. Report §4.2 gives β = (0.9, 0.95) and weight decay 0.1, §3.3 keeps both moments in BF16 ("to
+track the first and second moments"), §3.2.3 keeps the moving average of the weights in CPU memory and updates it beside
+the training step.
+
+The canonical state (what a checkpoint holds) is keyed by parameter name, never by parameter index or group, so that it
+outlives any regrouping: `moments` hands it out, `restore` takes it back. The learning rate is not state: the engine
+sets `group["lr"]` of every step from the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from train.config import RecipeError
+
+
+class OptimizerSettings(Protocol):
+    """What `build_optimizer` reads of the recipe's section `optimizer`."""
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    settings: OptimizerSettings,
+    moments: Literal["fp32", "bf16"] = "fp32",
+) -> torch.optim.Optimizer:
+    """AdamW over fp32 master weights in two groups: decayed and not decayed (see `decays`).
+
+    With fp32 moments this is `torch.optim.AdamW`, fused where every parameter lies on a device that has the fused
+    kernel. With bf16 moments it is `AdamWBf16Moments`. The learning rate starts at 0: the engine sets it.
+
+    Raises:
+        RecipeError: β₂ so close to 1 that bf16 cannot represent the decay of the second moment.
+    """
+    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if moments == "bf16":
+        _check_bf16_can_decay(settings.betas)
+        return AdamWBf16Moments(groups, lr=0.0, betas=settings.betas, eps=settings.eps)
+    fused = all(p.device.type in ("cpu", "cuda") and p.dtype == torch.float32 for _, p in parameters)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay acts on a parameter: on matrices only. This is the one place that decides it.
+
+    Matrices are what has two dimensions or more: linear weights, stacked experts, router, embedding and head. RMSNorm weights
+    (one dimension) are scales: pulled towards 0 they would only be fought by the matrices beside them.
+    """
+    return parameter.ndim >= 2
+
+
+class AdamWBf16Moments(torch.optim.Optimizer):
+    """AdamW (1711.05101) whose moments are stored in bf16; all arithmetic is fp32.
+
+    With g the gradient, θ the fp32 weight, t the step counted from 1 and bf16(·) rounding to nearest even:
+
+        m̂ = β₁·m + (1 − β₁)·g               m ← bf16(m̂)
+        v̂ = β₂·v + (1 − β₂)·g²              v ← bf16(v̂)
+        θ ← θ·(1 − lr·λ) − lr/(1 − β₁ᵗ) · m̂ / (√v̂/√(1 − β₂ᵗ) + ε)
+
+    The weight sees the moments before they are rounded, so that a rounding error acts only through the next steps'
+    averages, where it decays by β. State per parameter as in `torch.optim.AdamW`: `step` (fp32 scalar), `exp_avg` and
+    `exp_avg_sq` (bf16, the parameter's shape).
+
+    Moments take 4 bytes a parameter in place of 8. The fp32 values exist for one bucket of parameters at a time.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "AdamW evaluates the loss once, before the step"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                _start_state(self, group, parameter)
+            for bucket in _buckets([p for p in group["params"] if p.grad is not None]):
+                self._update(group, bucket)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        states = [self.state[p] for p in parameters]
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        m = [s["exp_avg"].float() for s in states]
+        v = [s["exp_avg_sq"].float() for s in states]
+
+        torch._foreach_lerp_(m, gradients, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+        torch._foreach_copy_([s["exp_avg"] for s in states], m)
+        torch._foreach_copy_([s["exp_avg_sq"] for s in states], v)
+
+        torch._foreach_add_([s["step"] for s in states], 1)
+        steps = [int(s["step"]) for s in states]
+        torch._foreach_sqrt_(v)
+        torch._foreach_div_(v, [math.sqrt(1 - beta2**t) for t in steps])
+        torch._foreach_add_(v, group["eps"])
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(parameters, m, v, [-lr / (1 - beta1**t) for t in steps])
+
+
+def moments(optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The optimizer's canonical state: `{"exp_avg": {name: Tensor}, "exp_avg_sq": {name: Tensor}, "steps": int64 []}`.
+
+    The moments are the optimizer's own tensors, zeros where no step was taken yet: a checkpoint can be read into them in place.
+    `steps` is a copy; `restore` brings it back. One number counts for all, since every parameter takes part in every step
+    (an expert without tokens has a gradient of zeros).
+    """
+    names = {parameter: name for name, parameter in named_parameters}
+    exp_avg, exp_avg_sq, steps = {}, {}, []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = _start_state(optimizer, group, parameter)
+            exp_avg[names[parameter]] = state["exp_avg"]
+            exp_avg_sq[names[parameter]] = state["exp_avg_sq"]
+            steps.append(state["step"])
+    first, last = (int(count) for count in torch.aminmax(torch.stack(steps)))
+    assert first == last, f"a parameter took {first} optimizer steps, another {last}: some had no gradient in a step"
+    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": torch.tensor(last, dtype=torch.int64)}
+
+
+@torch.no_grad()
+def restore(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Take back what `moments` handed out; tensors that are the optimizer's own already are left as they are."""
+    named_parameters = list(named_parameters)
+    own = moments(optimizer, named_parameters)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert own[key].keys() == state[key].keys(), f"{key}: {own[key].keys() ^ state[key].keys()}"
+        for name, tensor in own[key].items():
+            if tensor is not state[key][name]:
+                tensor.copy_(state[key][name])
+    for _, parameter in named_parameters:
+        if parameter in optimizer.state:
+            optimizer.state[parameter]["step"].fill_(int(state["steps"]))
+
+
+class HostEMA:
+    """Exponential moving average of the weights, fp32, in host memory (DeepSeek-V3 §3.2.3).
+
+        ema₀ = θ₀,    emaₙ = decay·emaₙ₋₁ + (1 − decay)·θₙ
+
+    `update` is called after each optimizer step. Weights on a GPU are copied to pinned memory by the training stream, in order
+    with the steps, and averaged by a thread of the host while the GPU goes on; the next `update` waits for it. Device
+    memory: none. Host memory: 4 bytes a parameter, and 4 more of pinned buffer for weights on a GPU.
+
+    Under DDP one rank is enough to hold it; a sharded parameter (DTensor) is averaged shard by shard, on every rank.
+    """
+
+    @torch.no_grad()
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(named_parameters)
+        self._average = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self._parameters.items()
+        }
+        self._buffers = {
+            name: torch.empty(_local(average).shape, dtype=_local(self._parameters[name]).dtype, pin_memory=True)
+            for name, average in self._average.items()
+            if self._parameters[name].is_cuda
+        }
+        self._thread = ThreadPoolExecutor(1, "ema") if self._buffers else None
+        self._pending: Future[None] | None = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights as they are now into the average."""
+        self._finish()
+        if self._thread is None:
+            self._blend({name: _local(parameter) for name, parameter in self._parameters.items()})
+            return
+        for name, buffer in self._buffers.items():
+            buffer.copy_(_local(self._parameters[name]), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = self._thread.submit(self._blend, self._buffers, copied)
+
+    def state(self) -> dict[str, Tensor]:
+        """{parameter name: fp32 average}: the tensors themselves, to be saved, or read into in place."""
+        self._finish()
+        return self._average
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a saved average; names must be those of the parameters."""
+        self._finish()
+        assert state.keys() == self._average.keys(), state.keys() ^ self._average.keys()
+        for name, average in self._average.items():
+            average.copy_(state[name])
+
+    @torch.no_grad()
+    def _blend(self, weights: Mapping[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for name, weight in weights.items():
+            _local(self._average[name]).lerp_(weight.float(), 1 - self.decay)
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+BUCKET_ELEMENTS = (
+    2**26
+)  # fp32 copies of m, v and g of one bucket: 768 MiB at most, unless one parameter alone is larger
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into runs of at most BUCKET_ELEMENTS elements, each at least one parameter long."""
+    bucket: list[Tensor] = []
+    elements = 0
+    for parameter in parameters:
+        size = _local(parameter).numel()
+        if bucket and elements + size > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(parameter)
+        elements += size
+    if bucket:
+        yield bucket
+
+
+def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a parameter, created as `torch.optim.AdamW` creates it at its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        bf16 = isinstance(optimizer, AdamWBf16Moments)
+        dtype = torch.bfloat16 if bf16 else parameter.dtype
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
+        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor as it is."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _check_bf16_can_decay(betas: tuple[float, float]) -> None:
+    """Refuse a β₂ at which bf16(β₂·v) can be v again.
+
+    bf16 keeps 8 significant bits, so its numbers lie 2⁻⁸ to 2⁻⁷ apart in relative terms, and a change of less than half
+    of that, 2⁻⁸ at worst, is rounded away: the second moment would never come down again after one large gradient.
+    """
+    limit = 1 - 2**-8
+    if betas[1] > limit:
+        raise RecipeError(
+            f"optimizer.betas: β₂ = {betas[1]} with precision.moments: bf16: bf16 rounds a decay of less than 1/256 away; "
+            f"set β₂ to at most {limit:.4f} or precision.moments to fp32"
+        )
