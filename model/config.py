@@ -117,12 +117,14 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that transformers 4 and 5, vLLM and SGLang read (the released files have the same keys)."""
         values = asdict(self)
-        yarn = values.pop("rope_scaling") if self.yarn else values.pop("rope_scaling") and None
+        yarn = asdict(self.yarn) if self.yarn else None
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
             **values,
-            "rope_scaling": {"type": "yarn", "rope_type": "yarn", **yarn} if yarn else None,
+            "rope_scaling": {"type": "yarn", "rope_type": "yarn", **yarn}
+            if yarn
+            else None,  # absent where it does not act
             "rope_interleave": True,
             "num_key_value_heads": self.num_attention_heads,
             "hidden_act": "silu",

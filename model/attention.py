@@ -1,0 +1,94 @@
+"""Multi-head latent attention (MLA), DeepSeek-V3 §2.1.1, Eqs. 1–11.
+
+    c_Q  = norm(W_DQ x)                   q_C, q_R = W_UQ c_Q,   RoPE on q_R          (q_lora_rank; else straight from x)
+    c_KV, k_R = W_DKV x                   k_C, v   = W_UK/UV norm(c_KV),   RoPE on k_R, which all heads share
+    o = softmax([q_C ; q_R] · [k_C ; k_R] / √d) v,      y = W_O o
+
+Training expands the latent into keys and values of every head. Decoding keeps only the latent and the rotary key, R + rope numbers
+a token (576 at V3's size), and moves W_UK to the query's side and W_UV behind the softmax ("absorbed", V2 §2.1.2).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.layers import Linear, RMSNorm
+from model.ops.attention import AttentionBackend
+from model.rope import Rotation, rotate, softmax_scale
+
+
+class LatentCache:
+    """What one layer remembers of the tokens it has seen: [B, length, R + rope]."""
+
+    def __init__(self, batch: int, max_length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = torch.empty(batch, max_length, width, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """Add T new tokens, [B, T, R] and [B, T, rope]; returns all entries so far, [B, length, R + rope]."""
+        end = self.length + latent.shape[1]
+        self.entries[:, self.length : end] = torch.cat((latent, k_rope), dim=-1)
+        self.length = end
+        return self.entries[:, :end]
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.length = min(self.length, length)
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA over a whole sequence (`forward`) or over new tokens and a cache (`decode`)."""
+
+    def __init__(self, config: ModelConfig, backend: AttentionBackend):
+        super().__init__()
+        c = config
+        self.heads, self.rank = c.num_attention_heads, c.kv_lora_rank
+        self.nope, self.rope, self.v_dim = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.scale = softmax_scale(c)
+        self.backend = backend
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, self.heads * c.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank)
+            self.q_b_proj = Linear(c.q_lora_rank, self.heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, self.rank + self.rope)
+        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.v_dim))
+        self.o_proj = Linear(self.heads * self.v_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
+        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] bool or None for causal → [B, T, D]."""
+        q_nope, q_rope = self._queries(x, rotation)  # [B, H, T, nope], [B, H, T, rope]
+        latent, k_rope = self._latent(x, rotation)  # [B, T, R], [B, T, rope]
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + v]
+        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, T, nope + rope]
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
+        out = self.backend(q, k, v, self.scale, mask)  # [B, H, T, v]
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:
+        """`forward` for T new tokens after those in the cache, in the latent space. [B, T, D] → [B, T, D]."""
+        q_nope, q_rope = self._queries(x, rotation)
+        entries = cache.append(*self._latent(x, rotation)).unsqueeze(1)  # [B, 1, L, R + rope], one key head for all
+        up = self.kv_b_proj.weight.to(x.dtype).unflatten(0, (self.heads, -1))  # [H, nope + v, R]
+        w_uk, w_uv = up.split((self.nope, self.v_dim), dim=1)
+        q = torch.cat((q_nope @ w_uk, q_rope), dim=-1)  # [B, H, T, R + rope]
+        scores = (q @ entries.transpose(-1, -2)).float() * self.scale  # [B, H, T, L]
+        new, seen = scores.shape[-2:]
+        visible = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+        p = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(x.dtype)
+        out = p @ entries[..., : self.rank] @ w_uv.transpose(-1, -2)  # [B, H, T, v]
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + rope]
+        nope, rope = q.split((self.nope, self.rope), dim=-1)
+        return nope, rotate(rope, rotation)
+
+    def _latent(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
+        return self.kv_a_layernorm(latent), rotate(k_rope, rotation)

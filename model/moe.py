@@ -1,0 +1,196 @@
+"""DeepSeekMoE: a sigmoid gate with node-limited routing, stacked routed experts, shared experts. DeepSeek-V3 §2.1.2, Eqs. 12–16.
+
+    s_i = sigmoid(u · e_i)                        affinity of a token to expert i, in fp32
+    chosen = top-K of s_i + b_i                   within the topk_group best groups; b only chooses, it never weighs
+    g_i = s_i / Σ_chosen s · routed_scaling_factor
+    y = FFN_shared(u) + Σ_chosen g_i FFN_i(u)
+
+No token is dropped. How tokens reach their experts is the dispatcher's affair: `LocalDispatcher` sorts them on one device, and a
+distributed one takes its place without the model knowing.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.balance import sequence_balance_loss
+from model.config import ModelConfig
+from model.layers import MLP
+from model.ops.grouped_mm import GroupedMM
+
+
+class Routing(NamedTuple):
+    """Where each token goes, and how much each of its experts counts."""
+
+    expert_ids: Tensor  # [N, K] int64
+    weights: Tensor  # [N, K] fp32
+    logits: Tensor  # [N, E] fp32, before the sigmoid and without the bias
+
+
+class LayerStats(NamedTuple):
+    """What a MoE layer reports beside its output."""
+
+    expert_counts: Tensor  # [E] int64 tokens sent to each expert
+    balance: Tensor  # [] fp32, sequence-wise balance loss summed over the sequences
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and the results back."""
+
+    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """tokens [N, D], expert_ids [N, K], weights [N, K] → (rows sorted by local expert [M, D], counts [E_local], handle)."""
+        ...
+
+    def combine(self, expert_output: Tensor, handle: Any) -> Tensor:
+        """Expert outputs [M, D] in dispatched order → weighted sum of each token's experts [N, D]."""
+        ...
+
+
+class MoE(nn.Module):
+    """Shared experts plus the routed ones. `forward` also reports the layer's `LayerStats`."""
+
+    def __init__(self, config: ModelConfig, grouped_mm: GroupedMM):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config, grouped_mm)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, LayerStats]:
+        """x [B, T, D] → ([B, T, D], LayerStats)."""
+        tokens = x.flatten(0, 1)  # [N, D]
+        routing = self.gate(tokens)
+        rows, counts, handle = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
+        routed = self.dispatcher.combine(self.experts(rows, counts), handle)  # [N, D]
+        logits = routing.logits.unflatten(0, x.shape[:2])  # [B, T, E]
+        stats = LayerStats(
+            count_experts(routing.expert_ids, logits.shape[-1]),
+            sequence_balance_loss(logits, routing.expert_ids.shape[-1]),
+        )
+        return routed.view_as(x) + self.shared_experts(x), stats
+
+
+class Router(nn.Module):
+    """The gate. Its bias is a buffer: it is moved by `balance.update`, never by a gradient."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """tokens [N, D] → Routing."""
+        c = self.config
+        logits = F.linear(tokens.float(), self.weight.float())  # [N, E]
+        with torch.no_grad():
+            choice = logits.sigmoid() + self.e_score_correction_bias
+            if c.topk_group < c.n_group:
+                choice = limit_to_groups(choice, c.n_group, c.topk_group)
+            expert_ids = choice.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices  # [N, K]
+        chosen = logits.gather(-1, expert_ids)
+        if c.norm_topk_prob:
+            # softmax(log sigmoid) is sigmoid over its own sum, without a denominator that can vanish.
+            weights = F.logsigmoid(chosen).softmax(-1)
+        else:
+            weights = chosen.sigmoid()
+        return Routing(expert_ids, weights * c.routed_scaling_factor, logits)
+
+
+def limit_to_groups(choice: Tensor, n_group: int, topk_group: int) -> Tensor:
+    """Mask every expert outside each token's best groups (node-limited routing, DeepSeek-V3 §2.1.2).
+
+    A group stands for the experts of one node, so a token is sent to at most `topk_group` nodes.
+
+    Args:
+        choice: [N, E] biased affinities; used to choose experts, never to weigh them.
+        n_group: number of groups; must divide E.
+        topk_group: groups kept per token.
+
+    Returns:
+        [N, E] `choice`, with -inf where the expert's group was not kept.
+    """
+    grouped = choice.unflatten(-1, (n_group, -1))  # [N, G, E/G]
+    score = grouped.topk(2, dim=-1).values.sum(-1)  # [N, G]  two best experts speak for the group
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    kept.scatter_(-1, score.topk(topk_group, dim=-1).indices, True)  # [N, G]
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def count_experts(expert_ids: Tensor, experts: int) -> Tensor:
+    """How many tokens chose each expert. [N, K] ids → [E] int64, exact and without a host round trip."""
+    flat = expert_ids.flatten()
+    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer as two stacked tensors, [E, 2F, D] (gate rows first) and [E, D, F]."""
+
+    def __init__(self, config: ModelConfig, grouped_mm: GroupedMM):
+        super().__init__()
+        experts, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.grouped_mm = grouped_mm
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [M, D] sorted by expert, counts [E] rows of each → [M, D]."""
+        gate, up = self.grouped_mm(rows, self.gate_up_proj.to(rows.dtype), counts).chunk(2, dim=-1)  # [M, F] each
+        return self.grouped_mm(F.silu(gate) * up, self.down_proj.to(rows.dtype), counts)
+
+
+class LocalDispatcher:
+    """Every expert on this device: sort the (token, expert) pairs by expert, and put the results back.
+
+    Both moves are permutations, so the backward of each is a gather too: no scatter-add, and the same bits in every run.
+    """
+
+    class Handle(NamedTuple):
+        place: Tensor  # [N, K] row of each (token, expert) pair in the sorted order
+        order: Tensor  # [N·K] pair of each row: its inverse
+        weights: Tensor  # [N, K]
+
+    def __init__(self, experts: int):
+        self.experts = experts
+
+    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Handle]:
+        order = expert_ids.flatten().argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        handle = self.Handle(place.view_as(expert_ids), order, weights)
+        return _ToExperts.apply(tokens, handle.place, order), count_experts(expert_ids, self.experts), handle
+
+    def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
+        pairs = _FromExperts.apply(expert_output, handle.place, handle.order)  # [N, K, D]
+        return (pairs * handle.weights.unsqueeze(-1).to(pairs.dtype)).sum(1)
+
+
+class _ToExperts(torch.autograd.Function):
+    """rows[m] = tokens[order[m] // K]; the gradient of a token is the sum over its K rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, place: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return tokens.index_select(0, order // place.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place.flatten()).unflatten(0, place.shape).sum(1), None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    """pairs[n, k] = rows[place[n, k]], a permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, place.flatten()).unflatten(0, place.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (order,) = ctx.saved_tensors
+        return grad.flatten(0, 1).index_select(0, order), None, None

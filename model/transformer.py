@@ -1,0 +1,149 @@
+"""The DeepSeek-V3 transformer: tokens in, summed losses and expert counts out.
+
+Parameter names are those of `transformers`' in-memory DeepseekV3, so
+`load_state_dict(hf_model.state_dict())` works; the MTP modules stand behind the main layers, at `model.layers.{num_hidden_layers + k}`, as in the released weights.
+"""
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import LatentCache
+from model.block import Block
+from model.config import ModelConfig
+from model.layers import Linear, RMSNorm
+from model.loss import Losses, count_targets, targets_at
+from model.moe import LayerStats
+from model.mtp import MTPBlock
+from model.ops import attention as attention_ops
+from model.ops import grouped_mm as grouped_mm_ops
+from model.ops.attention import AttentionBackend
+from model.ops.cross_entropy import linear_cross_entropy
+from model.ops.grouped_mm import GroupedMM
+from model.rope import Rotation, rotation
+
+
+class Output(NamedTuple):
+    losses: Losses
+    expert_counts: Tensor  # [MoE layers, E] int64, those of the MTP modules last
+
+
+class Transformer(nn.Module):
+    """A decoder with its output head.
+
+    Args:
+        config: the dimensions.
+        compute_dtype: dtype of activations and matrix products; parameters keep their own.
+        attention: "sdpa" (PyTorch's fused kernels) or "reference".
+        experts: "grouped_mm" (one kernel for all experts) or "reference" (a loop over them).
+        mask_documents: keep attention and targets inside a packed document. Rotary positions are relative, so
+            with the mask they need no reset at a document's start.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        attention: Literal["sdpa", "reference"] = "sdpa",
+        experts: Literal["grouped_mm", "reference"] = "grouped_mm",
+        mask_documents: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.mask_documents = mask_documents
+        self.model = Decoder(config, attention_ops.BACKENDS[attention], grouped_mm_ops.BACKENDS[experts])
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def main_layers(self) -> list[Block]:
+        return cast(list[Block], list(self.model.layers)[: self.config.num_hidden_layers])
+
+    @property
+    def mtp_layers(self) -> list[MTPBlock]:
+        return cast(list[MTPBlock], list(self.model.layers)[self.config.num_hidden_layers :])
+
+    def forward(self, tokens: Tensor, documents: Tensor) -> Output:
+        """Summed losses of one micro-batch.
+
+        Args:
+            tokens, documents: [B, T + 1 + D_mtp]; every position of every depth has a real target.
+        """
+        depths = self.config.num_nextn_predict_layers
+        hidden, stats = self.hidden_states(tokens, documents)
+        sums = [
+            linear_cross_entropy(
+                h.flatten(0, 1),
+                self.lm_head.weight,
+                targets_at(tokens, documents, k, depths, self.mask_documents).flatten(),
+            )
+            for k, h in enumerate(hidden)
+        ]
+        losses = Losses(
+            main=sums[0],
+            mtp=torch.stack(sums[1:]) if depths else sums[0].new_zeros(0),
+            balance=sum((s.balance for s in stats), sums[0].new_zeros(())),
+            counts=count_targets(tokens, documents, depths, self.mask_documents),
+        )
+        experts = self.config.n_routed_experts
+        counts = [s.expert_counts for s in stats]
+        return Output(losses, torch.stack(counts) if counts else tokens.new_zeros(0, experts))
+
+    def hidden_states(self, tokens: Tensor, documents: Tensor) -> tuple[list[Tensor], list[LayerStats]]:
+        """Normed states before the output head, [B, T, D] for the main head and each MTP depth, and the MoE layers' stats."""
+        depths = self.config.num_nextn_predict_layers
+        length = tokens.shape[1] - 1 - depths
+        embedded = self.embed(tokens[:, : length + depths])  # [B, T + D_mtp, D]
+        positions = rotation(self.config, torch.arange(length, device=tokens.device))
+        mask = attention_ops.document_mask(documents[:, :length]) if self.mask_documents else None
+
+        x, stats = embedded[:, :length], []
+        for block in self.main_layers:
+            x, layer_stats = block(x, positions, mask)
+            stats.append(layer_stats)
+        hidden = [self.model.norm(x)]
+        for depth, module in enumerate(self.mtp_layers, start=1):
+            h, layer_stats = module.predict(hidden[-1], embedded[:, depth : depth + length], positions, mask)
+            hidden.append(h)
+            stats.append(layer_stats)
+        return hidden, [s for s in stats if s is not None]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, T] → [B, T, D] in the compute dtype; all later layers follow it."""
+        return self.model.embed_tokens(tokens).to(self.compute_dtype)
+
+    def decode(self, tokens: Tensor, caches: list[LatentCache]) -> Tensor:
+        """Normed states of new tokens after those in the caches, one cache a main layer. [B, T] → [B, T, D]."""
+        x, positions = self.embed(tokens), self._positions_after(caches[0], tokens.shape[1])
+        for block, cache in zip(self.main_layers, caches):
+            x = block.decode(x, positions, cache)
+        return self.model.norm(x)
+
+    def decode_mtp(self, depth: int, hidden: Tensor, next_tokens: Tensor, cache: LatentCache) -> Tensor:
+        """States of MTP module `depth` (1, 2, …) for new positions: hidden [B, T, D] of the depth before, and
+        next_tokens [B, T], the tokens `depth` ahead of them. → [B, T, D]."""
+        positions = self._positions_after(cache, next_tokens.shape[1])
+        return self.mtp_layers[depth - 1].decode_prediction(hidden, self.embed(next_tokens), positions, cache)
+
+    def new_caches(self, batch: int, max_length: int) -> list[LatentCache]:
+        """Empty caches of every layer, those of the MTP modules last."""
+        device = self.lm_head.weight.device
+        return [LatentCache(batch, max_length, self.config, self.compute_dtype, device) for _ in self.model.layers]
+
+    def _positions_after(self, cache: LatentCache, new: int) -> Rotation:
+        device = self.lm_head.weight.device
+        return rotation(self.config, torch.arange(cache.length, cache.length + new, device=device))
+
+
+class Decoder(nn.Module):
+    """Everything below the output head, under the name `model` as in transformers: main layers, then the MTP modules."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionBackend, grouped_mm: GroupedMM):
+        super().__init__()
+        main, depths = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, attention, grouped_mm) for layer in range(main))
+        self.layers.extend(MTPBlock(config, main + depth, attention, grouped_mm) for depth in range(depths))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
