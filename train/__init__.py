@@ -1,0 +1,1 @@
+"""The run: recipe, schedules, loop, checkpoints, evaluation and export."""

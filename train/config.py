@@ -1,0 +1,274 @@
+"""A recipe: the one YAML file that describes a run, its command-line overrides, and its mistakes in one line each.
+
+    load_recipe("tiny", ["schedule.lr=1e-3", "run.dir=runs/a"]).to_yaml()
+
+The sections stand in `train.sections`, the types of their values in `train.fields`. DeepSpeed's and accelerate's configurations
+are derived from a recipe, never written beside it.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import SafeRepresenter
+
+from data.errors import DataError
+from data.yaml_io import read_yaml
+from model.config import ConfigError, ModelConfig
+from train.fields import mistake, show
+from train.sections import (
+    CheckpointSection,
+    DataSection,
+    EvaluateSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    PrecisionSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    Source,
+)
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message is one line: the field, its value, the rule and the fix."""
+
+
+class Recipe(Section):
+    """A validated recipe. Frozen; two recipes with equal values are equal."""
+
+    model: ModelSection
+    data: DataSection
+    parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    run: RunSection
+
+    def model_config_resolved(self) -> ModelConfig:
+        """The preset or `config.json` of the model section with the section's own fields on top."""
+        return self.model.resolve()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key with its value. `load_recipe` of this text gives an equal recipe."""
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Representer = _Representer
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.width = 120
+        text = io.StringIO()
+        yaml.dump(self.model_dump(mode="json", by_alias=True), text)
+        return text.getvalue()
+
+    def data_fingerprint(self) -> str:
+        """SHA-256 of what decides the sample order in the data section: all of it but `workers` and `validation`."""
+        section = self.data.model_dump(mode="json", exclude={"workers", "validation"})
+        return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_empty_sections(cls, given: Any) -> Any:
+        """`evaluate:` with nothing below it reads as null, and means the defaults."""
+        if not isinstance(given, dict):
+            return given
+        return {key: {} if value is None and key in cls.model_fields else value for key, value in given.items()}
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        length = self.data.sequence_length
+        try:
+            context = self.model_config_resolved().max_position_embeddings
+        except (ConfigError, OSError, ValueError) as error:
+            raise _model_mistake(self.model, error) from None
+        if length > context:
+            raise mistake(
+                f"is more than model.max_position_embeddings = {context}",
+                f"lower it or write model.max_position_embeddings={length}",
+                field="data.sequence_length",
+                value=length,
+            )
+        batch = self.schedule.batch_tokens
+        for tokens in (batch,) if isinstance(batch, int) else (size for _, size in batch):
+            if tokens % length:
+                near = max(round(tokens / length), 1) * length
+                raise mistake(
+                    f"{tokens:,} is not a multiple of data.sequence_length = {length}",
+                    f"write for example {near}",
+                    field="schedule.batch_tokens",
+                    value=batch,
+                )
+        return self
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a built-in recipe or a YAML file, apply `key.sub=value` overrides in order, and validate.
+
+    Args:
+        name_or_path: tiny, small, v2-lite or v3; else the path of a file.
+        overrides: each `section.key=value`; the value is read as YAML, so that lists and maps work.
+
+    Raises:
+        RecipeError: anything that is wrong with the file, an override or a value.
+    """
+    path = _find(str(name_or_path))
+    try:
+        values = read_yaml(path)
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: {show(values)} is not a recipe; it must be a map of sections; see train/recipes/")
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Validate a recipe that has been read already; raises RecipeError with the first mistake."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_one_line(error)) from None
+
+
+def builtin_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(name: str) -> Path:
+    known = builtin_recipes()
+    if name in known:
+        return RECIPES / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "give one of these or the path of a YAML file"
+    raise RecipeError(f"recipe {name!r}: must be a file or one of {', '.join(known)}; {hint}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in the nested maps of a recipe, in place."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r}: must be section.key=value; write for example schedule.lr=4e-4")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise RecipeError(f"{dotted} = {text!r}: is not YAML ({reason}); quote it or close its brackets") from None
+    for depth, key in enumerate(keys[:-1], 1):
+        inside = values.get(key)
+        if inside is None:
+            inside = values[key] = {}
+        if not isinstance(inside, dict):
+            parent = ".".join(keys[:depth])
+            raise RecipeError(
+                f"{dotted} = {show(value)}: {parent} is {show(inside)} and has no keys; give the whole {parent}=…"
+            )
+        values = inside
+    values[keys[-1]] = value
+
+
+def _model_mistake(section: ModelSection, error: Exception) -> Exception:
+    if isinstance(error, ConfigError):
+        return mistake("", "", line=str(error))
+    reason = error.strerror if isinstance(error, OSError) else f"not a JSON file: {error}"
+    return mistake(
+        f"cannot be read ({reason})", "give the path of a config.json", field="model.config", value=section.config
+    )
+
+
+class _Representer(SafeRepresenter):
+    """Lists of plain values on one line, everything else in blocks."""
+
+    def represent_short_list(self, values: list[Any]) -> Any:
+        plain = not any(isinstance(value, dict | list) for value in values)
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=plain)
+
+
+_Representer.add_representer(list, _Representer.represent_short_list)
+
+
+# What pydantic's own checks are called, and the rule and the fix they stand for.
+_RULES = {
+    "string_type": ("must be text", "write it, in quotes where YAML reads something else"),
+    "bool_type": ("must be true or false", "write one of them"),
+    "tuple_type": ("must be a list", "write it in brackets"),
+    "too_short": ("has too few entries", "write [0.9, 0.95]"),
+    "too_long": ("has too many entries", "write [0.9, 0.95]"),
+    "model_type": ("must be a map of keys", "write key: value pairs below it"),
+}
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake as `field = value: rule; fix`, and how many more there are."""
+    errors = error.errors(include_url=False)
+    line = _explain(errors[0])
+    if len(errors) == 1:
+        return line
+    more = f" (and {len(errors) - 1} more)"
+    unbuilt = "; not built yet"
+    return line.removesuffix(unbuilt) + more + unbuilt if line.endswith(unbuilt) else line + more
+
+
+def _explain(error: Any) -> str:
+    context = error.get("ctx", {})
+    if "line" in context:
+        return context["line"]
+    parts = [*map(str, error["loc"]), *filter(None, [context.get("field")])]
+    field, value = ".".join(parts), context.get("value", error["input"])
+    if error["type"] == "missing":
+        return f"{field}: missing; it has no default; give it in the recipe or as {field}=…"
+    if error["type"] == "extra_forbidden" or context.get("unknown"):
+        return f"{field} = {show(value)}: unknown key; {_nearest(field)}"
+    if error["type"] == "literal_error":
+        rule, fix = f"must be {context['expected']}", _nearest_choice(value, context["expected"])
+    elif error["type"] == "recipe":
+        rule, fix = context["rule"], context["fix"]
+    else:
+        rule, fix = _RULES.get(error["type"], (error["msg"], "see train/recipes/ for an example"))
+    return f"{field} = {show(value)}: {rule}; {fix}"
+
+
+def _nearest(field: str) -> str:
+    """The valid key that was probably meant, or the keys that there are."""
+    known = list(_keys(Recipe))
+    section, _, leaf = field.rpartition(".")
+    if section.startswith(("data.train.", "data.validation.")):
+        known += [f"{section}.{name}" for name in Source.model_fields]
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = same_leaf or difflib.get_close_matches(field, known, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+    return f"the keys of {section or 'a recipe'} are {', '.join(siblings)}" if siblings else "leave it out"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every valid dotted key of a recipe, sections included."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        yield key
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, key + ".")
+    if model is ModelSection:
+        yield from (prefix + name for name in ModelSection.fields())
+
+
+def _nearest_choice(value: Any, expected: str) -> str:
+    near = difflib.get_close_matches(str(value), expected.replace(" or ", ", ").replace("'", "").split(", "), n=1)
+    return f"did you mean {near[0]}?" if near else "write one of them"

@@ -1,0 +1,1 @@
+"""What is known before a run: its schedules as a picture, its layout, memory and time."""

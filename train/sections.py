@@ -1,0 +1,258 @@
+"""The sections of a recipe, one frozen model each. A section checks itself; what spans sections is checked in `train.config`.
+
+Every key is written out with its default. A value whose feature has not been built is refused with 'not built yet'.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+
+from model.config import ModelConfig, load_preset
+from train.fields import (
+    BatchTokens,
+    CompileMode,
+    Count,
+    Curve,
+    Decay,
+    Milestones,
+    Name,
+    NonNegative,
+    Points,
+    Positive,
+    PositiveCount,
+    Rate,
+    Share,
+    WholePoints,
+    mistake,
+    only_built,
+    whole_number,
+)
+from train.published import PUBLISHED, published
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """`preset` or `config`, and any field of `ModelConfig` that shall differ from it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    preset: Name | None = None  # tiny, small, v2-lite, v3
+    config: Name | None = None  # path of a Hugging Face config.json
+
+    @model_validator(mode="after")
+    def _fields_exist(self) -> Self:
+        if (self.preset is None) == (self.config is None):
+            given = "neither preset nor config" if self.preset is None else "both preset and config"
+            raise mistake(f"has {given}", "give one of model.preset=tiny and model.config=PATH, the other null")
+        for name, value in self.overrides.items():
+            if name not in self.fields():
+                raise mistake("unknown key", "", field=name, value=value, unknown=True)
+        return self
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+    @staticmethod
+    def fields() -> dict[str, Any]:
+        """Names and types of the fields of a model."""
+        return {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+
+    def resolve(self) -> ModelConfig:
+        """The model of this section.
+
+        Raises:
+            ConfigError: no such preset, or a value that breaks a rule of the model.
+            OSError, ValueError: `config` cannot be read, or is not a JSON map.
+        """
+        base = load_preset(self.preset) if self.preset else json.loads(Path(str(self.config)).read_text("utf-8"))
+        if not isinstance(base, dict):
+            raise ValueError(f"its top level is a {type(base).__name__}")
+        types = self.fields()
+        changes = {
+            name: int(value)
+            if isinstance(value, float) and value.is_integer() and types[name] in (int, int | None)
+            else value
+            for name, value in self.overrides.items()
+        }
+        return ModelConfig.from_hf(base).override(changes)
+
+
+class Source(Section):
+    """A token store in the mixture."""
+
+    path: Name
+    weight: Positive = 1.0  # relative to the other sources
+    max_epochs: Positive | None = None  # the source is not drawn from beyond this many passes
+
+
+def _as_sources(value: Any) -> Any:
+    """A bare path stands for one source of weight 1, alone or in a list."""
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list | tuple) or not value:
+        raise mistake("must be a token store or a list of {path, weight, max_epochs}", "write data.train=STORE")
+    return [{"path": source} if isinstance(source, str) else source for source in value]
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class DataSection(Section):
+    train: Sources
+    validation: Sources | None = None  # None: the validation split of each store in `train`
+    sequence_length: PositiveCount  # T, tokens
+    mask_documents: StrictBool = False  # attention stays inside its document; DeepSeek-V3 does not mask
+    packing: Annotated[Literal["concat", "best_fit"], only_built("concat")] = "concat"
+    fim_rate: Annotated[Decay, only_built(0.0)] = 0.0  # share of the documents in fill-in-the-middle form
+    stages: Annotated[tuple[Any, ...], only_built(())] = ()  # later mixtures or contexts of the same run
+    workers: PositiveCount = 1  # processes or threads that read ahead
+    seed: Count = 0  # of the sample order
+
+
+class ParallelSection(Section):
+    engine: Annotated[Literal["ddp", "fsdp", "zero1", "zero2", "zero3"], only_built("ddp")] = "ddp"
+    replicate: Annotated[PositiveCount, only_built(1)] = 1  # ddp replicates over all processes whatever this says
+    expert: Annotated[PositiveCount, only_built(1)] = 1
+    pipeline: Annotated[PositiveCount, only_built(1)] = 1
+    context: Annotated[PositiveCount, only_built(1)] = 1
+    micro_batch: PositiveCount = 1  # sequences in one forward pass of one process
+    schedule: Annotated[Literal["1f1b", "interleaved", "zbv", "dualpipev"], only_built("1f1b")] = "1f1b"  # of pipelines
+    reshard_after_forward: Annotated[StrictBool, only_built(True)] = True  # fsdp only
+    offload: Annotated[Literal["none", "optimizer", "all"], only_built("none")] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    unproven: Annotated[StrictBool, only_built(False)] = False  # open layouts that have no row in parallel/PARITY.md
+
+
+class PrecisionSection(Section):
+    compute: Literal["bf16", "fp16", "fp32"] | None = None  # None: bf16 on a GPU, fp32 on a CPU
+    fp8: Annotated[StrictBool, only_built(False)] = False
+    moments: Literal["fp32", "bf16"] = "fp32"  # of Adam; DeepSeek-V3 §3.3.3 keeps bf16
+
+
+class OptimizerSection(Section):
+    """AdamW with DeepSeek's values (V3 §4.2)."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1  # on matrices only
+    clip: Positive | None = 1.0  # global gradient norm; None: not clipped
+    ema: Share | None = None  # decay per step of the weights' average on the host; None: none is kept
+
+
+class ScheduleSection(Section):
+    """What changes with the tokens consumed; `train.schedule.Schedule` computes it.
+
+    `preset` starts from a published run, moved in proportion where `tokens` differs; keys beside it win. `batch_tokens: ramp` is
+    DeepSeek-V3's, and so are gamma, alpha and lambda where they are not given, all in proportion to `tokens`. Once validated the
+    section holds numbers and lists only, so that a written recipe says everything.
+    """
+
+    preset: Literal["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "deepseek-llm-7b", "deepseek-llm-67b"] | None = (
+        None
+    )
+    tokens: PositiveCount  # of the whole run; rounded up to whole batches
+    lr: Rate  # the peak
+    batch_tokens: BatchTokens  # tokens of a global batch, or [[tokens, batch_tokens], …]
+    warmup_steps: Count = 2000  # every DeepSeek model from LLM to V3
+    shape: Literal["v3", "multistep", "cosine", "wsd"] = "v3"
+    milestones: Milestones | None = (
+        None  # multistep: [[fraction of tokens, multiple of lr], …]; None: 31.6% at 80%, 10% at 90%
+    )
+    law: Annotated[Name | None, only_built(None)] = None
+    gamma: Curve  # speed of the balancing bias
+    alpha: Curve  # weight of the sequence-wise balance loss
+    lambda_: Curve = Field(alias="lambda")  # weight of the MTP losses
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_published(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = str(given.get("preset"))
+        preset = PUBLISHED.get(name)
+        try:
+            tokens = whole_number(given.get("tokens", preset["tokens"] if preset else None), 1)
+        except ValueError:
+            tokens = PUBLISHED["deepseek-v3"]["tokens"]  # the run's own value is reported where it is validated
+        v3 = published("deepseek-v3", tokens)
+        base = {key: v3[key] for key in ("gamma", "alpha", "lambda")}
+        if preset:
+            base |= published(name, tokens)
+            if given.get("shape", base["shape"]) != base["shape"]:
+                base.pop("milestones", None)
+        merged = {**base, **given}
+        for key in ("gamma", "alpha", "lambda"):
+            merged[key] = v3[key] if merged[key] is None else merged[key]
+        if merged.get("batch_tokens") == "ramp":
+            merged["batch_tokens"] = v3["batch_tokens"]
+        if merged.get("shape") == "multistep" and merged.get("milestones") is None:
+            merged["milestones"] = PUBLISHED["deepseek-llm-7b"]["milestones"]
+        return merged
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.milestones is not None and self.shape != "multistep":
+            raise mistake(
+                f"belong to shape multistep, not to {self.shape}",
+                "leave them out or write schedule.shape=multistep",
+                field="milestones",
+                value=self.milestones,
+            )
+        curves: dict[str, float | Points | WholePoints] = {
+            "batch_tokens": self.batch_tokens,
+            "gamma": self.gamma,
+            "alpha": self.alpha,
+            "lambda": self.lambda_,
+        }
+        for name, value in curves.items():
+            if isinstance(value, tuple) and value[-1][0] >= self.tokens:
+                raise mistake(
+                    f"changes at {value[-1][0]:,} tokens, and the run ends at {self.tokens:,}",
+                    "drop the entry or raise schedule.tokens",
+                    field=name,
+                    value=value,
+                )
+        return self
+
+
+class EvaluateSection(Section):
+    every_steps: PositiveCount | None = None  # None: only at the end of the run
+    tokens: PositiveCount | None = None  # of each source; None: its whole validation split
+    sample_prompts: tuple[str, ...] = ()  # continued at every evaluation, into samples/
+
+
+class CheckpointSection(Section):
+    """A run always ends with a checkpoint; `every_*` add more."""
+
+    every_steps: PositiveCount | None = None
+    every_minutes: Positive | None = None
+    keep: PositiveCount = 3  # the newest ones
+    keep_every_steps: PositiveCount | None = None  # checkpoints at multiples of this stay for ever
+    asynchronous: StrictBool = True  # written while the next steps run
+
+
+class LoggingSection(Section):
+    """`metrics.jsonl` is always written."""
+
+    every_steps: PositiveCount = 1
+    tensorboard: StrictBool = False
+    wandb: Name | None = None  # project
+    trackio: Name | None = None  # project
+
+
+class RunSection(Section):
+    dir: Name  # recipe.yaml, metrics.jsonl, checkpoints/, samples/
+    seed: Count = 0  # of the initial weights
+    stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
+    max_skipped: PositiveCount = 5  # non-finite steps in a row before the run gives up
+    compile: CompileMode = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
