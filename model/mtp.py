@@ -34,16 +34,18 @@ class MTPBlock(Block):
         self.eh_proj = Linear(2 * dim, dim)
         self.shared_head = SharedHead(dim, eps)
 
-    def predict(
+    def forward(  # type: ignore[override]  # a block with a second input
         self, hidden: Tensor, embedding: Tensor, rotation: Rotation, mask: Tensor | None
     ) -> tuple[Tensor, LayerStats | None]:
         """States of the depth before [B, T, D], embeddings k tokens ahead [B, T, D] → (h^k [B, T, D], stats)."""
-        x, stats = self(self._entry(hidden, embedding), rotation, mask)
+        x, stats = super().forward(self._entry(hidden, embedding), rotation, mask)
         return self.shared_head.norm(x), stats
 
-    def decode_prediction(self, hidden: Tensor, embedding: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:
-        """`predict` for new positions after those in the cache."""
-        return self.shared_head.norm(self.decode(self._entry(hidden, embedding), rotation, cache))
+    def decode(  # type: ignore[override]
+        self, hidden: Tensor, embedding: Tensor, rotation: Rotation, cache: LatentCache
+    ) -> Tensor:
+        """`forward` for new positions after those in the cache."""
+        return self.shared_head.norm(super().decode(self._entry(hidden, embedding), rotation, cache))
 
     def _entry(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))

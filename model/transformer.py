@@ -1,7 +1,8 @@
 """The DeepSeek-V3 transformer: tokens in, summed losses and expert counts out.
 
 Parameter names are those of `transformers`' in-memory DeepseekV3, so
-`load_state_dict(hf_model.state_dict())` works; the MTP modules stand behind the main layers, at `model.layers.{num_hidden_layers + k}`, as in the released weights.
+`load_state_dict(hf_model.state_dict())` works; the MTP modules stand behind the main layers, at
+`model.layers.{num_hidden_layers + k}`, as in the released weights.
 """
 
 from typing import Literal, NamedTuple, cast
@@ -105,7 +106,7 @@ class Transformer(nn.Module):
             stats.append(layer_stats)
         hidden = [self.model.norm(x)]
         for depth, module in enumerate(self.mtp_layers, start=1):
-            h, layer_stats = module.predict(hidden[-1], embedded[:, depth : depth + length], positions, mask)
+            h, layer_stats = module(hidden[-1], embedded[:, depth : depth + length], positions, mask)
             hidden.append(h)
             stats.append(layer_stats)
         return hidden, [s for s in stats if s is not None]
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         """States of MTP module `depth` (1, 2, …) for new positions: hidden [B, T, D] of the depth before, and
         next_tokens [B, T], the tokens `depth` ahead of them. → [B, T, D]."""
         positions = self._positions_after(cache, next_tokens.shape[1])
-        return self.mtp_layers[depth - 1].decode_prediction(hidden, self.embed(next_tokens), positions, cache)
+        return self.mtp_layers[depth - 1].decode(hidden, self.embed(next_tokens), positions, cache)
 
     def new_caches(self, batch: int, max_length: int) -> list[LatentCache]:
         """Empty caches of every layer, those of the MTP modules last."""
