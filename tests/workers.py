@@ -1,0 +1,70 @@
+"""Persistent gloo workers: processes that are started once a session and run one function after another as ranks of a fresh group.
+
+Starting a process and importing torch costs seconds; making a process group costs milliseconds.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Workers:
+    """`workers.run(2, function, *args)` runs `function(*args)` as both ranks of a group of 2; returns what each returned.
+
+    The function and its arguments must be importable and picklable. An exception in a rank is raised here with its traceback.
+    """
+
+    def __init__(self, most: int):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tests.workers"])
+        self.pipes, self.processes = [], []
+        for _ in range(most):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, pipe in enumerate(self.pipes[:world_size]):
+                pipe.send((function, args, rank, world_size, os.path.join(folder, "store")))
+            answers = [pipe.recv() for pipe in self.pipes[:world_size]]
+        for rank, (_, failure) in enumerate(answers):
+            if failure:
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{failure}")
+        return [value for value, _ in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=5)
+            process.kill()
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, rank, world_size, store = pipe.recv()
+        except EOFError:
+            return
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        )
+        try:
+            answer = (function(*args), None)
+        except Exception:
+            answer = (None, traceback.format_exc())
+        finally:
+            dist.destroy_process_group()
+        pipe.send(answer)
