@@ -1,0 +1,1 @@
+"""Raw text → tokens on disk → batches. Imports nothing of the project."""
