@@ -251,11 +251,12 @@ def _nearest(field: str) -> str:
     if section.startswith(("data.train.", "data.validation.")):
         known += [f"{section}.{name}" for name in Source.model_fields]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-    near = same_leaf or difflib.get_close_matches(field, known, n=1, cutoff=0.75)
-    if near:
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    near = same_leaf or difflib.get_close_matches(field, siblings or known, n=1, cutoff=0.75)
+    if near and (near == same_leaf or difflib.get_close_matches(leaf, [near[0].rpartition(".")[2]], cutoff=0.5)):
         return f"did you mean {' or '.join(near)}?"
-    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    return f"the keys of {section or 'a recipe'} are {', '.join(siblings)}" if siblings else "leave it out"
+    names = [key.rpartition(".")[2] for key in siblings]
+    return f"the keys of {section or 'a recipe'} are {', '.join(names)}" if names else "leave it out"
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
