@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from train.checkpoint import CheckpointError, Checkpoints, latest, load, read_run, verify
 
@@ -299,11 +299,16 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path: Path) -> No
         subprocess.run(["umount", disk], check=True)
 
 
+def shard(tensor: Tensor, dim: int, mesh: DeviceMesh) -> DTensor:
+    local = tensor.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
+    return DTensor.from_local(local, mesh, [Shard(dim)], shape=tensor.shape, stride=tensor.stride())
+
+
 def write_with_two(rank: int, size: int, folder: Path) -> None:
     join_group(rank, size, folder.parent / "two")
     mesh = init_device_mesh("cpu", (size,))
     state = state_of(5)
-    sharded = {name: distribute_tensor(t.detach(), mesh, [Shard(0)]) for name, t in state["parameters"].items()}
+    sharded = {name: shard(t, 0, mesh) for name, t in state["parameters"].items()}
     alike = {"c": torch.arange(2000.0), "d": torch.arange(1000.0), "e": torch.arange(1100.0)}
     checkpoints = Checkpoints(folder)
     checkpoints.save(
@@ -311,7 +316,7 @@ def write_with_two(rank: int, size: int, folder: Path) -> None:
         {
             "parameters": sharded,
             "alike": alike,
-            "replicated": distribute_tensor(torch.arange(5.0), mesh, [Replicate()]),
+            "replicated": DTensor.from_local(torch.arange(5.0), mesh, [Replicate()]),
             **({"ema": {"a": torch.full((4,), 2.0)}} if rank == 0 else {}),
         },
         {"step": 5},
@@ -330,10 +335,7 @@ def read_with(rank: int, size: int, folder: Path) -> None:
     path = checkpoints.latest()
     assert path is not None
     expected = state_of(5)["parameters"]
-    sharded = {
-        name: distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(tensor.ndim - 1)])
-        for name, tensor in expected.items()
-    }
+    sharded = {name: shard(torch.zeros_like(tensor), 1, mesh) for name, tensor in expected.items()}
     alike = {"c": torch.zeros(2000), "d": torch.zeros(1000), "e": torch.zeros(1100)}
     state = {
         "parameters": sharded,
@@ -343,7 +345,7 @@ def read_with(rank: int, size: int, folder: Path) -> None:
     }
     assert checkpoints.load(path, state) == {"step": 5}
     for name, tensor in sharded.items():
-        assert torch.equal(tensor.to_local(), expected[name].chunk(size, dim=-1)[rank])
+        assert torch.equal(tensor.to_local(), expected[name].chunk(size, dim=1)[rank])
     assert_equal(alike, {name: torch.arange(float(len(tensor))) for name, tensor in alike.items()})
     assert torch.equal(state["replicated"], torch.arange(5.0))
     if rank == 0:
