@@ -95,7 +95,7 @@ class ModelConfig:
             if name not in known:
                 raise ConfigError(f"model.{name}: not a field of the model; the fields are {', '.join(sorted(known))}")
         changes = dict(changes)
-        if isinstance(changes.get("rope_scaling"), Mapping):
+        if changes.get("rope_scaling") is not None:
             changes["rope_scaling"] = _yarn_from_hf(changes["rope_scaling"])
         return replace(self, **changes)
 
@@ -152,14 +152,22 @@ def load_preset(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _yarn_from_hf(rope: Mapping[str, Any]) -> YarnScaling | None:
+def _yarn_from_hf(rope: Any) -> YarnScaling | None:
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"model.rope_scaling: {rope!r} is not a map; give one with type, factor, … or null")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise ConfigError(f"model.rope_scaling.type: {kind!r} is not supported; DeepSeek models use 'yarn' or none")
-    names = {field.name for field in fields(YarnScaling)}
-    return YarnScaling(**{name: rope[name] for name in names if rope.get(name) is not None})
+    values = {field.name: rope[field.name] for field in fields(YarnScaling) if rope.get(field.name) is not None}
+    for field in fields(YarnScaling):
+        number = values.get(field.name, field.default)
+        if number is MISSING or isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ConfigError(
+                f"model.rope_scaling.{field.name}: {rope.get(field.name)!r} is not a number; YaRN needs one; give it"
+            )
+    return YarnScaling(**values)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -190,13 +198,17 @@ def _check(c: ModelConfig) -> None:
     may_be_zero = {"num_nextn_predict_layers", "first_k_dense_replace", "bos_token_id", "eos_token_id"}
     for field in fields(c):
         value = getattr(c, field.name)
-        if field.type in (int, int | None) and value is not None:
+        optional = field.type == int | None
+        if field.type is int or (optional and value is not None):
             is_int = isinstance(value, int) and not isinstance(value, bool)
             rule(is_int, field.name, "is not a whole number; give one")
             least = 0 if field.name in may_be_zero else 1
             rule(value >= least, field.name, f"is too small; it must be at least {least}")
         elif field.type is float:
-            rule(isinstance(value, (int, float)) and value > 0, field.name, "is not a positive number; give one")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            rule(is_number and value > 0, field.name, "is not a positive number; give one")
+        elif field.type is bool:
+            rule(isinstance(value, bool), field.name, "is not true or false; give one of them")
     rule(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "is odd; rotary dimensions come in pairs; make it even")
     rule(c.first_k_dense_replace <= c.num_hidden_layers, "first_k_dense_replace",
          f"is more than num_hidden_layers = {c.num_hidden_layers}; make it at most that")  # fmt: skip
