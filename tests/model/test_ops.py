@@ -104,7 +104,7 @@ def full_cross_entropy(hidden, weight, labels):
 @pytest.mark.parametrize("loss", [linear_cross_entropy, reference_cross_entropy])
 def test_cross_entropy_equals_torch_for_any_chunk(head, monkeypatch, loss, rows):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * VOCABULARY * rows)  # 7 and 100 do not divide 23
-    hidden, weight, labels = head
+    hidden, weight, _ = head
     ours, torchs = loss(*head), full_cross_entropy(*head)
     torch.testing.assert_close(ours, torchs)
     # a non-1 gradient from above must scale both
