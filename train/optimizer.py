@@ -1,11 +1,9 @@
 """AdamW as DeepSeek-V3 uses it: decay on matrices only, moments in fp32 or bf16, an average of the weights on the host.
 
-Master weights are fp32 always. Report §4.2 gives β = (0.9, 0.95) and weight decay 0.1, §3.3 keeps both moments in BF16 ("to
-track the first and second moments"), §3.2.3 keeps the moving average of the weights in CPU memory and updates it beside
-the training step.
+Master weights are fp32 always. Report §4.2 gives β = (0.9, 0.95) and weight decay 0.1, §3.3.3 keeps both moments in
+BF16, §3.2.3 keeps the moving average of the weights in CPU memory and updates it beside the training step.
 
-The canonical state (what a checkpoint holds) is keyed by parameter name, never by parameter index or group, so that it
-outlives any regrouping: `moments` hands it out, `restore` takes it back. The learning rate is not state: the engine
+The optimizer's state leaves and enters by parameter name (`parallel.moments`). The learning rate is not state: the engine
 sets `group["lr"]` of every step from the schedule.
 """
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.moments import start_state
 from train.config import RecipeError
 
 
@@ -93,7 +92,10 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments_dtype": torch.bfloat16},
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -101,7 +103,7 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         assert closure is None, "AdamW evaluates the loss once, before the step"
         for group in self.param_groups:
             for parameter in group["params"]:
-                _start_state(self, group, parameter)
+                start_state(self, group, parameter)
             for bucket in _buckets([p for p in group["params"] if p.grad is not None]):
                 self._update(group, bucket)
 
@@ -125,43 +127,6 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         torch._foreach_add_(v, group["eps"])
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_addcdiv_(parameters, m, v, [-lr / (1 - beta1**t) for t in steps])
-
-
-def moments(optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """The optimizer's canonical state: `{"exp_avg": {name: Tensor}, "exp_avg_sq": {name: Tensor}, "steps": int64 []}`.
-
-    The moments are the optimizer's own tensors, zeros where no step was taken yet: a checkpoint can be read into them in place.
-    `steps` is a copy; `restore` brings it back. One number counts for all, since every parameter takes part in every step
-    (an expert without tokens has a gradient of zeros).
-    """
-    names = {parameter: name for name, parameter in named_parameters}
-    exp_avg, exp_avg_sq, steps = {}, {}, []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = _start_state(optimizer, group, parameter)
-            exp_avg[names[parameter]] = state["exp_avg"]
-            exp_avg_sq[names[parameter]] = state["exp_avg_sq"]
-            steps.append(state["step"])
-    first, last = (int(count) for count in torch.aminmax(torch.stack(steps)))
-    assert first == last, f"a parameter took {first} optimizer steps, another {last}: some had no gradient in a step"
-    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "steps": torch.tensor(last, dtype=torch.int64)}
-
-
-@torch.no_grad()
-def restore(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]
-) -> None:
-    """Take back what `moments` handed out; tensors that are the optimizer's own already are left as they are."""
-    named_parameters = list(named_parameters)
-    own = moments(optimizer, named_parameters)
-    for key in ("exp_avg", "exp_avg_sq"):
-        assert own[key].keys() == state[key].keys(), f"{key}: {own[key].keys() ^ state[key].keys()}"
-        for name, tensor in own[key].items():
-            if tensor is not state[key][name]:
-                tensor.copy_(state[key][name])
-    for _, parameter in named_parameters:
-        if parameter in optimizer.state:
-            optimizer.state[parameter]["step"].fill_(int(state["steps"]))
 
 
 class HostEMA:
@@ -248,18 +213,6 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         elements += size
     if bucket:
         yield bucket
-
-
-def _start_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """The optimizer's state of a parameter, created as `torch.optim.AdamW` creates it at its first step."""
-    state = optimizer.state[parameter]
-    if not state:
-        bf16 = isinstance(optimizer, AdamWBf16Moments)
-        dtype = torch.bfloat16 if bf16 else parameter.dtype
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if group.get("fused") else "cpu")
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-    return state
 
 
 def _local(tensor: Tensor) -> Tensor:

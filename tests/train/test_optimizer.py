@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.moments import moments, restore
 from train.config import RecipeError
-from train.optimizer import AdamWBf16Moments, HostEMA, build_optimizer, decays, moments, restore
+from train.optimizer import AdamWBf16Moments, HostEMA, build_optimizer, decays
 
 SETTINGS = SimpleNamespace(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
