@@ -5,6 +5,7 @@ configuration travels through Rorqual under one set of names. Every rule a confi
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ class ModelConfig:
             if name not in known:
                 raise ConfigError(f"model.{name}: not a field of the model; the fields are {', '.join(sorted(known))}")
         changes = dict(changes)
-        if changes.get("rope_scaling") is not None:
+        if not isinstance(changes.get("rope_scaling"), YarnScaling | None):
             changes["rope_scaling"] = _yarn_from_hf(changes["rope_scaling"])
         return replace(self, **changes)
 
@@ -206,7 +207,7 @@ def _check(c: ModelConfig) -> None:
             rule(value >= least, field.name, f"is too small; it must be at least {least}")
         elif field.type is float:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            rule(is_number and value > 0, field.name, "is not a positive number; give one")
+            rule(is_number and 0 < value < math.inf, field.name, "is not a positive number; give one")
         elif field.type is bool:
             rule(isinstance(value, bool), field.name, "is not true or false; give one of them")
     rule(c.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "is odd; rotary dimensions come in pairs; make it even")
@@ -224,3 +225,20 @@ def _check(c: ModelConfig) -> None:
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(c, name)
         rule(token is None or token < c.vocab_size, name, f"is not below vocab_size = {c.vocab_size}; fix either")
+    if c.rope_scaling is not None:
+        _check_yarn(c.rope_scaling)
+
+
+def _check_yarn(yarn: YarnScaling) -> None:
+    def rule(holds: bool, name: str, text: str) -> None:
+        if not holds:
+            raise ConfigError(f"model.rope_scaling.{name}: {getattr(yarn, name)!r} {text}")
+
+    for field in fields(yarn):
+        rule(math.isfinite(getattr(yarn, field.name)), field.name, "is not finite; give a number")
+    rule(yarn.factor >= 1, "factor", "would shrink the context; it must be at least 1")
+    rule(yarn.original_max_position_embeddings >= 1, "original_max_position_embeddings",
+         "is too small; it must be at least 1")  # fmt: skip
+    rule(yarn.beta_slow > 0, "beta_slow", "is not a positive number; give one")
+    rule(yarn.beta_fast > yarn.beta_slow, "beta_fast",
+         f"is not above beta_slow = {yarn.beta_slow}; fast frequencies turn more often; exchange them")  # fmt: skip
