@@ -1,0 +1,137 @@
+"""The keys of an export are those of transformers and of the released checkpoint, and lead back to the same tensors."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from model.config import ConfigError, ModelConfig, load_preset
+from model.hf import from_hf, state_shapes, to_hf
+
+
+@pytest.fixture
+def exported(make_model):
+    """exported(**changes) → (config, the model's state, the checkpoint's tensors)."""
+
+    def build(**changes):
+        model = make_model(**changes)
+        state = model.state_dict()
+        return model.config, state, dict(to_hf(state.items(), model.config, mtp=True))
+
+    return build
+
+
+def read_back(config, tensors):
+    return dict(from_hf(config, tensors.keys(), tensors.__getitem__))
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "first_k_dense_replace": 0}])
+def test_keys_and_tensors_are_those_that_transformers_saves(make_model, tmp_path, changes):
+    model = make_model(**changes)
+    hf = DeepseekV3ForCausalLM(DeepseekV3Config(**model.config.to_hf()))
+    hf.load_state_dict(model.state_dict())
+    hf.save_pretrained(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
+    ours = dict(to_hf(model.state_dict().items(), model.config, mtp=False))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("depths", [0, 1, 2])
+def test_what_leaves_comes_back_bit_for_bit(exported, depths):
+    config, state, tensors = exported(num_nextn_predict_layers=depths)
+    back = read_back(config, tensors)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], state[name]) and back[name].dtype == state[name].dtype for name in state)
+
+
+def test_the_v3_preset_has_the_tensors_of_the_released_checkpoint():
+    config = ModelConfig.from_hf(load_preset("v3"))
+    tensors = dict(to_hf(state_shapes(config).items(), config, mtp=True))
+    kept = re.compile(
+        r"embed_tokens|head|norm|mlp\.gate\.|eh_proj|e_score"
+    )  # every other matrix is FP8, with its scales
+    scales = sum(not kept.search(key) for key in tensors)
+    assert len(tensors) + scales == 91_991
+    assert tensors["model.layers.60.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
+    assert tensors["model.layers.61.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
+    assert tensors["model.layers.61.eh_proj.weight"].shape == (7168, 14336)
+
+
+def test_mtp_layers_carry_copies_of_embedding_and_head(exported):
+    _, state, tensors = exported(num_nextn_predict_layers=2)
+    for layer in (3, 4):
+        assert tensors[f"model.layers.{layer}.embed_tokens.weight"] is state["model.embed_tokens.weight"]
+        assert tensors[f"model.layers.{layer}.shared_head.head.weight"] is state["lm_head.weight"]
+
+
+def test_without_mtp_nothing_of_it_is_left(make_model):
+    model = make_model(num_nextn_predict_layers=2)
+    tensors = dict(to_hf(model.state_dict().items(), model.config, mtp=False))
+    assert not [key for key in tensors if re.match(r"model\.layers\.[3-9]", key)]
+    assert tensors.keys() == dict(to_hf(make_model().state_dict().items(), model.config, mtp=True)).keys() - {
+        f"model.layers.{layer}.{copy}"
+        for layer in (3, 4)
+        for copy in ("embed_tokens.weight", "shared_head.head.weight")
+    }
+
+
+def test_experts_leave_as_views(exported):
+    _, state, tensors = exported()
+    stacked = state["model.layers.1.mlp.experts.gate_up_proj"]  # [E, 2F, D]
+    up = tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    assert up.untyped_storage().data_ptr() == stacked.untyped_storage().data_ptr()
+    assert torch.equal(up, stacked[5, 24:])
+
+
+def test_the_copies_of_mtp_layers_are_not_needed_on_the_way_in(exported):
+    config, state, tensors = exported(num_nextn_predict_layers=1)
+    del tensors["model.layers.3.embed_tokens.weight"], tensors["model.layers.3.shared_head.head.weight"]
+    assert torch.equal(read_back(config, tensors)["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_a_missing_key_is_named_before_anything_is_read(exported):
+    config, _, tensors = exported()
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    with pytest.raises(ConfigError, match=r"no model\.layers\.1\.mlp\.experts\.7\.up_proj\.weight; .*\[24, 48\]"):
+        next(from_hf(config, tensors.keys(), lambda key: pytest.fail(f"{key} was read")))
+
+
+def test_weights_without_their_mtp_layers_say_how_to_load_them(exported):
+    """transformers drops MTP layers when it saves a model again, and keeps their number in config.json."""
+    config, _, tensors = exported(num_nextn_predict_layers=1)
+    without = {key: tensor for key, tensor in tensors.items() if not key.startswith("model.layers.3.")}
+    with pytest.raises(ConfigError, match="num_nextn_predict_layers"):
+        read_back(config, without)
+    assert len(read_back(config.override({"num_nextn_predict_layers": 0}), without))
+
+
+def test_an_unknown_key_is_named(exported):
+    config, _, tensors = exported()
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(4)
+    with pytest.raises(ConfigError, match=r"q_proj\.bias is not in the model"):
+        read_back(config, tensors)
+
+
+def test_mtp_layers_that_the_configuration_does_not_have_are_named(exported):
+    config, _, tensors = exported(num_nextn_predict_layers=1)
+    with pytest.raises(ConfigError, match=r"model\.layers\.3.*correct num_hidden_layers or num_nextn_predict_layers"):
+        read_back(config.override({"num_nextn_predict_layers": 0}), tensors)
+
+
+def test_a_wrong_shape_names_both(exported):
+    config, _, tensors = exported()
+    tensors["model.layers.2.mlp.experts.3.down_proj.weight"] = torch.zeros(48, 23)
+    with pytest.raises(ConfigError, match=r"experts\.3\.down_proj\.weight has shape \[48, 23\], .* \[48, 24\]"):
+        read_back(config, tensors)
+
+
+def test_fp8_weights_are_not_built_yet(exported):
+    config, _, tensors = exported()
+    key = "model.layers.0.self_attn.o_proj.weight"
+    with pytest.raises(ConfigError, match="not built yet"):
+        read_back(config, tensors | {f"{key}_scale_inv": torch.ones(1, 1)})
+    with pytest.raises(ConfigError, match="not built yet"):
+        read_back(config, tensors | {key: tensors[key].to(torch.float8_e4m3fn)})
