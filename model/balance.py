@@ -53,6 +53,9 @@ def sequence_balance_loss(logits: Tensor, top_k: int) -> Tensor:
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """MaxVio = max_e c_e / mean(c) − 1 (2408.15664 Eq. 4); 0 is perfect balance. [..., E] → [...] fp32."""
-    load = counts.float()
+    """MaxVio = max_e c_e / mean(c) − 1 (2408.15664 Eq. 4): 0 is perfect balance, E − 1 is one expert taking everything.
+
+    [..., E] counts over a batch (MaxVio_batch) or a validation set (MaxVio_global) → [...] fp64.
+    """
+    load = counts.double()
     return load.amax(-1) / load.mean(-1).clamp_min(1e-9) - 1

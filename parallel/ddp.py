@@ -4,6 +4,7 @@ PyTorch's DistributedDataParallel reduces gradients in buckets while the backwar
 ranks; here each micro-batch's loss is already divided by the targets of the global batch, so they are summed instead.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -55,12 +56,12 @@ class DDPEngine:
                 self.scaler.scale(loss).backward()
                 outputs.append(output)
         losses, counts = self._sum_of_global_batch(outputs, targets, settings.batch)
-        grad_norm, skipped = self._update(settings.lr)
-        if not skipped:
+        grad_norm, non_finite = self._update(settings.lr)
+        if not non_finite:
             for router, layer_counts in zip(self.routers, counts):
                 bias = router.e_score_correction_bias
                 bias.copy_(balance.update(bias, layer_counts, settings.gamma))
-        return StepResult(losses, grad_norm, counts.cpu(), skipped)
+        return StepResult(losses, grad_norm, counts.cpu(), non_finite)
 
     def state(self) -> State:
         scale = {
@@ -112,24 +113,27 @@ class DDPEngine:
         main, *mtp, balance_loss = means.tolist()
         return MeanLosses(main, mtp, balance_loss), packed[n_sums:].to(torch.int64).view_as(counts)
 
-    def _update(self, lr: float) -> tuple[float, bool]:
-        """Clip and step. Returns the gradient norm before clipping, and whether the step was skipped."""
+    def _update(self, lr: float) -> tuple[float, tuple[str, ...]]:
+        """Clip and step. Returns the gradient norm before clipping, and the parameters whose gradients forbade the step."""
         parameters = list(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         grad_norm = float(
             norm
-        )  # the step's one wait for the device: gradients are the same on all ranks, so is the decision
-        skipped = not torch.isfinite(norm).item()
-        if not skipped:
+        )  # the step's one wait for the device; gradients are the same on all ranks, so is the decision
+        non_finite: tuple[str, ...] = ()
+        if math.isfinite(grad_norm):
             if self.clip is not None:
                 clip_grads_with_norm_(parameters, self.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+        else:
+            bad = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            non_finite = tuple(bad) or ("the norm of all gradients",)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return grad_norm, skipped
+        return grad_norm, non_finite
 
 
 def _sum_over_ranks(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

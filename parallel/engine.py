@@ -56,7 +56,12 @@ class StepResult:
     losses: MeanLosses
     grad_norm: float  # before clipping
     expert_counts: Tensor  # [MoE layers, E] int64 on the host, of the global batch
-    skipped: bool  # a non-finite gradient: no parameter, moment or bias was touched
+    non_finite: tuple[str, ...] = ()  # parameters whose gradient is not finite
+
+    @property
+    def skipped(self) -> bool:
+        """A non-finite gradient: no parameter, moment or bias was touched."""
+        return bool(self.non_finite)
 
 
 class Engine(Protocol):

@@ -252,6 +252,7 @@ class LoggingSection(Section):
 class RunSection(Section):
     dir: Name  # recipe.yaml, metrics.jsonl, checkpoints/, samples/
     seed: Count = 0  # of the initial weights
+    initialize_from: Name | None = None  # a checkpoint whose weights start the run (`rorqual import` makes one)
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
     max_skipped: PositiveCount = 5  # non-finite steps in a row before the run gives up
     compile: CompileMode = "auto"

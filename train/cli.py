@@ -1,0 +1,282 @@
+"""The command `rorqual`: every command's arguments, and what a mistake looks like.
+
+A user's mistake is one line on stderr and exit code 2. Anything else is ours and keeps its traceback. Commands import what they
+need when they run, so that `--help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from train.config import Recipe, RecipeError, load_recipe
+
+# The errors that stand for a user's mistake, by name: none of their modules needs to be loaded to know them.
+USERS_MISTAKES = {
+    "data.errors.DataError",
+    "model.config.ConfigError",
+    "parallel.layout.LayoutError",
+    "train.checkpoint.CheckpointError",
+    "train.config.RecipeError",
+    "train.metrics.MetricsError",
+    "train.planning.devices.DeviceError",
+}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text in, a DeepSeek-V3 checkpoint out.")
+data = typer.Typer(no_args_is_help=True, help="Raw text to token stores.")
+tokenizer = typer.Typer(no_args_is_help=True, help="Tokenizers.")
+app.add_typer(data, name="data")
+app.add_typer(tokenizer, name="tokenizer")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value …", help="Changes to the recipe.")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `data prepare` made.")]
+Weights = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_FOLDER", help="Where the weights are.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0 done, 2 a user's mistake, 3 a run without finite gradients."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except Exception as error:
+        if f"{type(error).__module__}.{type(error).__qualname__}" not in USERS_MISTAKES:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
+            print(f"rorqual: {error}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and what it amounts to.")
+    ] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+) -> int:
+    """Train, or continue a run. Several processes: `torchrun -m train RECIPE …` with the same arguments."""
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        print(loaded.to_yaml())
+        _print_table(_amounts(loaded))
+        return 0
+    from train.launch import process_group
+    from train.trainer import Trainer
+
+    with process_group(loaded.run.device) as process:
+        return Trainer(loaded, process).run()
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the schedules into this PNG, SVG or PDF.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Not built yet.")] = None,
+    device: Annotated[str | None, typer.Option(help="Not built yet.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Not built yet.")] = False,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Not built yet.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run amounts to before it starts."""
+    for name, value in {"gpus": gpus, "device": device, "search": search, "simulate": simulate}.items():
+        if value:
+            _not_built_yet(f"plan --{name}")
+    loaded = load_recipe(recipe, overrides or [])
+    amounts = _amounts(loaded)
+    if plot:
+        from train.planning.plot import plot_schedule
+
+        plot_schedule(_schedule(loaded), plot)
+    print(json.dumps(amounts)) if as_json else _print_table(amounts)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The run's newest checkpoint, or one of them.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to write.")],
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    mtp: Annotated[bool, typer.Option("--mtp", help="With the multi-token-prediction modules.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Not built yet.")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face DeepSeek-V3 folder."""
+    if fp8:
+        _not_built_yet("export --fp8")
+    from train.export import export as write
+
+    write(source, out, dtype=dtype, mtp=mtp)
+    print(out)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_FOLDER", help="A DeepSeek-V3 model in safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The checkpoint to write, for run.initialize_from=OUT.")],
+) -> None:
+    """Turn a Hugging Face folder into a checkpoint that a run can start from."""
+    from train.export import import_folder
+
+    import_folder(source, out)
+    print(out)
+
+
+@app.command()
+def evaluate(
+    source: Weights,
+    store: Annotated[Path, typer.Option("--data", help="A token store; its validation split is read.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    tokens: Annotated[int | None, typer.Option(help="At most so many tokens in all; default: all there are.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Nats per token and bits per byte of every source, accuracy of every head, balance of the experts."""
+    from train.evaluate import evaluate_source
+
+    evaluation = evaluate_source(source, store, sequence_length, tokens)
+    if as_json:
+        print(json.dumps(evaluation.to_dict()))
+        return
+    for name, result in evaluation.sources.items():
+        accuracy = " ".join(f"{share:.3f}" for share in result.accuracy)
+        print(
+            f"{name}: {result.nats_per_token:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte over {result.tokens:,} tokens, "
+            f"accuracy {accuracy}"
+        )
+
+
+@app.command()
+def generate(
+    source: Weights,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Greedy, with the MTP modules' drafts: the same text, sooner.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    from train.generate import continue_text, load_model
+
+    model, tokens = load_model(source)
+    text, generation = continue_text(model, tokens, prompt, max_new_tokens, temperature=temperature, seed=seed, mtp=mtp)
+    if as_json:
+        drafts = {"drafted": generation.drafted, "accepted": generation.accepted} if mtp else {}
+        print(json.dumps({"text": text, **drafts}))
+    else:
+        print(text)
+
+
+@data.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A data recipe, e.g. data/recipes/default.yaml.")],
+    out: Annotated[Path, typer.Option(help="The store to write.")],
+    workers: Annotated[int | None, typer.Option(help="Processes that tokenize; default: the cores.")] = None,
+) -> None:
+    """Read sources, train or take a tokenizer, and write a token store."""
+    from data.prepare import prepare as run
+
+    run(recipe, out, workers)
+
+
+@data.command()
+def verify(store: StorePath) -> None:
+    """Read every byte of a store and compare it with its manifest."""
+    from data.store import verify_store
+
+    print(json.dumps(verify_store(store)))
+
+
+@data.command()
+def inspect(
+    store: StorePath,
+    document: Annotated[int, typer.Option(help="Its number in the split.")],
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+) -> None:
+    """Print a document as the model sees it."""
+    from data.store import Store, inspect_document
+
+    print(inspect_document(Store.open(store), split, document))
+
+
+@data.command()
+def stats(store: StorePath) -> None:
+    """Documents, tokens and bytes of every split and source, as JSON."""
+    from data.store import Store, store_stats
+
+    print(json.dumps(store_stats(Store.open(store)), indent=1))
+
+
+@tokenizer.command("train")
+def tokenizer_train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A data recipe with a tokenizer section.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face tokenizer folder to write.")],
+) -> None:
+    """Train a tokenizer on the sources of a data recipe."""
+    from data.prepare import train_tokenizer
+
+    train_tokenizer(recipe, out)
+    print(out)
+
+
+@tokenizer.command("evaluate")
+def tokenizer_evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face tokenizer folder.")],
+    text: Annotated[list[Path], typer.Option(help="A text file; may be given several times.")],
+) -> None:
+    """Bytes per token of a tokenizer on texts, and whether decoding gives the texts back, as JSON."""
+    from data.tokenizer import evaluate_tokenizer
+
+    print(json.dumps(evaluate_tokenizer(folder, text)))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def scaling(context: typer.Context) -> None:
+    """Scaling laws: not built yet."""
+    _not_built_yet("scaling")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def report(context: typer.Context) -> None:
+    """A page about a run: not built yet."""
+    _not_built_yet("report")
+
+
+def _not_built_yet(what: str) -> NoReturn:
+    raise RecipeError(f"rorqual {what}: not built yet")
+
+
+def _schedule(recipe: Recipe) -> Any:
+    from train.schedule import Schedule
+
+    return Schedule(recipe.schedule, recipe.data.sequence_length)
+
+
+def _amounts(recipe: Recipe) -> dict[str, Any]:
+    from train.planning.plan import amounts
+
+    return amounts(recipe, _schedule(recipe), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _print_table(amounts: dict[str, Any]) -> None:
+    for name, value in amounts.items():
+        print(
+            f"{name.replace('_', ' '):32} {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' '):32} {value:.4g}"
+        )

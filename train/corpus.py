@@ -1,0 +1,75 @@
+"""The data of a run: its stores, checked against the model, as training samples and validation windows."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch, Samples, StoreEntry, validation_batches
+from data.store import Store
+from train.config import Recipe, RecipeError
+from train.generate import load_tokenizer
+from train.launch import Process
+
+
+class Corpus:
+    """Opened stores of a recipe.
+
+    Args:
+        recipe: its `data` section names the stores, its model must fit their tokenizer.
+        total_samples: samples of the whole run; a source with `max_epochs` must not run out before.
+
+    Raises:
+        DataError: a store is missing, damaged or too small.
+        RecipeError: the model does not fit the tokenizer.
+    """
+
+    def __init__(self, recipe: Recipe, total_samples: int):
+        section = recipe.data
+        self.length = section.sequence_length
+        self.depths = recipe.model_config_resolved().num_nextn_predict_layers
+        self.tokens_per_evaluation = recipe.evaluate.tokens
+        entries = [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in section.train]
+        self.samples = Samples(entries, self.length, self.depths, section.seed)
+        self.samples.check_available(total_samples)
+        self.validation = [Store.open(source.path) for source in section.validation or section.train]
+        check_vocabulary(recipe, self.samples.stores[0])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.samples.stores[0].tokenizer_folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the stores."""
+        return load_tokenizer(self.tokenizer_folder)
+
+    @cached_property
+    def token_bytes(self) -> Tensor:
+        """[V] UTF-8 bytes of each token of the model's vocabulary that the tokenizer knows."""
+        return torch.from_numpy(self.samples.stores[0].token_bytes())
+
+    def validation_batches(self, process: Process, micro_batch: int) -> Iterator[tuple[str, Batch]]:
+        """(source, batch) of this rank's share of the validation windows."""
+        return validation_batches(
+            self.validation,
+            self.length,
+            self.depths,
+            micro_batch,
+            self.tokens_per_evaluation,
+            process.rank,
+            process.world_size,
+        )
+
+
+def check_vocabulary(recipe: Recipe, store: Store) -> None:
+    """The model must have a row for each token of the store, and few more: a larger gap is a mistaken preset."""
+    vocabulary = recipe.model_config_resolved().vocab_size
+    if vocabulary < store.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size = {vocabulary}: the tokenizer of {store.path} has {store.vocab_size} tokens; the model must have a row "
+            f"for each; write model.vocab_size={-(-store.vocab_size // 64) * 64}"
+        )

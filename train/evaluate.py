@@ -1,0 +1,124 @@
+"""Validation: nats a token and bits a byte of every source, how often each head is right, and how evenly the experts are used.
+
+Bits per byte compare across tokenizers, nats per token do not:
+
+    bits/byte = Σ nats of the targets / (ln 2 · Σ UTF-8 bytes of the targets)
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.loader import Batch, validation_batches
+from data.store import Store
+from model.balance import max_violation
+from model.loss import targets_at
+from model.ops.cross_entropy import CHUNK_BYTES, IGNORE, linear_cross_entropy
+from model.transformer import Transformer
+from train.config import RecipeError
+from train.generate import load_model
+from train.launch import process_group
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """What a model makes of one source."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    accuracy: list[float]  # share of targets that the main head and each MTP depth put first
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    sources: dict[str, SourceResult]
+    max_vio: list[float]  # of each MoE layer over all of it: MaxVio_global
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in `metrics.jsonl`."""
+        return {
+            "validation": {source: asdict(result) for source, result in self.sources.items()},
+            "validation_max_vio": self.max_vio,
+        }
+
+
+def evaluate_source(source: Path, store: Path, sequence_length: int, max_tokens: int | None) -> Evaluation:
+    """Evaluate a run, checkpoint or Hugging Face folder on the validation split of a store.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: the weights or the store cannot be read.
+        RecipeError: they do not belong together, or the windows are longer than the model's context.
+    """
+    opened = Store.open(store)
+    with process_group("auto") as process:
+        dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
+        model, tokenizer = load_model(source, dtype, process.device)
+        context = model.config.max_position_embeddings
+        if sequence_length > context:
+            raise RecipeError(
+                f"sequence_length = {sequence_length}: the model reads at most {context} tokens; lower it"
+            )
+        if len(tokenizer) != opened.vocab_size:
+            raise RecipeError(
+                f"data = {store}: its tokenizer has {opened.vocab_size} tokens, that of {source} has {len(tokenizer)}; "
+                "prepare the text with the model's tokenizer"
+            )
+        depths = model.config.num_nextn_predict_layers
+        batches = validation_batches(opened, sequence_length, depths, 8, max_tokens, process.rank, process.world_size)
+        return evaluate(model, batches, torch.from_numpy(opened.token_bytes()))
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[tuple[str, Batch]], token_bytes: Tensor) -> Evaluation:
+    """Evaluate on this rank's share of the validation windows; sums are taken over all ranks of the default group.
+
+    Args:
+        batches: (source, batch) pairs of this rank, as many on every rank; a batch may have no rows.
+        token_bytes: [V] UTF-8 bytes of each token.
+    """
+    device = model.lm_head.weight.device
+    depths = model.config.num_nextn_predict_layers
+    token_bytes = token_bytes.to(device)
+    sums: dict[str, Tensor] = {}  # of each source: nats, bytes, then targets and hits of every head
+    counts = torch.zeros(model.config.n_moe_layers, model.config.n_routed_experts, dtype=torch.int64, device=device)
+    for source, batch in batches:
+        row = sums.setdefault(source, torch.zeros(2 + 2 * (depths + 1), dtype=torch.float64, device=device))
+        if len(batch.tokens) == 0:
+            continue
+        tokens, documents = batch.tokens.to(device), batch.documents.to(device)
+        hidden, stats = model.hidden_states(tokens, documents)
+        labels = [targets_at(tokens, documents, k, depths, model.mask_documents).flatten() for k in range(depths + 1)]
+        nats = linear_cross_entropy(hidden[0].flatten(0, 1), model.lm_head.weight, labels[0])
+        size = token_bytes[labels[0][labels[0] != IGNORE]].sum()
+        hits = [_hits(h.flatten(0, 1), model.lm_head.weight, y) for h, y in zip(hidden, labels)]
+        row += torch.stack([nats, size, *((y != IGNORE).sum() for y in labels), *hits]).double()
+        if stats:
+            counts += torch.stack([s.expert_counts for s in stats])
+    results = {}
+    for source, row in sums.items():
+        dist.all_reduce(row)
+        nats, size, *rest = row.tolist()
+        targets, hits = rest[: depths + 1], rest[depths + 1 :]
+        results[source] = SourceResult(
+            nats_per_token=nats / max(targets[0], 1),
+            bits_per_byte=nats / math.log(2) / max(size, 1),
+            tokens=int(targets[0]),
+            accuracy=[hit / max(n, 1) for hit, n in zip(hits, targets)],
+        )
+    dist.all_reduce(counts)
+    return Evaluation(results, max_violation(counts).tolist())
+
+
+def _hits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """How many targets have the largest logit, a chunk of tokens at a time. [N, D], [V, D], [N] → []."""
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    head = weight.to(hidden.dtype)
+    chunks = zip(hidden.split(rows), labels.split(rows))
+    return torch.stack([((h @ head.T).argmax(-1) == y).sum() for h, y in chunks]).sum()

@@ -1,0 +1,62 @@
+"""The processes of a run: what a launcher says about them, their device, and their process group.
+
+`torchrun`, `deepspeed` and `accelerate launch` all describe a process by RANK, WORLD_SIZE and LOCAL_RANK. Started without a
+launcher a run is a group of one, so that nothing later has to ask whether there is a group.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from parallel.layout import LayoutError
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Process]:
+    """Join the group of the run, gloo for host tensors and nccl for a GPU's, and leave it at the end.
+
+    Raises:
+        LayoutError: the device that the recipe asks for is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LayoutError(
+            "run.device: cuda: this process sees no CUDA device; use auto or cpu, or a CUDA build of torch"
+        )
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"run.device: local rank {local_rank} has no GPU of its own, this node shows {torch.cuda.device_count()}; "
+            "start at most one process a GPU, or use run.device=cpu"
+        )
+    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Process(dist.get_rank(), dist.get_world_size(), local_rank, where)
+    finally:
+        dist.destroy_process_group()

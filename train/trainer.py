@@ -1,0 +1,304 @@
+"""The training loop: from a recipe and a process to a finished, interrupted or failed run.
+
+A run is a function of its recipe. What it has done is the number of tokens consumed, from which the schedule gives the settings of
+the next step and the loader its samples; starting the same recipe again continues from the newest complete checkpoint.
+"""
+
+import itertools
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from data.files import replace_file
+from data.loader import Batch, Loader
+from model.init import initialize
+from model.transformer import Transformer
+from parallel.ddp import DDPEngine
+from parallel.engine import Engine, State, StepResult
+from parallel.layout import Layout, ParallelConfig
+from parallel.recompute import apply_recompute
+from train.checkpoint import Checkpoints, load
+from train.config import Recipe, RecipeError
+from train.corpus import Corpus
+from train.evaluate import Evaluation, evaluate
+from train.generate import continue_texts
+from train.launch import Process
+from train.optimizer import HostEMA, build_optimizer
+from train.ranks import Ranks
+from train.runlog import RunLog
+from train.schedule import Schedule, Step
+
+log = logging.getLogger(__name__)
+
+FINISHED, DIVERGED = 0, 3  # exit codes
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Trainer:
+    """One run on this process. `run` returns the exit code.
+
+    Raises:
+        RecipeError, LayoutError, DataError, CheckpointError: a mistake found before the first step.
+    """
+
+    def __init__(self, recipe: Recipe, process: Process):
+        self.recipe, self.process = recipe, process
+        self.folder = Path(recipe.run.dir)
+        self.ranks = Ranks(dist.new_group(backend="gloo"))
+        self.schedule = Schedule(recipe.schedule, recipe.data.sequence_length)
+        parallel = recipe.parallel
+        self.layout = Layout(
+            ParallelConfig(parallel.engine, parallel.expert, parallel.pipeline, parallel.context, parallel.micro_batch),
+            process.world_size,
+        )
+        for sequences in self.schedule.batches():
+            self.layout.check_batch(sequences)
+        self.corpus = Corpus(recipe, self.schedule.final_tokens // recipe.data.sequence_length)
+        self.engine: Engine = self._build_engine()
+        ema = recipe.optimizer.ema
+        self.ema = HostEMA(self.engine.model.named_parameters(), ema) if ema and process.is_first else None
+        saving = recipe.checkpoint
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", saving.keep, saving.keep_every_steps, saving.asynchronous
+        )
+        self.step = 0  # optimizer steps behind us, skipped ones included
+        self.tokens = 0  # tokens consumed
+        self.skipped_in_a_row = 0
+        self.data_sections = [[0, recipe.data_fingerprint()]]  # [first sample, hash of the data section that gives it]
+        self.last_save = time.monotonic()
+
+    def run(self) -> int:
+        """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
+        self._resume()
+        self.ranks.first(self._write_recipe)
+        steps = self.schedule.steps(self.tokens)
+        if self.step in (self.schedule.total_steps, self.recipe.run.stop_at_step):
+            steps = iter(())
+        with ExitStack() as stack:
+            asked_to_stop = stack.enter_context(_listen_for_signals())
+            run_log = stack.enter_context(
+                RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
+            )
+            for step, batches in self._with_batches(steps, stack):
+                result = self._train_step(step, batches)
+                metrics = run_log.end_step(self.step, self.tokens, step, result)
+                at_end = self.step in (self.schedule.total_steps, self.recipe.run.stop_at_step)
+                validates = self.step == self.schedule.total_steps or _is_multiple(
+                    self.step, self.recipe.evaluate.every_steps
+                )
+                run_log.write(metrics, self._evaluate() if validates else None)
+                if self._is_diverged(result):
+                    self._save()
+                    self._save_evidence(step, batches, result)
+                    self.checkpoints.wait()
+                    run_log.say(self._divergence(result))
+                    return DIVERGED
+                stop, save = self._agree(asked_to_stop(), self._is_time_to_save())
+                if save or stop or at_end:
+                    self._save()
+                if stop or at_end:
+                    break
+                run_log.start_step()
+            self.checkpoints.wait()
+            run_log.say(self._ending())
+        return FINISHED
+
+    def _build_engine(self) -> Engine:
+        recipe = self.recipe
+        config = recipe.model_config_resolved()
+        compute = recipe.precision.compute or ("bf16" if self.process.device.type == "cuda" else "fp32")
+        with torch.device(self.process.device):
+            model = Transformer(config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents)
+        initialize(model, recipe.run.seed)
+        if recipe.run.initialize_from:
+            load(recipe.run.initialize_from, _weights(model), partial=True)
+        apply_recompute(model, recipe.parallel.recompute)
+        if recipe.run.compile is True or (recipe.run.compile == "auto" and self.process.device.type == "cuda"):
+            for block in model.model.layers:
+                block.compile()
+        return DDPEngine(
+            model,
+            lambda m: build_optimizer(m.named_parameters(), recipe.optimizer, recipe.precision.moments),
+            recipe.optimizer.clip,
+        )
+
+    def _with_batches(self, steps: Iterator[Step], stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
+        """Each step with this rank's micro-batches; a thread reads ahead of the steps until the stack closes."""
+        steps, ahead = itertools.tee(steps)
+        loader = Loader(
+            self.corpus.samples,
+            self.process.rank,
+            self.process.world_size,
+            self.recipe.parallel.micro_batch,
+            pin=self.process.device.type == "cuda",
+        )
+        batches = loader.steps((step.first_sample, step.settings.batch) for step in ahead)
+        stack.callback(batches.close)  # type: ignore[attr-defined]
+        return zip(steps, batches)
+
+    def _train_step(self, step: Step, batches: list[Batch]) -> StepResult:
+        device = self.process.device
+        on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
+        result = self.engine.step(on_device, step.settings)
+        if self.ema and not result.skipped:
+            self.ema.update()
+        self.step += 1
+        self.tokens += step.settings.batch * self.recipe.data.sequence_length
+        return result
+
+    def _is_diverged(self, result: StepResult) -> bool:
+        """Whether too many steps in a row had no finite gradient. While fp16's loss scale still falls, a skip is no sign of it."""
+        still_scaling = self.engine.loss_scale > 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped and not still_scaling else 0
+        return self.skipped_in_a_row >= self.recipe.run.max_skipped
+
+    def _evaluate(self) -> Evaluation:
+        """Validate on all ranks; the first one then writes samples."""
+        model = self.engine.model
+        batches = self.corpus.validation_batches(self.process, self.recipe.parallel.micro_batch)
+        evaluation = evaluate(model, batches, self.corpus.token_bytes)
+        if self.process.is_first and self.recipe.evaluate.sample_prompts:
+            samples = continue_texts(model, self.corpus.tokenizer, self.recipe.evaluate.sample_prompts)
+            folder = self.folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            with replace_file(folder / f"step-{self.step:08d}.txt") as path:
+                path.write_text("\n\n———\n\n".join(samples) + "\n", encoding="utf-8")
+        return evaluation
+
+    def _is_time_to_save(self) -> bool:
+        minutes = self.recipe.checkpoint.every_minutes
+        return _is_multiple(self.step, self.recipe.checkpoint.every_steps) or (
+            minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        )
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Per flag, whether any rank raised it: signals and clocks differ between ranks, decisions must not."""
+        return self.ranks.union(list(flags))
+
+    def _state(self) -> State:
+        state = self.engine.state()
+        if self.ema:
+            state["ema"] = self.ema.state()
+        return state
+
+    def _save(self) -> None:
+        samples = self.tokens // self.recipe.data.sequence_length
+        self.checkpoints.save(
+            self.step,
+            self._state(),
+            {
+                "recipe": self.recipe.model_dump(mode="json", by_alias=True),
+                "model": self.engine.model.config.to_hf(),
+                "step": self.step,
+                "tokens": self.tokens,
+                "samples": samples,
+                "samples_by_source": self.corpus.samples.consumed(samples),
+                "data_sections": self.data_sections,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
+                "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
+                "world_size": self.process.world_size,
+                "versions": {"torch": torch.__version__},
+                "law": self.recipe.schedule.law,
+            },
+        )
+        self.last_save = time.monotonic()
+
+    def _resume(self) -> None:
+        """Continue from the newest complete checkpoint of the run's folder, if there is one."""
+        path = self.checkpoints.latest()
+        if path is None:
+            return
+        state = self._state()
+        run = self.checkpoints.load(path, state)
+        self.engine.load(state)
+        if self.ema:
+            self.ema.load(state["ema"])
+        length = self.recipe.data.sequence_length
+        if run["tokens"] != run["samples"] * length:
+            raise RecipeError(
+                f"data.sequence_length = {length}: {path} was trained with {run['tokens'] // run['samples']}; "
+                "a change of length within a run: not built yet"
+            )
+        self.step, self.tokens, self.skipped_in_a_row = run["step"], run["tokens"], run["skipped_in_a_row"]
+        sections = run["data_sections"]
+        fingerprint = self.recipe.data_fingerprint()
+        if sections[-1][1] != fingerprint:
+            log.warning("the data section changed: samples from %d on come from the new one", run["samples"])
+            sections.append([run["samples"], fingerprint])
+        self.data_sections = sections
+        log.info("continuing from %s: step %d, %d tokens", path, self.step, self.tokens)
+
+    def _write_recipe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(self.folder / "recipe.yaml") as path:
+            path.write_text(self.recipe.to_yaml(), encoding="utf-8")
+
+    def _save_evidence(self, step: Step, batches: list[Batch], result: StepResult) -> None:
+        """What is needed to look at a step without finite gradients: its batches, its settings, where it went wrong."""
+        folder = self.folder / "non_finite" / f"step-{self.step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{name}.{i}": part for i, b in enumerate(batches) for name, part in b._asdict().items()}
+        with replace_file(folder / f"batches-rank{self.process.rank}.safetensors") as path:
+            save_file(tensors, path)
+        if self.process.is_first:
+            report = {
+                "step": self.step,
+                "first_sample": step.first_sample,
+                "settings": asdict(step.settings),
+                "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
+                "parameters_with_non_finite_gradients": result.non_finite,
+                "weights": f"checkpoints/step-{self.step:08d}",
+            }
+            with replace_file(folder / "report.json") as path:
+                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    def _ending(self) -> str:
+        where = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        if self.step == self.schedule.total_steps:
+            return f"finished at step {self.step}; checkpoint {where}"
+        return f"stopped at step {self.step} of {self.schedule.total_steps}; start the same command again to continue from {where}"
+
+    def _divergence(self, result: StepResult) -> str:
+        return (
+            f"{self.skipped_in_a_row} steps in a row had no finite gradient (first in {result.non_finite[0]}); "
+            f"batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint"
+        )
+
+
+def train(recipe: Recipe, process: Process) -> int:
+    """Run a recipe on this process; returns the exit code: 0 finished or stopped as asked, 3 without finite gradients."""
+    return Trainer(recipe, process).run()
+
+
+@contextmanager
+def _listen_for_signals() -> Iterator[Any]:
+    """SIGTERM and SIGUSR1 (a scheduler's warning) ask for a checkpoint and an end; yields a function that says whether one came."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda received_number, _: received.append(received_number))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _weights(model: Transformer) -> State:
+    return {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
