@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from train.config import Recipe, RecipeError, load_recipe
@@ -27,7 +26,12 @@ USERS_MISTAKES = {
     "train.planning.devices.DeviceError",
 }
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Raw text in, a DeepSeek-V3 checkpoint out.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Raw text in, a DeepSeek-V3 checkpoint out.",
+)
 data = typer.Typer(no_args_is_help=True, help="Raw text to token stores.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(data, name="data")
@@ -43,19 +47,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 2 a user's mistake, 3 a run without finite gradients."""
     try:
-        code = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Abort:
-        return 130
-    except click.ClickException as error:
-        error.show()
-        return 2
+        app(args=arguments)
+    except SystemExit as end:  # typer's own: help, a usage error, a command's exit code
+        return int(end.code or 0)
     except Exception as error:
         if f"{type(error).__module__}.{type(error).__qualname__}" not in USERS_MISTAKES:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
             print(f"rorqual: {error}", file=sys.stderr)
         return 2
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 @app.command()
@@ -66,18 +67,19 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe and what it amounts to.")
     ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
-) -> int:
+) -> None:
     """Train, or continue a run. Several processes: `torchrun -m train RECIPE …` with the same arguments."""
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         print(loaded.to_yaml())
         _print_table(_amounts(loaded))
-        return 0
+        return
     from train.launch import process_group
     from train.trainer import Trainer
 
     with process_group(loaded.run.device) as process:
-        return Trainer(loaded, process).run()
+        code = Trainer(loaded, process).run()
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -258,7 +260,7 @@ def report(context: typer.Context) -> None:
 
 
 def _not_built_yet(what: str) -> NoReturn:
-    raise RecipeError(f"rorqual {what}: not built yet")
+    raise RecipeError(f"{what}: not built yet")
 
 
 def _schedule(recipe: Recipe) -> Any:
