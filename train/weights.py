@@ -1,0 +1,166 @@
+"""Weights to read from: a run, one of its checkpoints, an imported checkpoint or a Hugging Face folder, all seen alike.
+
+`open_weights` tells them apart by what lies in the folder. What it returns knows the model's configuration and its tokenizer, and
+streams the tensors under their in-memory names, a bounded part of them in memory at a time.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.config import ConfigError, ModelConfig
+from model.hf import NamedTensor, from_hf, state_shapes
+from train import checkpoint
+from train.checkpoint import CheckpointError
+
+GROUP_BYTES = 128 << 20  # read at once from a checkpoint, or one tensor where that is larger
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Weights(Protocol):
+    """A model's configuration, tokenizer and tensors."""
+
+    config: ModelConfig
+    tokenizer: Path | None  # the folder of its files; None where an imported folder had none
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        """Parameters and buffers in the order of the model: parameters fp32 from a checkpoint, as stored from a folder."""
+        ...
+
+
+def open_weights(source: Path | str) -> Weights:
+    """Find out what `source` is and read its description.
+
+    Args:
+        source: a run folder (its newest complete checkpoint is taken), a checkpoint `step-…` or one that `import_folder`
+            wrote, or a Hugging Face folder of a DeepSeek-V3 model.
+
+    Raises:
+        CheckpointError: it is none of these, or is damaged.
+        ConfigError: its model is not one that Rorqual builds.
+    """
+    path = Path(source)
+    if (path / "config.json").is_file():
+        return FolderWeights(path)
+    if (path / "run.json").is_file():
+        return CheckpointWeights(path)
+    if (path / "checkpoints").is_dir():
+        newest = checkpoint.latest(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"run {path}: has no complete checkpoint; let it train until its first save")
+        return CheckpointWeights(newest)
+    raise CheckpointError(
+        f"weights {path}: {'nothing known in it' if path.is_dir() else 'no such folder'}; "
+        "give a run folder, a checkpoint step-… or a Hugging Face folder with config.json"
+    )
+
+
+class CheckpointWeights:
+    """A checkpoint of a run, or one written by `train.export.import_folder`."""
+
+    def __init__(self, path: Path):
+        checkpoint.verify(path)
+        run = checkpoint.read_run(path)
+        self.path = path
+        self.config = ModelConfig.from_hf(run["model"])
+        self.tokenizer = _tokenizer_of(path, run)
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        for shapes in _groups(state_shapes(self.config)):
+            group = self._read(shapes)
+            for name in shapes:
+                yield name, group.pop(name)
+
+    def _read(self, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+        group = {name: torch.empty(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
+        sections: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}}
+        for name, tensor in group.items():
+            sections["buffers" if is_buffer(name) else "parameters"][name] = tensor
+        checkpoint.load(self.path, sections, partial=True)
+        return group
+
+
+class FolderWeights:
+    """A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer files if there are any."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = ModelConfig.from_hf(_read_json(path / "config.json"))
+        self.tokenizer = path if (path / "tokenizer_config.json").is_file() else None
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        files = self._files()
+        opened: dict[str, Any] = {}
+
+        def read(key: str) -> Tensor:
+            name = files[key]
+            if name not in opened:
+                opened[name] = self._open(name)
+            return opened[name].get_tensor(key)
+
+        return from_hf(self.config, files.keys(), read)
+
+    def _files(self) -> dict[str, str]:
+        """The file of each key."""
+        if (self.path / INDEX).is_file():
+            weight_map: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
+            return weight_map
+        return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+
+    def _open(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.path / name, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"weights {self.path}: {name} is missing; the weights must be there as safetensors; fetch them again"
+            ) from None
+        except (OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"weights {self.path}: {name} cannot be read ({reason}); fetch it again") from None
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a name of the state is a buffer: the expert bias is the only one."""
+    return name.endswith(".e_score_correction_bias")
+
+
+def _tokenizer_of(path: Path, run: dict[str, Any]) -> Path | None:
+    """An import carries its tokenizer inside; a run names the folder in its token store."""
+    if (path / "tokenizer").is_dir():
+        return path / "tokenizer"
+    if run.get("tokenizer") is None:
+        return None
+    folder = Path(run["tokenizer"])
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path}: its tokenizer {folder} is missing; run.json names the folder it was trained with; "
+            "bring the token store back there"
+        )
+    return folder
+
+
+def _groups(shapes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Cut the names into runs of at most GROUP_BYTES: opening a checkpoint costs too much to do it for each tensor."""
+    group: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if group and sum(t.nbytes for t in group.values()) + shape.nbytes > GROUP_BYTES:
+            yield group
+            group = {}
+        group[name] = shape
+    if group:
+        yield group
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"weights {path}: cannot be read ({type(error).__name__}); it must be a JSON file; fetch it again"
+        ) from None
