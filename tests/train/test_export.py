@@ -1,0 +1,357 @@
+"""A run's export is a Hugging Face folder: transformers loads it, computes the same, and it comes back bit for bit."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_layers import MtpModel
+
+from model.config import ConfigError, YarnScaling
+from tests.small_model import small_model
+from train import checkpoint
+from train.checkpoint import CheckpointError, Checkpoints
+from train.export import _write_shards, export, import_folder
+from train.generate import _Speculation, continue_text, continue_texts, generate, load_model
+from train.weights import is_buffer, open_weights
+
+VOCABULARY = 320
+SHARD = 150_000  # bytes; the model has about 850,000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group():
+    """A checkpoint is saved by the ranks of a group, here a group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE, saved by transformers 5."""
+    bpe = ByteLevelBPETokenizer()
+    text = "It is a way I have of driving off the spleen, and regulating the circulation. Call me Ishmael. " * 3
+    bpe.train_from_iterator([text], vocab_size=VOCABULARY - 10, special_tokens=["<s>", "</s>"], show_progress=False)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory, tokenizer_folder):
+    """make_run(**changes) → (model, run folder with a checkpoint of it)."""
+
+    def make(**changes):
+        model = small_model(vocab_size=VOCABULARY, **changes)
+        folder = tmp_path_factory.mktemp("run")
+        state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
+        state["exp_avg"] = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+        run = {"model": model.config.to_hf(), "tokenizer": str(tokenizer_folder)}
+        Checkpoints(folder / "checkpoints", asynchronous=False).save(20, state, run)
+        return model, folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+@pytest.fixture
+def mtp_layers(monkeypatch):
+    """mtp_layers(first, depths): tell transformers' loader where the MTP layers are; its own pattern is for layer 61."""
+
+    def tell(first, depths):
+        patterns = [rf"model\.layers\.{first + depth}\..*" for depth in range(depths)]
+        monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns)
+
+    return tell
+
+
+@torch.no_grad()
+def assert_same_model(hf, model):
+    """Logits within 1e-5 and the same greedy text."""
+    tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(3))
+    ours = model.lm_head(model.decode(tokens, model.new_caches(2, 24)[:3]))
+    assert ours.std() > 0.3
+    assert (hf(tokens).logits - ours).abs().max() <= 1e-5
+    expected = generate(model, tokens[:1], 24).tokens
+    assert torch.equal(hf.generate(tokens[:1], max_new_tokens=24, do_sample=False, eos_token_id=None), expected)
+
+
+def tensors_of(folder):
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_scaling": YARN}, {"num_nextn_predict_layers": 0}])
+def test_transformers_computes_the_same_from_an_export(make_run, tmp_path, changes):
+    model, folder = make_run(**changes)
+    export(folder, tmp_path / "out", max_shard_bytes=SHARD)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("cpu_bytes", [10_000_000, 600_000])
+def test_accelerate_places_an_export_and_offloads_it_to_disk(run, tmp_path, cpu_bytes):
+    export(run[1], tmp_path / "out", max_shard_bytes=SHARD)
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", device_map="auto", max_memory={"cpu": cpu_bytes}, offload_folder=tmp_path / "offload"
+    )
+    offloaded = set(getattr(hf, "hf_device_map", {}).values())
+    assert offloaded == {"cpu", "disk"} if cpu_bytes == 600_000 else "disk" not in offloaded
+    assert_same_model(hf, run[0])
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_transformers_speculates_with_the_mtp_layers_of_an_export(make_run, tmp_path, mtp_layers, monkeypatch, depths):
+    model, folder = make_run(num_nextn_predict_layers=depths)
+    export(folder, tmp_path / "out", mtp=True, max_shard_bytes=SHARD)
+    mtp_layers(3, depths)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(0, VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(4))
+
+    drafts = {"theirs": [], "ours": []}
+
+    def record(owner, function, to_drafts, side):
+        def recorded(*args, **kwargs):
+            result = function(*args, **kwargs)
+            drafts[side].append(to_drafts(result)[0].tolist())
+            return result
+
+        monkeypatch.setattr(owner, function.__name__, recorded)
+
+    record(MtpModel, MtpModel.forward, lambda result: result[0], "theirs")
+    record(_Speculation, _Speculation._draft, lambda result: result, "ours")
+    expected = generate(model, tokens, 20).tokens
+    assert torch.equal(generate(model, tokens, 20, mtp=True).tokens, expected)
+    theirs = hf.generate(tokens, max_new_tokens=20, do_sample=False, use_mtp=True, eos_token_id=None)
+    assert torch.equal(theirs, expected)
+    assert len(drafts["theirs"]) > 10
+    # Rounds that end with the text: we draft no further than it goes.
+    assert drafts["theirs"][: len(drafts["ours"]) - 2] == drafts["ours"][:-2]
+
+
+def test_bf16_rounds_all_but_the_expert_bias(run, tmp_path):
+    export(run[1], tmp_path / "out", dtype="bf16", mtp=True)
+    for key, tensor in tensors_of(tmp_path / "out").items():
+        assert tensor.dtype == (torch.float32 if is_buffer(key) else torch.bfloat16)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    state = run[0].state_dict()
+    assert hf.dtype == torch.bfloat16
+    for name, tensor in hf.state_dict().items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype)), name
+        assert is_buffer(name) == (tensor.dtype == torch.float32), name
+
+
+@pytest.mark.parametrize("depths", [0, 1, 2])
+def test_an_import_is_a_checkpoint_with_the_same_bits(make_run, tmp_path, depths):
+    model, folder = make_run(num_nextn_predict_layers=depths)
+    export(folder, tmp_path / "hf", mtp=depths > 0, max_shard_bytes=SHARD)
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+
+    fresh = small_model(seed=9, vocab_size=VOCABULARY, num_nextn_predict_layers=depths)
+    state = {"parameters": dict(fresh.named_parameters()), "buffers": dict(fresh.named_buffers())}
+    run_json = checkpoint.load(tmp_path / "imported", state)
+    assert run_json["imported_from"] == "hf"
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+
+    assert open_weights(tmp_path / "imported").config == model.config
+    export(tmp_path / "imported", tmp_path / "again", mtp=depths > 0)
+    first, again = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == len(AutoTokenizer.from_pretrained(tmp_path / "hf"))
+
+
+def test_weights_that_transformers_saved_are_imported(run, tmp_path):
+    export(run[1], tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    import_folder(tmp_path / "saved", tmp_path / "imported")
+    state = run[0].state_dict()
+    for name, tensor in open_weights(tmp_path / "imported").tensors():
+        assert torch.equal(tensor, state[name])
+
+
+def test_bf16_weights_become_fp32_parameters(run, tmp_path):
+    export(run[1], tmp_path / "out", dtype="bf16")
+    import_folder(tmp_path / "out", tmp_path / "imported")
+    state = run[0].state_dict()
+    for name, tensor in open_weights(tmp_path / "imported").tensors():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[name] if is_buffer(name) else state[name].bfloat16().float())
+
+
+def test_shards_keep_to_their_size_and_the_index_names_them(run, tmp_path):
+    export(run[1], tmp_path / "out", mtp=True, max_shard_bytes=SHARD)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert [path.name for path in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    assert len(files) > 4
+    total = 0
+    for path in files:
+        tensors = load_file(path)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= SHARD
+        assert {index["weight_map"].pop(key) for key in tensors} == {path.name}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    assert not index["weight_map"]
+    assert index["metadata"]["total_size"] == total
+
+
+def test_what_fits_into_one_shard_is_one_file_without_an_index(run, tmp_path):
+    export(run[1], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_no_more_than_one_shard_is_in_memory(tmp_path):
+    alive = weakref.WeakSet()
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for i in range(40):
+            tensor = torch.full((1000,), float(i))
+            alive.add(tensor.untyped_storage())
+            most = max(most, sum(storage.nbytes() for storage in alive))
+            yield f"t{i}", tensor
+            del tensor
+
+    _write_shards(tensors(), tmp_path, 5 * 4000)
+    assert len(list(tmp_path.glob("model-*"))) == 8
+    assert most <= 6 * 4000  # a shard of five, and the tensor that did not fit into it
+
+
+def test_the_configuration_says_what_is_in_the_folder(make_run, tmp_path):
+    _, folder = make_run(num_nextn_predict_layers=2, rope_scaling=YARN)
+    export(folder, tmp_path / "plain", dtype="bf16")
+    export(folder, tmp_path / "mtp", mtp=True)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert (config["topk_method"], config["scoring_func"], config["moe_layer_freq"]) == ("noaux_tc", "sigmoid", 1)
+    assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn"
+    assert json.loads((tmp_path / "mtp" / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path / "mtp")
+    assert loaded.num_mtp_layers == 2
+    assert loaded.rope_parameters["factor"] == 4.0
+
+
+def test_the_tokenizer_travels_with_the_weights(run, tmp_path, tokenizer_folder):
+    export(run[1], tmp_path / "out")
+    original = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    text = "Call me Ishmael — quick brown föx 123"
+    for loader in (AutoTokenizer, PreTrainedTokenizerFast):
+        loaded = loader.from_pretrained(tmp_path / "out")
+        assert loaded(text).input_ids == original(text).input_ids
+        assert loaded.decode(loaded(text).input_ids) == text
+    # What transformers 4 reads: it knows no TokenizersBackend.
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (original.bos_token_id, original.eos_token_id)
+
+
+def test_run_checkpoint_import_and_folder_give_one_model_and_one_text(run, tmp_path):
+    model, folder = run
+    export(folder, tmp_path / "hf", mtp=True)
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    texts = set()
+    for source in (folder, folder / "checkpoints" / "step-00000020", tmp_path / "hf", tmp_path / "imported"):
+        loaded, tokenizer = load_model(source)
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        texts |= set(continue_texts(loaded, tokenizer, ["Call me Ishmael", ""], max_new_tokens=10))
+        assert continue_text(loaded, tokenizer, "Call me Ishmael", 10, mtp=True)[0] in texts
+    assert len(texts) == 2
+
+
+def test_a_model_loaded_in_bf16_keeps_norms_and_gates_in_fp32(run):
+    loaded, _ = load_model(run[1], torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert fp32 == {name for name in dtypes if "norm" in name or ".mlp.gate." in name}
+    expected = run[0].model.layers[1].mlp.gate.weight
+    assert torch.equal(loaded.model.layers[1].mlp.gate.weight, expected)
+    assert generate(loaded, torch.tensor([[5, 6, 7]]), 5).tokens.shape == (1, 8)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(run[1], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+    (tmp_path / "out" / "notes.txt").unlink()
+    export(run[1], tmp_path / "out")
+
+
+def test_a_half_written_export_is_never_seen(run, tmp_path):
+    export(run[1], tmp_path / "hf", max_shard_bytes=SHARD)
+    last = sorted((tmp_path / "hf").glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    for write in (export, import_folder):
+        with pytest.raises(CheckpointError, match=last.name):
+            write(tmp_path / "hf", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_source_that_is_nothing_says_what_it_may_be(tmp_path):
+    for source in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(CheckpointError, match="give a run folder"):
+            export(source, tmp_path / "out")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        export(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        import_folder(tmp_path / "run", tmp_path / "out")
+
+
+def test_what_cannot_be_exported_or_imported_is_refused_in_one_line(make_run, run, tmp_path, tokenizer_folder):
+    _, without = make_run(num_nextn_predict_layers=0)
+    with pytest.raises(ConfigError, match="no MTP layers"):
+        export(without, tmp_path / "out", mtp=True)
+
+    export(run[1], tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    quantized = config | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(ConfigError, match="not built yet"):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.zeros(200, 48)}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight has shape \[200, 48\]"):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    with pytest.raises(ConfigError, match=r"vocab_size: 200, but the tokenizer"):
+        export(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lost_tokenizer_is_named(make_run, tmp_path, tokenizer_folder):
+    _, folder = make_run()
+    path = folder / "checkpoints" / "step-00000020"
+    moved = shutil.copytree(path, tmp_path / "step-00000020")
+    text = (moved / "run.json").read_text().replace(str(tokenizer_folder), "gone/tokenizer")
+    (moved / "run.json").write_text(text)
+    marker = json.loads((moved / "COMPLETE").read_text())
+    marker["files"]["run.json"] = len(text)
+    (moved / "COMPLETE").write_text(json.dumps(marker))
+    with pytest.raises(CheckpointError, match="gone/tokenizer is missing"):
+        export(moved, tmp_path / "out")

@@ -1,0 +1,245 @@
+r"""Weights leave for Hugging Face, and come in from there.
+
+`export` writes a folder for transformers 4 and 5, vLLM and SGLang. What their loaders take from it beyond the dimensions:
+
+| field                            | who reads it, and for what                                                            |
+|----------------------------------|---------------------------------------------------------------------------------------|
+| `architectures`, `model_type`    | all: the class of the model                                                           |
+| `topk_method: noaux_tc`          | vLLM, SGLang: only then does a gate get its `e_score_correction_bias`                 |
+| `scoring_func`, `moe_layer_freq` | vLLM, SGLang: sigmoid instead of softmax; which layers are MoE                        |
+| `rope_theta`, `rope_scaling`     | all. A scaling has `type` (read by older releases) and `rope_type`; null is plain RoPE |
+| `num_nextn_predict_layers`       | all: how many layers from `num_hidden_layers` on are MTP modules                      |
+| `torch_dtype`, `dtype`           | all; transformers 5 goes by the second name                                           |
+
+`e_score_correction_bias` is fp32 in every export. transformers (5.23) passes over MTP layers by a pattern made for 61 layers.
+At another depth, and for `generate(use_mtp=True)` there, give it before loading a pattern for each MTP layer L, the first of which
+is num_hidden_layers: `DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [r"model\.layers\.L\..*"]`.
+
+`import_folder` turns a folder in Hugging Face's layout into a checkpoint that a run can start from.
+
+Either way the tensors pass in a stream: at most one shard of the output, and what is read at once from the source
+(`train.weights`), are in memory. What is written stands under a temporary name until it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+
+from data.files import replace_file, sync
+from model.config import ConfigError, ModelConfig
+from model.hf import NamedTensor, state_shapes, to_hf
+from train.checkpoint import MARKER, CheckpointError, _Writer
+from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000  # transformers' default for a long time; the hub serves files up to 50 GB
+
+# All that a tokenizer of either library may consist of.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def export(
+    source: Path | str,
+    out: Path | str,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    mtp: bool = False,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model as a Hugging Face folder.
+
+    Args:
+        source: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
+        out: the new folder; it may exist if it is empty.
+        dtype: of all weights but the expert biases, which stay fp32.
+        mtp: with the MTP layers; else `num_nextn_predict_layers` becomes 0.
+        max_shard_bytes: of tensors in one file, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: `source` holds no weights, or `out` is not empty or cannot be written.
+        ConfigError: MTP layers are asked for and the model has none, or its tokenizer does not fit it.
+    """
+    weights = open_weights(source)
+    if mtp and not weights.config.num_nextn_predict_layers:
+        raise ConfigError(f"mtp: {source} has no MTP layers, num_nextn_predict_layers = 0; leave mtp out")
+    depths = weights.config.num_nextn_predict_layers if mtp else 0
+    config = weights.config.override({"num_nextn_predict_layers": depths, **_special_tokens(weights)})
+    with _new_folder(Path(out)) as folder:
+        named = to_hf(weights.tensors(), weights.config, mtp)
+        _write_shards(_converted(named, DTYPES[dtype]), folder, max_shard_bytes)
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        _write_json(folder / "config.json", config.to_hf() | {"dtype": name, "torch_dtype": name})
+        special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        _write_json(folder / "generation_config.json", special | {"do_sample": False})
+        if weights.tokenizer:
+            _copy_tokenizer(weights.tokenizer, folder)
+
+
+def import_folder(source: Path | str, out: Path | str) -> None:
+    """Write a Hugging Face folder of a DeepSeek-V3 model as a checkpoint with parameters (fp32) and buffers only.
+
+    Its `run.json` holds the model and where it came from, its folder `tokenizer/` the tokenizer if there was one. A run
+    starts from it with `run.initialize_from`.
+
+    Args:
+        source: config.json, safetensors in bf16, fp16 or fp32, and tokenizer files.
+        out: the new folder; it may exist if it is empty.
+
+    Raises:
+        CheckpointError: `source` holds no weights, or `out` is not empty or cannot be written.
+        ConfigError: the configuration is not one that Rorqual builds, or the weights are not those of the configuration.
+    """
+    source = Path(source)
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            f"import {source}: no config.json in it; give a Hugging Face folder of a DeepSeek-V3 model"
+        )
+    weights = FolderWeights(source)
+    with _new_folder(Path(out)) as folder:
+        _save_stream(weights.tensors(), state_shapes(weights.config), folder)
+        _write_json(folder / "run.json", {"imported_from": source.name, "model": weights.config.to_hf()})
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        if weights.tokenizer:
+            (folder / "tokenizer").mkdir()
+            _copy_tokenizer(weights.tokenizer, folder / "tokenizer")
+        _write_json(folder / MARKER, {"step": 0, "files": files})
+
+
+def _converted(tensors: Iterator[NamedTensor], dtype: torch.dtype) -> Iterator[NamedTensor]:
+    for key, tensor in tensors:
+        yield key, tensor.to(torch.float32 if is_buffer(key) else dtype)
+
+
+def _write_shards(tensors: Iterator[NamedTensor], folder: Path, max_bytes: int) -> None:
+    """One file, or shards numbered from 1 and their index: the layout of transformers."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def write() -> None:
+        # Two keys of one tensor, such as a copy of the embedding, need a memory of their own each.
+        path = folder / f"{len(shards)}.safetensors"
+        save_file(_unshared(shard), path, metadata={"format": "pt"})
+        path.chmod(0o777 & folder.stat().st_mode & ~0o111)  # it creates files that only their owner may read
+        shards.append(list(shard))
+        shard.clear()
+
+    for key, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_bytes:
+            write()
+        shard[key] = tensor
+        total += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, keys in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _unshared(shard: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in shard.items():
+        result[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return result
+
+
+def _save_stream(tensors: Iterator[NamedTensor], shapes: dict[str, Tensor], folder: Path) -> None:
+    """Write a checkpoint's tensors as they come. DCP plans on the meta device and asks for each tensor as it writes it."""
+    state = {f"{'buffers' if is_buffer(name) else 'parameters'}.{name}": shape for name, shape in shapes.items()}
+    sections = dict(zip(shapes, state))
+
+    class InOrder(DefaultSavePlanner):
+        def resolve_data(self, write_item: WriteItem) -> Tensor:
+            name, tensor = next(tensors)
+            assert sections[name] == write_item.index.fqn, f"{write_item.index.fqn} asked for, {name} came"
+            return tensor.to(shapes[name].dtype)
+
+    # A file a tensor: what goes into one file, DCP's writer holds until the file is closed.
+    writer = _Writer(folder, single_file_per_rank=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.save(state, storage_writer=writer, planner=InOrder(), no_dist=True)
+        except CheckpointException as error:  # DCP's wrapping of what was raised in here
+            raise next(iter(error.failures.values()))[0] from None
+
+
+def _special_tokens(weights: Any) -> dict[str, int | None]:
+    """The ids of bos and eos, of the tokenizer where there is one; raises ConfigError if it does not fit the model."""
+    if weights.tokenizer is None:
+        return {}
+    from train.generate import load_tokenizer
+
+    tokenizer = load_tokenizer(weights.tokenizer)
+    config: ModelConfig = weights.config
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"vocab_size: {config.vocab_size}, but the tokenizer in {weights.tokenizer} has {len(tokenizer)} tokens; "
+            "every token needs a row; export with the tokenizer that the model was trained with"
+        )
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files; its class becomes one that transformers 4 knows as well."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes
+        _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder under a temporary name that becomes `out` when the block ends well, with all of it on the disk."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"output {out}: exists and is not empty; nothing is overwritten; give a new folder")
+    out = out.absolute()
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            sync(path)
+        sync(temporary)
+        temporary.replace(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"output {out}: {reason}; the folder must be writable and its disk large enough; "
+            "free space or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
