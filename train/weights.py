@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
@@ -94,13 +95,18 @@ class FolderWeights:
 
     def tensors(self) -> Iterator[NamedTensor]:
         files = self._files()
-        opened: dict[str, Any] = {}
+        open_file: tuple[str, Any] = ("", None)  # one at a time: what is read of a mapped file stays in memory with it
 
         def read(key: str) -> Tensor:
-            name = files[key]
-            if name not in opened:
-                opened[name] = self._open(name)
-            return opened[name].get_tensor(key)
+            nonlocal open_file
+            if open_file[0] != files[key]:
+                open_file = (files[key], self._open(files[key]))
+            try:
+                return open_file[1].get_tensor(key)
+            except SafetensorError:
+                raise CheckpointError(
+                    f"weights {self.path}: {INDEX} places {key} in {files[key]}, which has it not; fetch them again"
+                ) from None
 
         return from_hf(self.config, files.keys(), read)
 
@@ -112,8 +118,6 @@ class FolderWeights:
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
     def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         try:
             return safe_open(self.path / name, framework="pt")
         except FileNotFoundError:

@@ -309,6 +309,16 @@ def test_a_half_written_export_is_never_seen(run, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_an_index_that_points_to_the_wrong_file_is_named(run, tmp_path):
+    export(run[1], tmp_path / "hf", max_shard_bytes=SHARD)
+    path = tmp_path / "hf" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"places lm_head\.weight in model-00001"):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+
+
 def test_a_source_that_is_nothing_says_what_it_may_be(tmp_path):
     for source in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match="give a run folder"):
