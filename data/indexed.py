@@ -1,0 +1,113 @@
+"""Megatron's indexed token files (MMIDIDX), which Megatron-LM and GPT-NeoX read and write.
+
+`NAME.bin` holds the tokens of all documents one after the other and nothing else. `NAME.idx`, little-endian:
+
+    9 bytes  "MMIDIDX\\0\\0"                 u64  version, 1               u8  code of the tokens' type
+    u64      number of sequences S          u64  number of documents + 1
+    i32[S]   tokens of each sequence        i64[S]  byte at which each starts in the .bin
+    i64[documents + 1]                      first sequence of each document, and S
+
+Here every document is one sequence.
+"""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.files import replace_file
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+REMEDY = "prepare the store again, or copy the file again"
+
+Tokens = npt.NDArray[Any]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 for a vocabulary of at most 65,535 ids, else int32: the two types that Megatron writes."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.int32)
+
+
+def write_indexed(prefix: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -> None:
+    """Write `prefix.bin` and `prefix.idx`; each document is an array of token ids [length], stored as `dtype`."""
+    sizes: list[int] = []
+    with replace_file(prefix.with_suffix(".bin")) as temporary, temporary.open("wb") as file:
+        for document in documents:
+            file.write(np.ascontiguousarray(document, dtype=dtype).data)
+            sizes.append(len(document))
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    lengths = np.asarray(sizes, dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with replace_file(prefix.with_suffix(".idx")) as temporary, temporary.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        file.write(lengths.tobytes())
+        file.write((ends - lengths.astype(np.int64) * dtype.itemsize).tobytes())
+        file.write(np.arange(len(sizes) + 1, dtype=np.int64).tobytes())
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A pair `.bin`/`.idx`, memory-mapped: opening reads a header, a document reads its own bytes."""
+
+    tokens: Tokens  # [tokens] all documents one after the other
+    sizes: npt.NDArray[np.int32]  # [documents] tokens of each
+    pointers: npt.NDArray[np.int64]  # [documents] byte at which each starts
+
+    @classmethod
+    def open(cls, prefix: Path) -> "Indexed":
+        """Map `prefix.bin` and `prefix.idx`.
+
+        Raises:
+            DataError: a file is missing, foreign, or not as long as the index says.
+        """
+        index, binary = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+        for path in (index, binary):
+            if not path.is_file():
+                raise DataError(f"{path}: missing; {REMEDY}")
+        size = index.stat().st_size
+        if size < HEADER.size:
+            raise DataError(f"{index}: {size} bytes; an index has at least {HEADER.size}; {REMEDY}")
+        with index.open("rb") as file:
+            magic, version, code, sequences, documents = HEADER.unpack(file.read(HEADER.size))
+        if magic != MAGIC:
+            raise DataError(f"{index}: starts with {magic!r}; a token index starts with {MAGIC!r}; {REMEDY}")
+        if version != 1 or code not in DTYPES:
+            raise DataError(
+                f"{index}: version {version}, type code {code}; version 1 and one of {list(DTYPES)} are read; {REMEDY}"
+            )
+        expected = HEADER.size + 12 * sequences + 8 * documents
+        if size < expected:
+            raise DataError(f"{index}: {size} bytes; {sequences} sequences need {expected}; {REMEDY}")
+        sizes = _map(index, np.dtype("<i4"), HEADER.size, sequences)
+        pointers = _map(index, np.dtype("<i8"), HEADER.size + 4 * sequences, sequences)
+        dtype = np.dtype(DTYPES[code])
+        expected = int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize if sequences else 0
+        if binary.stat().st_size != expected:
+            raise DataError(f"{binary}: {binary.stat().st_size} bytes; its index says {expected}; {REMEDY}")
+        return cls(_map(binary, dtype, 0, expected // dtype.itemsize), sizes, pointers)
+
+    def document(self, number: int) -> Tokens:
+        """Token ids [length] of one document."""
+        start = int(self.pointers[number]) // self.tokens.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[number])]
+
+    def start(self, number: int) -> int:
+        """Position in `tokens` of a document's first token; the number of tokens for `number` = documents."""
+        if number == len(self.pointers):
+            return len(self.tokens)
+        return int(self.pointers[number]) // self.tokens.dtype.itemsize
+
+
+def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
+    """`count` items of a file as an array; an empty one cannot be mapped and needs no file."""
+    if count == 0:
+        return np.zeros(0, dtype)
+    # A plain ndarray over the map: slicing np.memmap itself costs several microseconds in Python.
+    return np.asarray(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)))

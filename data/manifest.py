@@ -1,0 +1,85 @@
+"""What a store is made of: written last, so that a store without its manifest is an unfinished one."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data.errors import DataError
+from data.files import replace_file
+
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+class Record(BaseModel):
+    """A frozen record that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSpan(Record):
+    """Where one source lies in the `.bin` of one split. Sources lie one after the other."""
+
+    name: str
+    weight: float  # share of the samples, relative to the other sources of the store
+    first_document: int
+    last_document: int  # inclusive; first_document − 1 for a source without documents
+    documents: int
+    tokens: int  # each document's end-of-sentence token included
+    bytes: int  # UTF-8 bytes of the text, without end-of-sentence tokens
+
+
+class SplitRecord(Record):
+    """Counts of one split and its sources in the order in which they lie on disk."""
+
+    documents: int
+    tokens: int
+    sources: list[SourceSpan]
+
+
+class FileRecord(Record):
+    """Size and content of one file of the store."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Record):
+    """`manifest.json`. It holds no times, so that equal text, recipe and library versions give an equal manifest."""
+
+    format: Literal["rorqual-store"] = "rorqual-store"
+    version: Literal[1] = 1
+    dtype: str  # numpy name of a token on disk
+    vocab_size: int  # number of ids of the tokenizer, special tokens included
+    eos_token_id: int  # ends every document
+    tokenizer_fingerprint: str
+    splits: dict[str, SplitRecord]
+    files: dict[str, FileRecord]
+    steps: list[dict[str, Any]]  # how the store was made, in order
+    recipe: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a store's folder."""
+        with replace_file(folder / FILE_NAME) as temporary:
+            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a finished store.
+
+        Raises:
+            DataError: there is no folder, no manifest, or one that this version does not read.
+        """
+        path = folder / FILE_NAME
+        prepare = f"make one with `rorqual data prepare RECIPE --out {folder}`"
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; a token store is needed; {prepare}")
+        if not path.exists():
+            raise DataError(f"{folder}: has no {FILE_NAME}, so it is no finished token store; {prepare}")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in problem["loc"]) or "the file"
+            raise DataError(f"{path}: {field}: {problem['msg']}; not a manifest of a token store; {prepare}") from None
