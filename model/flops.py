@@ -1,0 +1,267 @@
+"""Exact counts: parameters, training FLOPs per token, bytes kept for the backward pass. Each is tested against the real module.
+
+FLOPs are those of matrix products, 2 for a multiply-add, and a training step is three times its forward pass. Two conventions have
+two names: `flops_scaling` is the M of the scaling laws, `flops_mfu` what model FLOPs utilisation divides.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from model.config import ModelConfig
+
+TRAINING = 3 * 2  # forward, gradient of the input, gradient of the weight; a multiply and an add
+
+Recompute = Literal["none", "selective", "full"]
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of a model.
+
+    The released count of DeepSeek-V3, 671,026,419,200, is `total`: it has the expert biases in it and leaves MTP out.
+    """
+
+    total: int  # main model: embedding, layers, head, expert biases
+    active: int  # the part of `total` that one token uses: K of E experts, and no input embedding (a look-up)
+    mtp: int  # the MTP modules with their expert biases, without the embedding and head that they share
+    expert_biases: int  # of total + mtp; buffers, moved by `balance.update`
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer sees."""
+        return self.total + self.mtp - self.expert_biases
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Count the numbers of a model from its dimensions."""
+    c = config
+    vocabulary = c.vocab_size * c.hidden_size  # embedding, and the head again
+    layers = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)]
+    norms = _norms(c) * c.num_hidden_layers + c.hidden_size
+    biases = c.n_routed_experts * (c.num_hidden_layers - c.first_k_dense_replace)
+    total = 2 * vocabulary + sum(m.all for m in layers) + norms + biases
+    idle = sum(m.all - m.active for m in layers)
+    one_mtp = _mtp_matrices(c).all + _norms(c) + 3 * c.hidden_size + c.n_routed_experts
+    return ParameterCounts(
+        total=total,
+        active=total - vocabulary - idle,
+        mtp=c.num_nextn_predict_layers * one_mtp,
+        expert_biases=c.n_routed_experts * c.n_moe_layers,
+    )
+
+
+def flops_scaling(config: ModelConfig, sequence_length: int) -> int:
+    """M: non-embedding training FLOPs per token (DeepSeek LLM Eq. 2, with MLA's and the active experts' matrices).
+
+    Attention is counted full, T keys a query; output head and MTP are left out.
+    """
+    layers = range(config.num_hidden_layers)
+    per_layer = sum(_layer_matrices(config, layer).active for layer in layers)
+    return TRAINING * (per_layer + config.num_hidden_layers * _attention_products(config, sequence_length))
+
+
+def flops_mfu(config: ModelConfig, sequence_length: int) -> int:
+    """Training FLOPs per token as they are run: causal attention (T/2 keys a query), output head, MTP with its heads.
+
+    What is computed a second time under activation checkpointing is not counted.
+    """
+    c = config
+    depths = c.num_nextn_predict_layers
+    matrices = sum(_layer_matrices(c, layer).active for layer in range(c.num_hidden_layers))
+    matrices += depths * _mtp_matrices(c).active + (1 + depths) * c.vocab_size * c.hidden_size
+    attention = (c.num_hidden_layers + depths) * _attention_products(c, sequence_length)
+    return TRAINING * matrices + TRAINING * attention // 2
+
+
+def state_bytes(config: ModelConfig, moment_size: int = 4) -> int:
+    """Bytes of one replica that last from step to step: fp32 parameters and gradients, two moments of `moment_size` bytes."""
+    counts = parameter_counts(config)
+    return counts.trainable * (4 + 4 + 2 * moment_size) + 4 * counts.expert_biases
+
+
+class _Matrices(NamedTuple):
+    all: int
+    active: int  # used by one token
+
+
+def _layer_matrices(c: ModelConfig, layer: int) -> _Matrices:
+    attention = _attention_matrices(c)
+    if not c.is_moe(layer):
+        dense = 3 * c.hidden_size * c.intermediate_size
+        return _Matrices(attention + dense, attention + dense)
+    expert = 3 * c.hidden_size * c.moe_intermediate_size
+    always = attention + c.n_shared_experts * expert + c.n_routed_experts * c.hidden_size  # the gate sees every token
+    return _Matrices(always + c.n_routed_experts * expert, always + c.num_experts_per_tok * expert)
+
+
+def _mtp_matrices(c: ModelConfig) -> _Matrices:
+    block = _layer_matrices(c, c.num_hidden_layers)
+    entry = 2 * c.hidden_size**2
+    return _Matrices(block.all + entry, block.active + entry)
+
+
+def _attention_matrices(c: ModelConfig) -> int:
+    heads, dim = c.num_attention_heads, c.hidden_size
+    query = heads * c.qk_head_dim
+    return (
+        (dim * query if c.q_lora_rank is None else c.q_lora_rank * (dim + query))
+        + dim * (c.kv_lora_rank + c.qk_rope_head_dim)
+        + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+        + heads * c.v_head_dim * dim
+    )
+
+
+def _attention_products(c: ModelConfig, keys: int) -> int:
+    """Multiply-adds per token of q kᵀ and of p v."""
+    return keys * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+
+
+def _norms(c: ModelConfig) -> int:
+    """Norm weights of one block."""
+    return 2 * c.hidden_size + (c.q_lora_rank or 0) + c.kv_lora_rank
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(
+    config: ModelConfig,
+    micro_batch: int,
+    sequence_length: int,
+    element_size: int,
+    recompute: Recompute = "none",
+    device: Device = "cpu",
+) -> int:
+    """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
+
+    Copies of the weights in a compute dtype other than their own are among them: without recomputation each lives until its
+    gradient is taken. The batch, the parameters, a mask of packed documents and vectors of a few kilobytes are not.
+
+    Args:
+        micro_batch: sequences, B.
+        sequence_length: T.
+        element_size: bytes of the compute dtype: 4 (fp32) or 2.
+        recompute: as in `parallel.recompute`.
+        device: on a CPU attention pads values to the width of the keys, and RMSNorm keeps its normalised input; a GPU's
+            kernels do neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
+    """
+    c, a = config, element_size
+    depths = c.num_nextn_predict_layers
+    rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, a, device)]
+    rows += depths * (_mtp_entry(c, a, device) + _block(c, c.num_hidden_layers, a, device) + _mtp_exit(c, device))
+    per_token = sum(row.bytes for row in rows if recompute in row.kept)
+    per_token += _norm(c.hidden_size, device)  # the final norm
+    per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
+
+    once = (1 + depths) * 4 * c.vocab_size * c.hidden_size  # gradient of the output head, one for each loss
+    once += sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
+    if depths:
+        once += micro_batch * depths * a * c.hidden_size  # embeddings of the tokens beyond T
+    if recompute == "none" and a != 4:
+        layers = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)] + depths * [_mtp_matrices(c)]
+        gates = c.n_moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
+        once += a * (sum(layer.all for layer in layers) - gates)
+    return micro_batch * sequence_length * per_token + once
+
+
+class _Row(NamedTuple):
+    """One line of the table of what an operation leaves for the backward pass."""
+
+    what: str
+    bytes: int  # per token
+    kept: tuple[Recompute, ...]
+
+
+NONE: tuple[Recompute, ...] = ("none",)
+SELECTIVE: tuple[Recompute, ...] = ("selective",)
+RECOMPUTED: tuple[Recompute, ...] = ("selective", "full")
+PRODUCT: tuple[Recompute, ...] = ("none", "selective")
+
+
+def _block(c: ModelConfig, layer: int, a: int, device: Device) -> list[_Row]:
+    feed_forward = _experts if c.is_moe(layer) else _dense
+    return [*_attention(c, a, device), *feed_forward(c, a, device)]
+
+
+def _attention(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+    dim, rank, q_rank, heads = c.hidden_size, c.kv_lora_rank, c.q_lora_rank or 0, c.num_attention_heads
+    queries, values = heads * c.qk_head_dim, heads * c.v_head_dim
+    up_projected = heads * (c.qk_nope_head_dim + c.v_head_dim)
+    padded = device == "cpu" and c.v_head_dim < c.qk_head_dim
+    latent = rank + c.qk_rope_head_dim
+    return [
+        _Row("block input", a * dim, RECOMPUTED),
+        _Row("input norm", _norm(dim, device), NONE),
+        _Row("its output, input of q and kv", a * dim, NONE),
+        _Row("query latent, or queries where there is none", a * (q_rank or queries), SELECTIVE),
+        _Row("its norm", _norm(q_rank, device), NONE),
+        _Row("its norm's output, input of q_b", a * q_rank, NONE),
+        _Row("key-value latent and rotary key", a * latent, SELECTIVE),
+        _Row(
+            "its norm", _norm(rank, device) + (a * c.qk_rope_head_dim if a == 4 else 0), NONE
+        ),  # in fp32 a view of both
+        _Row("its norm's output, input of kv_b", a * rank, NONE),
+        _Row("queries and keys", 2 * a * queries, NONE),
+        _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
+        _Row("output", a * (queries if padded else values), PRODUCT),
+        _Row("log-sum-exp", 4 * heads, PRODUCT),
+        _Row("heads side by side, input of o", a * values, NONE),
+        _Row("output of o", a * dim, SELECTIVE),
+        _Row("post-attention norm", _norm(dim, device), NONE),
+        _Row("its output, input of the feed-forward part", a * dim, NONE),
+    ]
+
+
+def _dense(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+    return [*_swiglu(a * c.intermediate_size), _Row("output of down", a * c.hidden_size, SELECTIVE)]
+
+
+def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+    dim, k = c.hidden_size, c.num_experts_per_tok
+    log_sigmoid = 2 if device == "cpu" else 1  # its input, and on a CPU a buffer as large
+    group_choice = 12 * (2 * c.n_group + c.topk_group) if c.topk_group < c.n_group else 0
+    return [
+        _Row("input of the gate in fp32", 0 if a == 4 else 4 * dim, NONE),
+        _Row("logits", 4 * c.n_routed_experts, PRODUCT),
+        _Row("chosen experts", 8 * k, NONE),
+        _Row("top-k values and indices: choice, balance loss, groups", 24 * k + group_choice, RECOMPUTED),
+        _Row("gate weights", (4 * (log_sigmoid + 1) if c.norm_topk_prob else 4) * k + a * k, NONE),
+        _Row("balance loss: probabilities", 4 * log_sigmoid * c.n_routed_experts, NONE),
+        _Row("order of the pairs and its inverse", 16 * k, NONE),
+        _Row("order of the pairs, sorted values and indices", 16 * k, RECOMPUTED),
+        _Row("input rows of the experts", a * k * dim, NONE),
+        *_swiglu(a * k * c.moe_intermediate_size),
+        _Row("outputs of the experts", a * k * dim, PRODUCT),
+        *_swiglu(a * c.n_shared_experts * c.moe_intermediate_size),
+        _Row("output of the shared experts", a * dim, SELECTIVE),
+    ]
+
+
+def _swiglu(width: int) -> list[_Row]:
+    return [
+        _Row("gate and up", 2 * width, PRODUCT),
+        _Row("silu(gate)", width, NONE),
+        _Row("silu(gate) · up, input of down", width, NONE),
+    ]
+
+
+def _mtp_entry(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+    dim = c.hidden_size
+    shared = 4 * dim if a == 4 else 0  # in fp32 the embedding is the first block's input, which is counted there
+    return [
+        _Row("states of the depth before", a * dim, SELECTIVE),  # `full` keeps them for the block's input
+        _Row("norms of embedding and state", 2 * _norm(dim, device) - shared, NONE),
+        _Row("both outputs, input of eh_proj", 2 * a * dim, NONE),
+    ]
+
+
+def _mtp_exit(c: ModelConfig, device: Device) -> list[_Row]:
+    return [_Row("final norm of the depth", _norm(c.hidden_size, device), NONE)]
+
+
+def _norm(width: int, device: Device) -> int:
+    """RMSNorm keeps its input in fp32, 1/rms, and on a CPU the normalised input."""
+    if width == 0:
+        return 0
+    return 4 * width * (2 if device == "cpu" else 1) + 4
