@@ -5,6 +5,7 @@ ranks; here each micro-batch's loss is already divided by the targets of the glo
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -36,7 +37,10 @@ class DDPEngine:
         self.clip = clip
         self.device = next(model.parameters()).device
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
-        self.replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.replicas.register_comm_hook(None, _sum_over_ranks)
         self.optimizer = make_optimizer(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.compute_dtype is torch.float16)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts
+from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts, state_bytes
 from train.config import Recipe
 from train.schedule import Schedule
 
@@ -16,8 +16,7 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     config = recipe.model_config_resolved()
     length = recipe.data.sequence_length
     counts = parameter_counts(config)
-    parameters = counts.total + counts.mtp
-    moment_bytes = 4 if recipe.precision.moments == "fp32" else 2
+    state = state_bytes(config, moment_size=4 if recipe.precision.moments == "fp32" else 2)
     element = 4 if recipe.precision.compute == "fp32" else 2
     activations = activation_bytes(config, recipe.parallel.micro_batch, length, element, recipe.parallel.recompute)
     per_token = flops_mfu(config, length)
@@ -31,9 +30,8 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
         "flops_per_token": per_token,
         "flops_per_token_for_scaling_laws": flops_scaling(config, length),
         "total_flops": per_token * schedule.final_tokens,
-        "bytes_of_parameters_and_gradients": 8 * parameters,
-        "bytes_of_moments": 2 * moment_bytes * parameters,
+        "bytes_of_parameters_gradients_moments": state,
         "bytes_of_activations": activations,
-        "peak_bytes_per_rank": (8 + 2 * moment_bytes) * parameters + activations,
+        "peak_bytes_per_rank": state + activations,
         "world_size": world_size,
     }
