@@ -41,6 +41,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from data.files import replace_file, sync
+from data.tokenizer import copy_folder
 from model.config import ConfigError, ModelConfig
 from model.hf import NamedTensor, state_shapes, to_hf
 from train.checkpoint import MARKER, CheckpointError, _Writer
@@ -48,12 +49,6 @@ from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000  # transformers' default for a long time; the hub serves files up to 50 GB
-
-# All that a tokenizer of either library may consist of.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 
 
 def export(
@@ -74,8 +69,11 @@ def export(
 
     Raises:
         CheckpointError: `source` holds no weights, or `out` is not empty or cannot be written.
-        ConfigError: MTP layers are asked for and the model has none, or its tokenizer does not fit it.
+        ConfigError: another dtype; MTP layers are asked for and the model has none; its tokenizer does not fit it.
+        DataError: its tokenizer has no `tokenizer.json` or no end token.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is not a dtype of an export; choose one of {', '.join(DTYPES)}")
     weights = open_weights(source)
     if mtp and not weights.config.num_nextn_predict_layers:
         raise ConfigError(f"mtp: {source} has no MTP layers, num_nextn_predict_layers = 0; leave mtp out")
@@ -89,7 +87,7 @@ def export(
         special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         _write_json(folder / "generation_config.json", special | {"do_sample": False})
         if weights.tokenizer:
-            _copy_tokenizer(weights.tokenizer, folder)
+            copy_folder(weights.tokenizer, folder)
 
 
 def import_folder(source: Path | str, out: Path | str) -> None:
@@ -105,6 +103,7 @@ def import_folder(source: Path | str, out: Path | str) -> None:
     Raises:
         CheckpointError: `source` holds no weights, or `out` is not empty or cannot be written.
         ConfigError: the configuration is not one that Rorqual builds, or the weights are not those of the configuration.
+        DataError: its tokenizer has no `tokenizer.json` or no end token.
     """
     source = Path(source)
     if not (source / "config.json").is_file():
@@ -117,8 +116,7 @@ def import_folder(source: Path | str, out: Path | str) -> None:
         _write_json(folder / "run.json", {"imported_from": source.name, "model": weights.config.to_hf()})
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         if weights.tokenizer:
-            (folder / "tokenizer").mkdir()
-            _copy_tokenizer(weights.tokenizer, folder / "tokenizer")
+            copy_folder(weights.tokenizer, folder / "tokenizer")
         _write_json(folder / MARKER, {"step": 0, "files": files})
 
 
@@ -202,16 +200,6 @@ def _special_tokens(weights: Any) -> dict[str, int | None]:
             "every token needs a row; export with the tokenizer that the model was trained with"
         )
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a tokenizer's files; its class becomes one that transformers 4 knows as well."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 writes
-        _write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 @contextmanager

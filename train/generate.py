@@ -77,6 +77,8 @@ def continue_text(
     model: Transformer, tokenizer: Any, prompt: str, max_new_tokens: int, **options: Any
 ) -> tuple[str, Generation]:
     """The prompt with its continuation, which ends at the tokenizer's end token or at the end of the context."""
+    if tokenizer is None:
+        raise ConfigError("tokenizer: the weights came without one; text needs it; put its files beside the weights")
     tokens = encode(tokenizer, prompt)
     room = model.config.max_position_embeddings - tokens.shape[1]
     fitting = min(max_new_tokens, room) if room > 0 else max_new_tokens
@@ -85,11 +87,8 @@ def continue_text(
 
 
 def encode(tokenizer: Any, prompt: str) -> Tensor:
-    """The tokens of a prompt, [1, T]; an empty one is the token that documents begin with."""
-    tokens = tokenizer(prompt)["input_ids"]
-    if not tokens:
-        tokens = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    return torch.tensor([tokens])
+    """The tokens of a prompt, [1, T]; an empty one is the end token, after which every document of a store begins."""
+    return torch.tensor([tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]])
 
 
 @torch.no_grad()

@@ -279,6 +279,18 @@ def test_run_checkpoint_import_and_folder_give_one_model_and_one_text(run, tmp_p
     assert len(texts) == 2
 
 
+def test_weights_without_a_tokenizer_are_loaded_but_write_no_text(run, tmp_path):
+    export(run[1], tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).unlink()
+    import_folder(tmp_path / "hf", tmp_path / "imported")
+    loaded, tokenizer = load_model(tmp_path / "imported")
+    assert tokenizer is None
+    assert generate(loaded, torch.tensor([[1]]), 2).tokens.shape == (1, 3)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        continue_text(loaded, tokenizer, "Call me", 2)
+
+
 def test_a_model_loaded_in_bf16_keeps_norms_and_gates_in_fp32(run):
     loaded, _ = load_model(run[1], torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -332,6 +344,8 @@ def test_a_source_that_is_nothing_says_what_it_may_be(tmp_path):
 
 def test_what_cannot_be_exported_or_imported_is_refused_in_one_line(make_run, run, tmp_path, tokenizer_folder):
     _, without = make_run(num_nextn_predict_layers=0)
+    with pytest.raises(ConfigError, match="fp16"):
+        export(run[1], tmp_path / "out", dtype="fp16")
     with pytest.raises(ConfigError, match="no MTP layers"):
         export(without, tmp_path / "out", mtp=True)
 
