@@ -22,7 +22,7 @@ USERS_MISTAKES = {
     "parallel.layout.LayoutError",
     "train.checkpoint.CheckpointError",
     "train.config.RecipeError",
-    "train.metrics.MetricsError",
+    "train.loggers.MetricsError",
     "train.planning.devices.DeviceError",
 }
 
@@ -38,6 +38,7 @@ app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, or a YAML file.")]
+DataRecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="default, or a YAML file: a data recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value …", help="Changes to the recipe.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `data prepare` made.")]
 Weights = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_FOLDER", help="Where the weights are.")]
@@ -186,14 +187,14 @@ def generate(
 
 @data.command()
 def prepare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A data recipe, e.g. data/recipes/default.yaml.")],
+    recipe: DataRecipeName,
     out: Annotated[Path, typer.Option(help="The store to write.")],
-    workers: Annotated[int | None, typer.Option(help="Processes that tokenize; default: the cores.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that tokenize; default: one a core.")] = None,
 ) -> None:
     """Read sources, train or take a tokenizer, and write a token store."""
     from data.prepare import prepare as run
 
-    run(recipe, out, workers)
+    run(recipe, out, workers or len(os.sched_getaffinity(0)))
 
 
 @data.command()
@@ -226,7 +227,7 @@ def stats(store: StorePath) -> None:
 
 @tokenizer.command("train")
 def tokenizer_train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A data recipe with a tokenizer section.")],
+    recipe: DataRecipeName,
     out: Annotated[Path, typer.Option(help="The Hugging Face tokenizer folder to write.")],
 ) -> None:
     """Train a tokenizer on the sources of a data recipe."""

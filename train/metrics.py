@@ -29,6 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 from data.files import replace_file
+from model.balance import max_violation
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def balance_metrics(counts: Tensor, biases: Sequence[Tensor]) -> dict[str, Any]:
             layer is an index into `max_vio`.
         bias_min, bias_max: over all layers.
     """
-    violation = max_vio(counts)
+    violation = max_violation(counts)
     worst = int(violation.argmax())
     bias = torch.stack([bias.detach() for bias in biases])  # [L, E]
     return {
@@ -174,25 +175,6 @@ def balance_metrics(counts: Tensor, biases: Sequence[Tensor]) -> dict[str, Any]:
         "bias_min": float(bias.min()),
         "bias_max": float(bias.max()),
     }
-
-
-def max_vio(counts: Tensor) -> Tensor:
-    """How far the fullest expert of each layer is above an even share: MaxVio (2408.15664, Eq. 4).
-
-        MaxVio = (maxₑ cₑ − c̄) / c̄
-
-    0 is perfect balance, E − 1 one expert that takes all.
-
-    Args:
-        counts: [L, E] tokens routed to each expert: over one batch for MaxVio_batch, over a whole validation set for
-            MaxVio_global.
-
-    Returns:
-        [L] float64; NaN for a layer without tokens.
-    """
-    load = counts.double()
-    mean = load.mean(-1)  # [L]
-    return (load.amax(-1) - mean) / mean
 
 
 def _step_of(line: str) -> float:

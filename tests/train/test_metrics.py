@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from train.loggers import MetricsError, open_loggers, scalars
-from train.metrics import MetricsLog, TerminalLine, balance_metrics, max_vio
+from train.metrics import MetricsLog, TerminalLine, balance_metrics
 from train.planning.devices import DEVICES, DeviceError, lookup, measured_gemm_peak, peak_flops
 
 
@@ -42,13 +42,6 @@ BALANCE = {
     "bias_min": -0.012,
     "bias_max": 0.034,
 }
-
-
-def test_max_vio_is_the_excess_of_the_fullest_expert_over_an_even_share() -> None:
-    # Layer 0: 10 + 20 + 30 + 60 = 120 tokens, an even share is 30, the fullest has 60: (60 − 30)/30 = 1.
-    # Layer 1: everyone has 30: 0. Layer 2: one of four takes all, (120 − 30)/30 = 3 = E − 1.
-    counts = torch.tensor([[10, 20, 30, 60], [30, 30, 30, 30], [0, 120, 0, 0]])
-    assert max_vio(counts).tolist() == [1.0, 0.0, 3.0]
 
 
 def test_balance_metrics_name_the_worst_layer_and_the_range_of_the_bias() -> None:
