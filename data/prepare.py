@@ -232,7 +232,7 @@ def _encode_source(
             file.close()
     if spill.documents == 0:
         raise DataError(f"source {source.name}: has no documents with text; check its path, files or separator")
-    if not any(len(lengths) for lengths in spill.lengths["train"]):
+    if recipe.validation < 1 and not any(len(lengths) for lengths in spill.lengths["train"]):
         raise DataError(
             f"source {source.name}: all {spill.documents} documents fell to validation; add documents or lower `validation`"
         )
