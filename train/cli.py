@@ -283,3 +283,7 @@ def _print_table(amounts: dict[str, Any]) -> None:
             if isinstance(value, int)
             else f"{name.replace('_', ' '):32} {value:.4g}"
         )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
