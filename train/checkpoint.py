@@ -148,7 +148,7 @@ class Checkpoints:
         try:
             if self._ranks.first(lambda: self._prepare(temporary, final)):
                 return
-            metadata = dcp.save(tensors, storage_writer=_Writer(temporary), process_group=self._group)
+            metadata = dcp.save(tensors, storage_writer=SyncedWriter(temporary), process_group=self._group)
             written = {part.relative_path for part in (metadata.storage_data or {}).values()}
             self._ranks.first(lambda: self._publish(temporary, final, step, run_json, written))
         except BaseException as error:
@@ -341,7 +341,7 @@ def _check_match(path: Path, saved: dict[str, torch.Size], tensors: dict[str, Te
         )
 
 
-class _Writer(dcp.FileSystemWriter):
+class SyncedWriter(dcp.FileSystemWriter):
     """DCP's writer, which syncs each file; raises the OSError where the zip writer hides it behind 'unexpected pos'."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:

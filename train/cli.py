@@ -174,9 +174,16 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
+    import torch
+
     from train.generate import continue_text, load_model
 
-    model, tokens = load_model(source)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    model, tokens = load_model(source, dtype, device)
+    if tokens is None:
+        raise RecipeError(
+            f"{source}: has no tokenizer; put tokenizer.json and tokenizer_config.json beside its config.json"
+        )
     text, generation = continue_text(model, tokens, prompt, max_new_tokens, temperature=temperature, seed=seed, mtp=mtp)
     if as_json:
         drafts = {"drafted": generation.drafted, "accepted": generation.accepted} if mtp else {}

@@ -65,10 +65,11 @@ def evaluate_source(source: Path, store: Path, sequence_length: int, max_tokens:
             raise RecipeError(
                 f"sequence_length = {sequence_length}: the model reads at most {context} tokens; lower it"
             )
-        if len(tokenizer) != opened.vocab_size:
+        known = opened.vocab_size if tokenizer is None else len(tokenizer)  # weights may come without a tokenizer
+        if known != opened.vocab_size or known > model.config.vocab_size:
             raise RecipeError(
-                f"data = {store}: its tokenizer has {opened.vocab_size} tokens, that of {source} has {len(tokenizer)}; "
-                "prepare the text with the model's tokenizer"
+                f"data = {store}: its tokenizer has {opened.vocab_size} tokens, {source} has {known} and a model of "
+                f"{model.config.vocab_size}; prepare the text with the model's tokenizer"
             )
         depths = model.config.num_nextn_predict_layers
         batches = validation_batches(opened, sequence_length, depths, 8, max_tokens, process.rank, process.world_size)

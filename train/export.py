@@ -44,7 +44,7 @@ from data.files import replace_file, sync
 from data.tokenizer import copy_folder
 from model.config import ConfigError, ModelConfig
 from model.hf import NamedTensor, state_shapes, to_hf
-from train.checkpoint import MARKER, CheckpointError, _Writer
+from train.checkpoint import MARKER, CheckpointError, SyncedWriter
 from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,7 +177,7 @@ def _save_stream(tensors: Iterator[NamedTensor], shapes: dict[str, Tensor], fold
             return tensor.to(shapes[name].dtype)
 
     # A file a tensor: what goes into one file, DCP's writer holds until the file is closed.
-    writer = _Writer(folder, single_file_per_rank=False)
+    writer = SyncedWriter(folder, single_file_per_rank=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

@@ -207,6 +207,7 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
                 "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
+                "tokenizer": str(self.corpus.tokenizer_folder.absolute()),
                 "world_size": self.process.world_size,
                 "versions": {"torch": torch.__version__},
                 "law": self.recipe.schedule.law,
