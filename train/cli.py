@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -113,7 +113,9 @@ def export(
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="The run's newest checkpoint, or one of them.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The Hugging Face folder to write.")],
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    dtype: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Of the weights; the expert biases stay fp32.")
+    ] = "bf16",
     mtp: Annotated[bool, typer.Option("--mtp", help="With the multi-token-prediction modules.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Not built yet.")] = False,
 ) -> None:

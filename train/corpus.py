@@ -70,6 +70,6 @@ def check_vocabulary(recipe: Recipe, store: Store) -> None:
     vocabulary = recipe.model_config_resolved().vocab_size
     if vocabulary < store.vocab_size:
         raise RecipeError(
-            f"model.vocab_size = {vocabulary}: the tokenizer of {store.path} has {store.vocab_size} tokens; the model must have a row "
-            f"for each; write model.vocab_size={-(-store.vocab_size // 64) * 64}"
+            f"model.vocab_size = {vocabulary}: the tokenizer of {store.path} has {store.vocab_size} tokens; the model must have "
+            f"a row for each; write model.vocab_size={-(-store.vocab_size // 64) * 64}"
         )
