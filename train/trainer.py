@@ -4,7 +4,6 @@ A run is a function of its recipe. What it has done is the number of tokens cons
 the next step and the loader its samples; starting the same recipe again continues from the newest complete checkpoint.
 """
 
-import itertools
 import json
 import logging
 import signal
@@ -81,21 +80,15 @@ class Trainer:
         """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
         self._resume()
         self.ranks.first(self._write_recipe)
-        steps = self.schedule.steps(self.tokens)
-        if self.step in (self.schedule.total_steps, self.recipe.run.stop_at_step):
-            steps = iter(())
         with ExitStack() as stack:
             asked_to_stop = stack.enter_context(_listen_for_signals())
             run_log = stack.enter_context(
                 RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
             )
-            for step, batches in self._with_batches(steps, stack):
+            for step, batches in [] if self._is_over else self._steps(stack):
                 result = self._train_step(step, batches)
                 metrics = run_log.end_step(self.step, self.tokens, step, result)
-                at_end = self.step in (self.schedule.total_steps, self.recipe.run.stop_at_step)
-                validates = self.step == self.schedule.total_steps or _is_multiple(
-                    self.step, self.recipe.evaluate.every_steps
-                )
+                validates = self._is_finished or _is_multiple(self.step, self.recipe.evaluate.every_steps)
                 run_log.write(metrics, self._evaluate() if validates else None)
                 if self._is_diverged(result):
                     self._save()
@@ -104,14 +97,24 @@ class Trainer:
                     run_log.say(self._divergence(result))
                     return DIVERGED
                 stop, save = self._agree(asked_to_stop(), self._is_time_to_save())
-                if save or stop or at_end:
+                if save or stop or self._is_over:
                     self._save()
-                if stop or at_end:
+                if stop or self._is_over:
                     break
                 run_log.start_step()
             self.checkpoints.wait()
             run_log.say(self._ending())
         return FINISHED
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.tokens >= self.schedule.tokens
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether there is nothing left to do, or nothing that this start may do."""
+        stop = self.recipe.run.stop_at_step
+        return self._is_finished or (stop is not None and self.step >= stop)
 
     def _build_engine(self) -> Engine:
         recipe = self.recipe
@@ -132,9 +135,9 @@ class Trainer:
             recipe.optimizer.clip,
         )
 
-    def _with_batches(self, steps: Iterator[Step], stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
-        """Each step with this rank's micro-batches; a thread reads ahead of the steps until the stack closes."""
-        steps, ahead = itertools.tee(steps)
+    def _steps(self, stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
+        """The steps that are left, each with this rank's micro-batches; a thread reads ahead of them until the stack closes."""
+        steps, ahead = self.schedule.steps(self.tokens), self.schedule.steps(self.tokens)
         loader = Loader(
             self.corpus.samples,
             self.process.rank,
@@ -266,7 +269,7 @@ class Trainer:
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
-        if self.step == self.schedule.total_steps:
+        if self._is_finished:
             return f"finished at step {self.step}; checkpoint {where}"
         return f"stopped at step {self.step} of {self.schedule.total_steps}; start the same command again to continue from {where}"
 
