@@ -3,7 +3,8 @@
     python benchmarks/balance.py --store STORE --work FOLDER [--plot FILE.png] [key=value …]
 
 The claim to see is that of the auxiliary-loss-free paper (arXiv 2408.15664, Table 2; 1B model): the bias balances better than
-the loss (MaxVio 0.04 against 0.72) and costs nothing (perplexity 9.50 against 9.56). MaxVio is taken over the whole validation split.
+the loss (MaxVio 0.04 against 0.72) and costs nothing (perplexity 9.50 against 9.56). MaxVio is taken over the whole
+validation split.
 """
 
 import argparse

@@ -70,7 +70,7 @@ class DDPEngine:
     def state(self) -> State:
         scale = {
             "scale": torch.tensor(self.loss_scale, dtype=torch.float32),
-            "good_steps": torch.tensor(self.scaler._get_growth_tracker(), dtype=torch.int64),
+            "good_steps": torch.tensor(self.scaler.state_dict().get("_growth_tracker", 0), dtype=torch.int64),
         }
         return {
             "parameters": dict(self.model.named_parameters()),

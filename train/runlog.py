@@ -36,7 +36,6 @@ class RunLog:
         self.length = recipe.data.sequence_length
         self.device = process.device
         self.model = model
-        self.skipped = 0
         self._open = ExitStack()
         self._started = time.perf_counter()
         self._sinks: list[Any] = []
@@ -56,10 +55,9 @@ class RunLog:
         """The clock of a step starts with the wait for its data and ends with its result."""
         self._started = time.perf_counter()
 
-    def end_step(self, number: int, tokens: int, step: Step, result: StepResult) -> dict[str, Any]:
-        """The metrics of a step that has just been made. `number` and `tokens` count it in."""
+    def end_step(self, number: int, tokens: int, skipped: int, step: Step, result: StepResult) -> dict[str, Any]:
+        """The metrics of a step that has just been made. `number`, `tokens` and `skipped` steps count it in."""
         seconds = time.perf_counter() - self._started
-        self.skipped += result.skipped
         if not self.is_first:
             return {}
         settings = step.settings
@@ -79,7 +77,7 @@ class RunLog:
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak,
             "memory_bytes": self._memory(),
-            "skipped": self.skipped,
+            "skipped": skipped,
         }
         if result.expert_counts.numel():
             biases = [bias for _, bias in self.model.named_buffers()]

@@ -72,7 +72,7 @@ class Trainer:
         )
         self.step = 0  # optimizer steps behind us, skipped ones included
         self.tokens = 0  # tokens consumed
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient
         self.data_sections = [[0, recipe.data_fingerprint()]]  # [first sample, hash of the data section that gives it]
         self.last_save = time.monotonic()
 
@@ -87,7 +87,7 @@ class Trainer:
             )
             for step, batches in [] if self._is_over else self._steps(stack):
                 result = self._train_step(step, batches)
-                metrics = run_log.end_step(self.step, self.tokens, step, result)
+                metrics = run_log.end_step(self.step, self.tokens, self.skipped, step, result)
                 validates = self._is_finished or _is_multiple(self.step, self.recipe.evaluate.every_steps)
                 run_log.write(metrics, self._evaluate() if validates else None)
                 if self._is_diverged(result):
@@ -96,7 +96,9 @@ class Trainer:
                     self.checkpoints.wait()
                     run_log.say(self._divergence(result))
                     return DIVERGED
-                stop, save = self._agree(asked_to_stop(), self._is_time_to_save())
+                stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), self.checkpoints.failed)
+                if failed:
+                    self.checkpoints.wait()  # raises what went wrong on every rank
                 if save or stop or self._is_over:
                     self._save()
                 if stop or self._is_over:
@@ -137,7 +139,6 @@ class Trainer:
 
     def _steps(self, stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
         """The steps that are left, each with this rank's micro-batches; a thread reads ahead of them until the stack closes."""
-        steps, ahead = self.schedule.steps(self.tokens), self.schedule.steps(self.tokens)
         loader = Loader(
             self.corpus.samples,
             self.process.rank,
@@ -145,9 +146,10 @@ class Trainer:
             self.recipe.parallel.micro_batch,
             pin=self.process.device.type == "cuda",
         )
-        batches = loader.steps((step.first_sample, step.settings.batch) for step in ahead)
+        plan = ((step.first_sample, step.settings.batch) for step in self.schedule.steps(self.tokens))
+        batches = loader.steps(plan)
         stack.callback(batches.close)  # type: ignore[attr-defined]
-        return zip(steps, batches)
+        return zip(self.schedule.steps(self.tokens), batches)
 
     def _train_step(self, step: Step, batches: list[Batch]) -> StepResult:
         device = self.process.device
@@ -156,6 +158,7 @@ class Trainer:
         if self.ema and not result.skipped:
             self.ema.update()
         self.step += 1
+        self.skipped += result.skipped
         self.tokens += step.settings.batch * self.recipe.data.sequence_length
         return result
 
@@ -207,6 +210,7 @@ class Trainer:
                 "samples": samples,
                 "samples_by_source": self.corpus.samples.consumed(samples),
                 "data_sections": self.data_sections,
+                "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
                 "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
@@ -234,7 +238,8 @@ class Trainer:
                 f"data.sequence_length = {length}: {path} was trained with {run['tokens'] // run['samples']}; "
                 "a change of length within a run: not built yet"
             )
-        self.step, self.tokens, self.skipped_in_a_row = run["step"], run["tokens"], run["skipped_in_a_row"]
+        self.step, self.tokens = run["step"], run["tokens"]
+        self.skipped, self.skipped_in_a_row = run["skipped"], run["skipped_in_a_row"]
         sections = run["data_sections"]
         fingerprint = self.recipe.data_fingerprint()
         if sections[-1][1] != fingerprint:
