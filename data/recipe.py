@@ -34,7 +34,7 @@ class DataRecipe(Record):
 
     sources: list[Source] = Field(min_length=1)
     tokenizer: Annotated[Trained | Given, Field(discriminator="kind")] = Trained(kind="bpe")
-    validation: float = Field(default=0.01, ge=0, le=1)  # share of the documents, chosen by a hash of their text; 1: all
+    validation: float = Field(default=0.01, ge=0, le=1)  # share of the documents, by a hash of their text; 1: all
     seed: int = 0  # of the order of documents on disk
 
     @model_validator(mode="after")
@@ -47,7 +47,9 @@ class DataRecipe(Record):
     @model_validator(mode="after")
     def _tokenizer_has_text(self) -> "DataRecipe":
         if self.validation == 1 and not isinstance(self.tokenizer, Given):
-            raise ValueError("validation 1 leaves no text to train a tokenizer on; give one: tokenizer: {kind: folder, path: …}")
+            raise ValueError(
+                "validation 1 leaves no text to train a tokenizer on; give one: tokenizer: {kind: folder, path: …}"
+            )
         return self
 
 

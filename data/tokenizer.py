@@ -138,9 +138,15 @@ def copy_folder(source: Path, folder: Path) -> None:
         _write_json(folder / "tokenizer_config.json", config)
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer as training text needs it: special tokens in a text are spelt out, nothing is added, cut or padded."""
+    path = folder / "tokenizer.json"
+    return _load(folder, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=4)
+def _load(folder: Path, modified: int) -> Tokenizer:
+    """`load_tokenizer`, once for each state of the file."""
     tokenizer = _read(folder)
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -181,12 +187,15 @@ def eos_token_id(folder: Path) -> int:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 of what `tokenizer.json` means: not of its layout, nor of settings that only batches of text need."""
+    """sha256 of what `tokenizer.json` makes of a text: not of its layout, nor of what is added around the text."""
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for setting in ("truncation", "padding"):
+    for setting in ("truncation", "padding", "post_processor"):
         content.pop(setting, None)
-    if "merges" in content["model"]:  # two spellings: "a b" and ["a", "b"]
-        content["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    model = content["model"]
+    if "merges" in model:  # two spellings: "a b" and ["a", "b"]
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if isinstance(model["vocab"], list):  # of a unigram model: reading and writing moves a score's last digit
+        model["vocab"] = [[piece, round(score, 6)] for piece, score in model["vocab"]]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -87,7 +87,7 @@ def test_ranks_and_micro_batches_share_out_one_global_batch(samples, world_size,
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(samples):
-    with pytest.raises(DataError, match="batch = 6 sequences: 4 ranks must divide it; use a multiple, e.g. 4"):
+    with pytest.raises(DataError, match=r"batch = 6 sequences: 4 ranks must divide it; use a multiple, e.g. 4"):
         list(Loader(samples, 0, 4).steps([(0, 6)]))
 
 
@@ -180,5 +180,5 @@ def test_max_tokens_bounds_validation(tiny_store):
 
 
 def test_validation_without_a_whole_window_is_refused(tiny_store):
-    with pytest.raises(DataError, match="data.validation: no source of .* lower data.sequence_length"):
+    with pytest.raises(DataError, match=r"data.validation: no source of .* lower data.sequence_length"):
         next(validation_batches(tiny_store, 1_000_000, D_MTP, batch=1))

@@ -1,0 +1,120 @@
+"""Preparation: the same store from any number of workers, and care with what is already there."""
+
+import json
+
+import pytest
+
+from data.errors import DataError
+from data.prepare import _sample, in_validation, prepare, train_tokenizer
+from data.recipe import DataRecipe
+from data.store import Store, inspect_document, verify_store
+from data.tokenizer import fingerprint
+from tests.conftest import write_tiny_recipe
+
+
+def content(store):
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def test_the_store_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.CHUNK_BYTES", 5_000)
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+    one = prepare(recipe, tmp_path / "one", workers=1)
+    three = prepare(recipe, tmp_path / "three", workers=2)
+    assert content(one.path) == content(three.path)
+    assert not (one.path / ".preparing").exists()
+    verify_store(one.path)
+
+
+def test_every_document_is_in_one_split_chosen_by_its_text(tiny_store):
+    seen = {split: set() for split in ("train", "validation")}
+    for split in seen:
+        for number in range(tiny_store.manifest.splits[split].documents):
+            text = inspect_document(tiny_store, split, number)
+            assert in_validation(text, 0.1) == (split == "validation")
+            seen[split].add(text)
+    assert seen["validation"] and not seen["train"] & seen["validation"]
+    written = (tiny_store.path.parent / "code.txt").read_text().split("\f")
+    assert set(written) <= seen["train"] | seen["validation"]
+
+
+def test_documents_are_shuffled_within_their_source(tiny_store):
+    written = (tiny_store.path.parent / "verse.jsonl").read_text().splitlines()
+    train = [text for text in (json.loads(line)["text"] for line in written) if not in_validation(text, 0.1)]
+    stored = [inspect_document(tiny_store, "train", number) for number in range(len(train))]
+    assert sorted(stored) == sorted(train)
+    assert sum(a == b for a, b in zip(stored, train)) < len(train) / 5
+
+
+def test_a_finished_store_is_kept_and_another_recipe_is_refused(tmp_path, capsys):
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+    before = content(prepare(recipe, tmp_path / "store").path)
+    capsys.readouterr()
+    prepare(recipe, tmp_path / "store")
+    assert "already holds the store of this recipe" in capsys.readouterr().err
+    assert content(tmp_path / "store") == before
+    with pytest.raises(DataError, match="holds the store of another recipe; give another folder, or delete this one"):
+        prepare(recipe.model_copy(update={"seed": 1}), tmp_path / "store")
+
+
+def test_an_interrupted_preparation_starts_over(tmp_path):
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+    expected = content(prepare(recipe, tmp_path / "whole").path)
+    broken = tmp_path / "broken"
+    (broken / ".preparing" / "tokenizer").mkdir(parents=True)
+    (broken / ".preparing" / "verse.train.tokens").write_bytes(b"half")
+    (broken / "train.bin").write_bytes(b"half")
+    with pytest.raises(DataError, match="no finished token store"):
+        Store.open(broken)
+    assert content(prepare(recipe, broken).path) == expected
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+    with pytest.raises(DataError, match=r"holds code.txt, which is no part of a store; give an empty or new folder"):
+        prepare(recipe, tmp_path)
+    with pytest.raises(DataError, match=r"workers = 0: must be at least 1"):
+        prepare(recipe, tmp_path / "store", workers=0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "sentencepiece"])
+def test_a_store_takes_any_kind_of_tokenizer(tiny_store, tmp_path, kind):
+    recipe = write_tiny_recipe(tmp_path, documents=100).model_dump(mode="json")
+    given = {"kind": "folder", "path": str(tiny_store.tokenizer_folder)}
+    recipe["tokenizer"] = given if kind == "folder" else {"kind": kind, "vocab_size": 420}
+    store = prepare(DataRecipe.model_validate(recipe), tmp_path / "store")
+    assert (store.manifest.tokenizer_fingerprint == tiny_store.manifest.tokenizer_fingerprint) == (kind == "folder")
+    verify_store(store.path)
+    assert inspect_document(store, "train", 0).endswith("\n")
+    for split, record in store.manifest.splits.items():
+        assert store.token_bytes()[store.split(split).tokens].sum() == sum(span.bytes for span in record.sources)
+
+
+def test_the_tokenizer_alone_is_the_one_of_the_store(tmp_path):
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+    folder = train_tokenizer(recipe, tmp_path / "tokenizer")
+    store = prepare(recipe, tmp_path / "store")
+    assert fingerprint(folder) == store.manifest.tokenizer_fingerprint
+    with pytest.raises(DataError, match="is not empty; give a new folder"):
+        train_tokenizer(recipe, folder)
+
+
+def test_a_source_without_text_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    source = {"name": "nothing", "kind": "text", "path": str(tmp_path / "empty.txt")}
+    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400).model_dump(mode="json")
+    recipe["sources"].append(source)
+    with pytest.raises(DataError, match="source nothing: has no documents with text"):
+        prepare(DataRecipe.model_validate(recipe), tmp_path / "store")
+
+
+def test_a_sample_for_the_tokenizer_does_not_depend_on_the_order():
+    texts = [f"document {n} " * (n % 7 + 1) for n in range(500)]
+    sample = _sample(texts, 2000)
+    assert sample == _sample(reversed(texts), 2000)
+    assert 1500 < sum(map(len, sample)) <= 2000
+
+
+def test_the_share_of_validation_is_the_one_asked_for():
+    share = sum(in_validation(f"text {n}", 0.1) for n in range(5000)) / 5000
+    assert share == pytest.approx(0.1, abs=0.015)  # 3.5 standard deviations

@@ -1,0 +1,178 @@
+"""Tokenizers of both libraries: exact round trips, DeepSeek's cuts, and folders that transformers loads."""
+
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data.errors import DataError
+from data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    copy_folder,
+    decode,
+    encode,
+    eos_token_id,
+    evaluate_tokenizer,
+    fingerprint,
+    load_tokenizer,
+    token_bytes,
+    train_bpe,
+    train_sentencepiece,
+    vocab_size,
+)
+
+ODD_TEXTS = {
+    "nothing": "",
+    "spaces": "  two  and   three ",
+    "tabs and line ends": "\t\tx = 1\r\n\r\n\ty\n\n\n",
+    "emoji": "🐋🐳 👩‍🚀 flags 🇨🇭",
+    "Chinese and Japanese": "北冥有魚，其名為鯤。くじらはクジラ目。",
+    "combining marks": "e\u0301 é ﬁ Å नमस्ते",
+    "unusual spaces": "a\u00a0b\u3000c\u200bd\ufeff",
+    "control characters": "\x00\x01\x7f",
+    "digits": "1234567 1,000,000 3.14159",
+    "what looks like a byte token": "<0x0A> <s> </s> <unk> <<0x41>>",
+    "outside the BMP": "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+}
+
+
+def some_text(documents=150):
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("abcdefghilmnorstu", k=words.randint(2, 7))) for _ in range(150)]
+    return [" ".join(words.choices(vocabulary, k=60)) + f"\n{words.randint(0, 9999)}." for _ in range(documents)]
+
+
+@pytest.fixture(scope="module", params=["bpe", "sentencepiece"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "tokenizer"
+    train = {"bpe": train_bpe, "sentencepiece": train_sentencepiece}[request.param]
+    train(some_text(), 450, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe_only")
+    train_bpe(some_text(), 450, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ODD_TEXTS)
+def test_any_text_comes_back_exactly_with_its_bytes_counted(folder, name):
+    text = ODD_TEXTS[name]
+    ids = encode(folder, [text])[0]
+    assert decode(folder, ids) == text
+    assert token_bytes(folder)[ids].sum() == len(text.encode())
+
+
+def test_special_tokens_come_first_and_text_never_becomes_one(folder):
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(6))
+    assert eos_token_id(folder) == 1
+    assert vocab_size(folder) == 450
+    ids = encode(folder, [f"a{EOS}b{BOS} c {SPECIAL_TOKENS[3]}"])[0]
+    assert min(ids) >= len(SPECIAL_TOKENS)
+    assert (token_bytes(folder)[:6] == 0).all()
+
+
+@pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, PreTrainedTokenizerFast.from_pretrained])
+def test_transformers_loads_the_folder_and_gives_the_same_ids(folder, load):
+    tokenizer = load(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, PAD)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 450
+    for text in [*ODD_TEXTS.values(), *some_text(3)]:
+        assert tokenizer(text)["input_ids"] == encode(folder, [text])[0]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_older_consumers_find_what_they_know(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == 450
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"].get("merges", [])
+    assert all(isinstance(merge, str) for merge in merges)
+
+
+def test_a_folder_saved_by_transformers_is_taken_with_the_same_fingerprint(folder, tmp_path):
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    copy_folder(tmp_path / "saved", tmp_path / "copied")
+    text = ODD_TEXTS["Chinese and Japanese"] + some_text(1)[0]
+    assert encode(tmp_path / "copied", [text]) == encode(folder, [text])
+    assert fingerprint(tmp_path / "copied") == fingerprint(folder)
+    assert (
+        json.loads((tmp_path / "copied" / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "PreTrainedTokenizerFast"
+    )
+
+
+@pytest.mark.parametrize("train", [train_bpe, train_sentencepiece])
+def test_training_is_deterministic(train, tmp_path):
+    for name in ("one", "two"):
+        train(some_text(60), 400, tmp_path / name)
+    one, two = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_text_is_cut_as_deepseek_v3_cuts_it(bpe):
+    cut = load_tokenizer(bpe).pre_tokenizer.pre_tokenize_str
+    pieces = [piece for piece, _ in cut("Call 123456 whales, it's é.foo()\n\n  x")]
+    assert pieces == ["Call", "Ġ", "123", "456", "Ġwhales", ",", "Ġit", "'s", "ĠÃ©", ".foo", "()ĊĊ", "Ġ", "Ġx"]
+    assert len(cut("くじらは鯨である")) == 1  # kana and Chinese characters make one run
+
+
+def test_the_fingerprint_sees_a_change_of_the_vocabulary_only(bpe, tmp_path):
+    copy_folder(bpe, tmp_path)
+    before = fingerprint(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["merges"] = [merge.split(" ") for merge in content["model"]["merges"]]
+    content["padding"] = {"strategy": "BatchLongest"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert fingerprint(tmp_path) == before
+    content["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_folder_that_changes_is_read_again(tmp_path):
+    for size in (300, 400):
+        train_bpe(some_text(), size, tmp_path)
+        assert vocab_size(tmp_path) == size
+
+
+def test_evaluation_counts_bytes_and_tokens(folder, tmp_path):
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, text in zip(files, ("déjà vu\r\n", some_text(1)[0])):
+        file.write_bytes(text.encode())
+    result = evaluate_tokenizer(folder, files)
+    assert result["exact"] and result["vocab_size"] == 450
+    assert result["bytes"] == sum(file.stat().st_size for file in files)
+    assert result["tokens"] == sum(each["tokens"] for each in result["files"].values())
+    assert result["bytes_per_token"] == result["bytes"] / result["tokens"]
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path, bpe):
+    with pytest.raises(DataError, match=r"has no tokenizer.json, so it is no fast tokenizer; "):
+        evaluate_tokenizer(tmp_path, [])
+    copy_folder(bpe, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json: cannot be read as a tokenizer"):
+        vocab_size(tmp_path / "broken")
+    copy_folder(bpe, tmp_path / "endless")
+    (tmp_path / "endless" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"eos_token = None: must be a token of the vocabulary"):
+        copy_folder(tmp_path / "endless", tmp_path / "copy")
+    with pytest.raises(DataError, match=r"missing.txt: cannot be read"):
+        evaluate_tokenizer(bpe, [tmp_path / "missing.txt"])
+
+
+@pytest.mark.parametrize("train", [train_bpe, train_sentencepiece])
+def test_more_tokens_than_the_text_yields_is_refused(train, tmp_path):
+    with pytest.raises(DataError, match=r"tokenizer.vocab_size = 30000: .* lower it, or add text") as error:
+        train(some_text(20), 30_000, tmp_path / "tokenizer")
+    assert "\n" not in str(error.value)
