@@ -23,8 +23,8 @@ class Corpus:
         total_samples: samples of the whole run; a source with `max_epochs` must not run out before.
 
     Raises:
-        DataError: a store is missing, damaged or too small.
-        RecipeError: the model does not fit the tokenizer.
+        DataError: a store is missing, damaged or too small, also for validation.
+        RecipeError: the model does not fit the tokenizer, or a validation store has another one.
     """
 
     def __init__(self, recipe: Recipe, total_samples: int):
@@ -37,6 +37,12 @@ class Corpus:
         self.samples.check_available(total_samples)
         self.validation = [Store.open(source.path) for source in section.validation or section.train]
         check_vocabulary(recipe, self.samples.stores[0])
+        for store in self.validation:
+            check_same_tokenizer(self.samples.stores[0], store)
+        for _ in self._validation_batches(
+            1, 0, 1
+        ):  # raises where there is nothing to validate on: now, not after the last step
+            break
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -54,22 +60,27 @@ class Corpus:
 
     def validation_batches(self, process: Process, micro_batch: int) -> Iterator[tuple[str, Batch]]:
         """(source, batch) of this rank's share of the validation windows."""
-        return validation_batches(
-            self.validation,
-            self.length,
-            self.depths,
-            micro_batch,
-            self.tokens_per_evaluation,
-            process.rank,
-            process.world_size,
-        )
+        return self._validation_batches(micro_batch, process.rank, process.world_size)
+
+    def _validation_batches(self, batch: int, rank: int, world_size: int) -> Iterator[tuple[str, Batch]]:
+        limit = self.tokens_per_evaluation
+        return validation_batches(self.validation, self.length, self.depths, batch, limit, rank, world_size)
 
 
 def check_vocabulary(recipe: Recipe, store: Store) -> None:
-    """The model must have a row for each token of the store, and few more: a larger gap is a mistaken preset."""
+    """The model must have a row for each token of the store."""
     vocabulary = recipe.model_config_resolved().vocab_size
     if vocabulary < store.vocab_size:
         raise RecipeError(
             f"model.vocab_size = {vocabulary}: the tokenizer of {store.path} has {store.vocab_size} tokens; the model must have "
             f"a row for each; write model.vocab_size={-(-store.vocab_size // 64) * 64}"
+        )
+
+
+def check_same_tokenizer(first: Store, validation: Store) -> None:
+    """Validation text must be cut by the tokenizer that the model is trained with."""
+    if validation.manifest.tokenizer_fingerprint != first.manifest.tokenizer_fingerprint:
+        raise RecipeError(
+            f"data.validation = {validation.path}: was made with another tokenizer than {first.path}; "
+            f"a model reads one tokenizer's tokens; prepare it again with `tokenizer: {{kind: folder, path: {first.tokenizer_folder}}}` in its recipe"
         )

@@ -1,8 +1,8 @@
 """Turns each step's result into its dict of metrics (`train.metrics` names the keys) and gives it to everything that shows it."""
 
-import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,12 +16,10 @@ from parallel.engine import StepResult
 from train.config import Recipe
 from train.evaluate import Evaluation
 from train.launch import Process
-from train.loggers import open_loggers
+from train.loggers import MetricsError, open_loggers
 from train.metrics import MetricsLog, TerminalLine, balance_metrics
 from train.planning.devices import peak_flops
 from train.schedule import Schedule, Step
-
-log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -29,6 +27,9 @@ class RunLog:
 
     Args:
         step: of the checkpoint that the run continues from.
+
+    Raises:
+        MetricsError: on the first rank; the package of a logger is not installed, or the folder cannot be written.
     """
 
     def __init__(self, recipe: Recipe, process: Process, schedule: Schedule, model: Transformer, step: int):
@@ -36,6 +37,7 @@ class RunLog:
         self.length = recipe.data.sequence_length
         self.device = process.device
         self.model = model
+        self._failure: MetricsError | None = None
         self._open = ExitStack()
         self._started = time.perf_counter()
         self._sinks: list[Any] = []
@@ -43,13 +45,14 @@ class RunLog:
             return
         self.flops_per_token = flops_mfu(model.config, self.length)
         self.peak = process.world_size * peak_flops(process.device, model.compute_dtype)
-        folder = Path(recipe.run.dir)
+        self.folder = folder = Path(recipe.run.dir)
+        with written_into(folder):
+            for logger in open_loggers(recipe.logging, folder, recipe.model_dump(mode="json", by_alias=True), step):
+                self._open.callback(logger.close)
+                self._sinks.append(logger)
+            self._sinks.append(self._open.enter_context(MetricsLog(folder / "metrics.jsonl", step)))
         self.terminal = TerminalLine(schedule.total_steps, schedule.final_tokens, recipe.logging.every_steps)
         self._open.enter_context(self.terminal)
-        self._file = self._open.enter_context(MetricsLog(folder / "metrics.jsonl", step))
-        for logger in open_loggers(recipe.logging, folder, recipe.model_dump(mode="json", by_alias=True), step):
-            self._open.callback(logger.close)
-            self._sinks.append(logger)
 
     def start_step(self) -> None:
         """The clock of a step starts with the wait for its data and ends with its result."""
@@ -85,15 +88,27 @@ class RunLog:
         return metrics
 
     def write(self, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> None:
-        """Show and keep a step's metrics, with the validation that followed it if there was one."""
+        """Show and keep a step's metrics, with the validation that followed it if there was one. See `failed`."""
         if not self.is_first:
             return
         if evaluation is not None:
             metrics |= evaluation.to_dict()
-        self._file.write(metrics)
         self.terminal.show(metrics)
-        for sink in self._sinks:
-            sink.write(metrics)
+        try:
+            with written_into(self.folder):
+                for sink in self._sinks:
+                    sink.write(metrics)
+        except MetricsError as failure:  # the other ranks have to learn of it before this one may end
+            self._failure = failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether a step could not be kept. Raised by `raise_failure`, which all ranks must come to."""
+        return self._failure is not None
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def say(self, text: str) -> None:
         """One line to the person at the terminal."""
@@ -111,4 +126,24 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        try:
+            self._open.close()
+        except OSError:  # a full disk also fails what is flushed on closing
+            if not self.failed:
+                raise
+
+
+@contextmanager
+def written_into(folder: Path) -> Iterator[None]:
+    """What is written into the run's folder in this block; what stands in the way of it is a user's mistake.
+
+    Raises:
+        MetricsError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"run.dir = {folder}: {error.filename or 'a file in it'}: {error.strerror}; a run must be able to write its folder; "
+            "make it writable, free space or set another run.dir"
+        ) from error

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from safetensors.torch import save_file
 
 from data.files import replace_file
 from data.loader import Batch, Loader
+from model.hf import state_shapes
 from model.init import initialize
 from model.transformer import Transformer
 from parallel.ddp import DDPEngine
 from parallel.engine import Engine, State, StepResult
 from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
-from train.checkpoint import Checkpoints, load
+from train.checkpoint import Checkpoints
 from train.config import Recipe, RecipeError
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
@@ -34,8 +36,9 @@ from train.generate import continue_texts
 from train.launch import Process
 from train.optimizer import HostEMA, build_optimizer
 from train.ranks import Ranks
-from train.runlog import RunLog
+from train.runlog import RunLog, written_into
 from train.schedule import Schedule, Step
+from train.weights import open_weights
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +66,14 @@ class Trainer:
         for sequences in self.schedule.batches():
             self.layout.check_batch(sequences)
         self.corpus = Corpus(recipe, self.schedule.final_tokens // recipe.data.sequence_length)
-        self.engine: Engine = self._build_engine()
-        ema = recipe.optimizer.ema
-        self.ema = HostEMA(self.engine.model.named_parameters(), ema) if ema and process.is_first else None
         saving = recipe.checkpoint
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", saving.keep, saving.keep_every_steps, saving.asynchronous
         )
+        self.newest = self.checkpoints.latest()  # what the run continues from
+        self.engine: Engine = self._build_engine()
+        ema = recipe.optimizer.ema
+        self.ema = HostEMA(self.engine.model.named_parameters(), ema) if ema and process.is_first else None
         self.step = 0  # optimizer steps behind us, skipped ones included
         self.tokens = 0  # tokens consumed
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient
@@ -79,12 +83,11 @@ class Trainer:
     def run(self) -> int:
         """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
         self._resume()
-        self.ranks.first(self._write_recipe)
         with ExitStack() as stack:
             asked_to_stop = stack.enter_context(_listen_for_signals())
-            run_log = stack.enter_context(
-                RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
-            )
+            run_log = stack.enter_context(self.ranks.all(self._open_log))
+            if self.step:
+                run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             for step, batches in [] if self._is_over else self._steps(stack):
                 result = self._train_step(step, batches)
                 metrics = run_log.end_step(self.step, self.tokens, self.skipped, step, result)
@@ -92,13 +95,15 @@ class Trainer:
                 run_log.write(metrics, self._evaluate() if validates else None)
                 if self._is_diverged(result):
                     self._save()
-                    self._save_evidence(step, batches, result)
+                    self.ranks.all(partial(self._save_evidence, step, batches, result))
                     self.checkpoints.wait()
                     run_log.say(self._divergence(result))
                     return DIVERGED
-                stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), self.checkpoints.failed)
-                if failed:
-                    self.checkpoints.wait()  # raises what went wrong on every rank
+                cannot_write = self.checkpoints.failed or run_log.failed
+                stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), cannot_write)
+                if failed:  # what went wrong is raised on every rank
+                    self.checkpoints.wait()
+                    self.ranks.all(run_log.raise_failure)
                 if save or stop or self._is_over:
                     self._save()
                 if stop or self._is_over:
@@ -125,8 +130,8 @@ class Trainer:
         with torch.device(self.process.device):
             model = Transformer(config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents)
         initialize(model, recipe.run.seed)
-        if recipe.run.initialize_from:
-            load(recipe.run.initialize_from, _weights(model), partial=True)
+        if recipe.run.initialize_from and self.newest is None:
+            _start_from(model, recipe.run.initialize_from)
         apply_recompute(model, recipe.parallel.recompute)
         if recipe.run.compile is True or (recipe.run.compile == "auto" and self.process.device.type == "cuda"):
             for block in model.model.layers:
@@ -173,13 +178,17 @@ class Trainer:
         model = self.engine.model
         batches = self.corpus.validation_batches(self.process, self.recipe.parallel.micro_batch)
         evaluation = evaluate(model, batches, self.corpus.token_bytes)
-        if self.process.is_first and self.recipe.evaluate.sample_prompts:
-            samples = continue_texts(model, self.corpus.tokenizer, self.recipe.evaluate.sample_prompts)
+        if self.recipe.evaluate.sample_prompts:
+            self.ranks.first(self._write_samples)
+        return evaluation
+
+    def _write_samples(self) -> None:
+        samples = continue_texts(self.engine.model, self.corpus.tokenizer, self.recipe.evaluate.sample_prompts)
+        with written_into(self.folder):
             folder = self.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             with replace_file(folder / f"step-{self.step:08d}.txt") as path:
                 path.write_text("\n\n———\n\n".join(samples) + "\n", encoding="utf-8")
-        return evaluation
 
     def _is_time_to_save(self) -> bool:
         minutes = self.recipe.checkpoint.every_minutes
@@ -224,8 +233,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint of the run's folder, if there is one."""
-        path = self.checkpoints.latest()
-        if path is None:
+        if (path := self.newest) is None:
             return
         state = self._state()
         run = self.checkpoints.load(path, state)
@@ -246,37 +254,42 @@ class Trainer:
             log.warning("the data section changed: samples from %d on come from the new one", run["samples"])
             sections.append([run["samples"], fingerprint])
         self.data_sections = sections
-        log.info("continuing from %s: step %d, %d tokens", path, self.step, self.tokens)
 
-    def _write_recipe(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_file(self.folder / "recipe.yaml") as path:
-            path.write_text(self.recipe.to_yaml(), encoding="utf-8")
+    def _open_log(self) -> RunLog:
+        """The run's folder with its recipe, on the first rank, and its record."""
+        if self.process.is_first:
+            with written_into(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with replace_file(self.folder / "recipe.yaml") as path:
+                    path.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        return RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
 
     def _save_evidence(self, step: Step, batches: list[Batch], result: StepResult) -> None:
         """What is needed to look at a step without finite gradients: its batches, its settings, where it went wrong."""
         folder = self.folder / "non_finite" / f"step-{self.step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}.{i}": part for i, b in enumerate(batches) for name, part in b._asdict().items()}
-        with replace_file(folder / f"batches-rank{self.process.rank}.safetensors") as path:
-            save_file(tensors, path)
-        if self.process.is_first:
-            report = {
-                "step": self.step,
-                "first_sample": step.first_sample,
-                "settings": asdict(step.settings),
-                "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
-                "parameters_with_non_finite_gradients": result.non_finite,
-                "weights": f"checkpoints/step-{self.step:08d}",
-            }
-            with replace_file(folder / "report.json") as path:
-                path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        report = {
+            "step": self.step,
+            "first_sample": step.first_sample,
+            "settings": asdict(step.settings),
+            "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
+            "parameters_with_non_finite_gradients": result.non_finite,
+            "weights": f"checkpoints/step-{self.step:08d}",
+        }
+        with written_into(self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replace_file(folder / f"batches-rank{self.process.rank}.safetensors") as path:
+                save_file(tensors, path)
+            if self.process.is_first:
+                with replace_file(folder / "report.json") as path:
+                    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
         if self._is_finished:
             return f"finished at step {self.step}; checkpoint {where}"
-        return f"stopped at step {self.step} of {self.schedule.total_steps}; start the same command again to continue from {where}"
+        again = "raise run.stop_at_step" if self._is_over else "start the same command again"
+        return f"stopped at step {self.step} of {self.schedule.total_steps}; {again} to continue from {where}"
 
     def _divergence(self, result: StepResult) -> str:
         return (
@@ -309,5 +322,18 @@ def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _weights(model: Transformer) -> State:
-    return {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
+@torch.no_grad()
+def _start_from(model: Transformer, source: str) -> None:
+    """Copy weights into a model: of a run, a checkpoint or a Hugging Face folder that has every tensor of the model."""
+    weights = open_weights(source)
+    found, own = state_shapes(weights.config), model.state_dict()
+    for name, tensor in own.items():
+        if name not in found or found[name].shape != tensor.shape:
+            there = f"is {list(found[name].shape)} there" if name in found else "is not there"
+            raise RecipeError(
+                f"run.initialize_from = {source}: the model's {name} {list(tensor.shape)} {there}; the weights must have every "
+                "tensor of the model; give the model section the dimensions of the weights"
+            )
+    for name, tensor in weights.tensors():
+        if name in own:
+            own[name].copy_(tensor)
