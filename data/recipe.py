@@ -19,7 +19,7 @@ class Trained(Record):
 
     kind: Literal["bpe", "sentencepiece"] = "bpe"
     vocab_size: int = Field(default=4096, ge=300)  # ids in all, special tokens and the 256 bytes included
-    sample_bytes: int = Field(default=50_000_000, ge=1)  # text it is trained on, shared among the sources by weight
+    sample_bytes: int = Field(default=20_000_000, ge=1)  # text it is trained on, shared among the sources by weight
 
 
 class Given(Record):

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -312,8 +312,3 @@ def _read(folder: Path) -> Tokenizer:
         raise DataError(
             f"{path}: cannot be read as a tokenizer ({' '.join(str(error).split())}); save it again"
         ) from None
-
-
-def iterate_files(folder: Path) -> Iterator[Path]:
-    """The files of a tokenizer folder, which an export carries along."""
-    return (folder / name for name in FOLDER_FILES if (folder / name).is_file())
