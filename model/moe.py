@@ -146,7 +146,8 @@ class Experts(nn.Module):
 class LocalDispatcher:
     """Every expert on this device: sort the (token, expert) pairs by expert, and put the results back.
 
-    Both moves are permutations, so the backward of each is a gather too: no scatter-add, and the same bits in every run.
+    Both moves are permutations, so forward and backward only gather: no scatter-add, and the same bits in every run. Where the
+    K rows of a token are summed, gather and sum are one kernel (`_sum_rows`), and the [N, K, D] in between does not exist.
     """
 
     class Handle(NamedTuple):
@@ -164,8 +165,8 @@ class LocalDispatcher:
         return _ToExperts.apply(tokens, handle.place, order), count_experts(expert_ids, self.experts), handle
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
-        pairs = _FromExperts.apply(expert_output, handle.place, handle.order)  # [N, K, D]
-        return (pairs * handle.weights.unsqueeze(-1).to(pairs.dtype)).sum(1)
+        weights = handle.weights.to(expert_output.dtype)
+        return _FromExperts.apply(expert_output, weights, handle.place, handle.order)
 
 
 class _ToExperts(torch.autograd.Function):
@@ -179,18 +180,25 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (place,) = ctx.saved_tensors
-        return grad.index_select(0, place.flatten()).unflatten(0, place.shape).sum(1), None, None
+        return _sum_rows(grad, place), None, None
 
 
 class _FromExperts(torch.autograd.Function):
-    """pairs[n, k] = rows[place[n, k]], a permutation."""
+    """tokens[n] = Σ_k weights[n, k] · rows[place[n, k]]"""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, place: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, place.flatten()).unflatten(0, place.shape)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, place: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, place, order)
+        return _sum_rows(rows, place, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (order,) = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, order), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        rows, weights, place, order = ctx.saved_tensors
+        of_rows = grad.index_select(0, order // place.shape[1])  # [M, D] gradient of each row's token
+        d_weights = torch.linalg.vecdot(rows, of_rows)[place]  # [N, K]
+        return of_rows.mul_(weights.flatten()[order].unsqueeze(-1)), d_weights, None, None
+
+
+def _sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ_k weights[n, k] · rows[place[n, k]]; weights of 1 where there are none. rows [M, D], place [N, K] → [N, D]."""
+    return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weights)
