@@ -55,26 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labels.split(rows),
             d_hidden.split(rows) if d_hidden is not None else [None] * len(labels),
         ):
-            z = F.linear(h, head).float()  # [n, V]
-            valid = y != IGNORE
-            target = y.clamp_min(0).unsqueeze(-1)  # [n, 1]
-            picked = z.gather(-1, target).squeeze(-1)  # [n]
-            peak = z.amax(-1, keepdim=True)  # [n, 1]
-            p = z.sub_(peak).exp_()  # [n, V], over the logits
-            normaliser = p.sum(-1, keepdim=True)  # [n, 1]
-            total += ((normaliser.log() + peak).squeeze(-1) - picked)[valid].sum()
-            if dh is None and d_weight is None:
-                continue
-            p.mul_(valid.unsqueeze(-1) / normaliser)
-            p.scatter_add_(-1, target, -valid.unsqueeze(-1).to(p.dtype))
-            dz = p.to(hidden.dtype)
-            if dh is not None:
-                torch.mm(dz, head, out=dh)
-            if d_weight is not None:
-                if dz.dtype == torch.float32:
-                    d_weight.addmm_(dz.T, h)
-                else:
-                    d_weight += dz.T @ h
+            total += _chunk(h, head, y, dh, d_weight)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -88,3 +69,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_weight is None else (d_weight * grad).to(ctx.weight_dtype),
             None,
         )
+
+
+def _chunk(hidden: Tensor, head: Tensor, labels: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None) -> Tensor:
+    """The loss of a few tokens; fills their rows of d_hidden [n, D] and adds to d_weight [V, D] where these are wanted.
+
+    A function of its own, so that one chunk's logits are freed before the next one's are made.
+    """
+    z = F.linear(hidden, head).float()  # [n, V]
+    valid = labels != IGNORE
+    target = labels.clamp_min(0).unsqueeze(-1)  # [n, 1]
+    picked = z.gather(-1, target).squeeze(-1)  # [n]
+    peak = z.amax(-1, keepdim=True)  # [n, 1]
+    p = z.sub_(peak).exp_()  # [n, V], over the logits
+    normaliser = p.sum(-1, keepdim=True)  # [n, 1]
+    loss = ((normaliser.log() + peak).squeeze(-1) - picked)[valid].sum()
+    if d_hidden is None and d_weight is None:
+        return loss
+    p.mul_(valid.unsqueeze(-1) / normaliser)
+    p.scatter_add_(-1, target, -valid.unsqueeze(-1).to(p.dtype))
+    dz = p.to(hidden.dtype)
+    if d_hidden is not None:
+        torch.mm(dz, head, out=d_hidden)
+    if d_weight is not None:
+        if dz.dtype == torch.float32:
+            d_weight.addmm_(dz.T, hidden)
+        else:
+            d_weight += dz.T @ hidden
+    return loss
