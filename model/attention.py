@@ -59,7 +59,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.v_dim, c.hidden_size)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] bool or None for causal → [B, T, D]."""
+        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] or None for causal → [B, T, D]."""
         q_nope, q_rope = self._queries(x, rotation)  # [B, H, T, nope], [B, H, T, rope]
         latent, k_rope = self._latent(x, rotation)  # [B, T, R], [B, T, rope]
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + v]

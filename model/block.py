@@ -21,7 +21,7 @@ class Block(nn.Module):
         self.mlp = MoE(config, grouped_mm) if config.is_moe(layer) else MLP(dim, config.intermediate_size)
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> tuple[Tensor, LayerStats | None]:
-        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] bool or None for causal → ([B, T, D], MoE stats)."""
+        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] or None for causal → ([B, T, D], MoE stats)."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
         return self._feed_forward(x)
 

@@ -26,7 +26,7 @@ class Rotation(NamedTuple):
 
 def rotation(config: ModelConfig, positions: Tensor) -> Rotation:
     """The rotation of each position. positions: [..., T] integers."""
-    angle = positions.unsqueeze(-1).float() * frequencies(config).to(positions.device)  # [..., T, rope/2]
+    angle = positions.unsqueeze(-1).float() * frequencies(config, positions.device)  # [..., T, rope/2]
     scale = _cos_sin_scale(config.yarn)
     return Rotation(angle.cos() * scale, angle.sin() * scale)
 
@@ -38,10 +38,10 @@ def rotate(x: Tensor, r: Rotation) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def frequencies(config: ModelConfig) -> Tensor:
+def frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """θ_j of each pair, [rope/2] fp32."""
     dim, base = config.qk_rope_head_dim, config.rope_theta
-    plain = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    plain = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     yarn = config.yarn
     if yarn is None:
         return plain
@@ -52,7 +52,7 @@ def frequencies(config: ModelConfig) -> Tensor:
 
     first = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     last = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
-    steps = torch.arange(dim // 2, dtype=torch.float32) - first
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=device) - first
     divided = (steps / max(last - first, 1e-3)).clamp(0, 1)  # 0 keeps a frequency, 1 divides it
     return plain * (1 - divided) + plain / yarn.factor * divided
 

@@ -52,6 +52,8 @@ class Transformer(nn.Module):
         mask_documents: bool = False,
     ):
         super().__init__()
+        if experts == "grouped_mm":
+            grouped_mm_ops.check_widths(config.hidden_size, config.moe_intermediate_size, compute_dtype)
         self.config = config
         self.compute_dtype = compute_dtype
         self.mask_documents = mask_documents
@@ -98,7 +100,7 @@ class Transformer(nn.Module):
         length = tokens.shape[1] - 1 - depths
         embedded = self.embed(tokens[:, : length + depths])  # [B, T + D_mtp, D]
         positions = rotation(self.config, torch.arange(length, device=tokens.device))
-        mask = attention_ops.document_mask(documents[:, :length]) if self.mask_documents else None
+        mask = attention_ops.document_mask(documents[:, :length], embedded.dtype) if self.mask_documents else None
 
         x, stats = embedded[:, :length], []
         for block in self.main_layers:

@@ -19,15 +19,15 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Ten
         q, k: [B, H, T, d_qk].
         v: [B, H, T, d_v]; d_v may differ from d_qk.
         scale: multiplies the scores.
-        mask: [B, 1, T, T] bool, True where a query may look; None is causal.
+        mask: [B, 1, T, T] added to the scores, −inf where a query may not look; None is causal.
 
     Returns:
         [B, H, T, d_v].
     """
     scores = (q @ k.transpose(-1, -2)).float() * scale  # [B, H, T, T]
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v  # [B, H, T, d_v]
+        mask = torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
+    return (scores + mask).softmax(-1).to(v.dtype) @ v  # [B, H, T, d_v]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -46,7 +46,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor |
 BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa_attention, "reference": reference_attention}
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Causal attention that stays inside a document. [B, T] document numbers → [B, 1, T, T] bool."""
-    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)  # [B, T, T]
-    return same.tril().unsqueeze(1)
+def document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal attention that stays inside a document. [B, T] document numbers → [B, 1, T, T] of 0 and −inf.
+
+    In the dtype of the queries, so that all layers share it: SDPA would turn a bool mask into one of its own in each of them.
+    """
+    same = (documents.unsqueeze(-1) == documents.unsqueeze(-2)).tril()  # [B, T, T]
+    return torch.zeros_like(same, dtype=dtype).masked_fill_(~same, float("-inf")).unsqueeze(1)

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.config import ConfigError
 from model.ops import cross_entropy
 from model.ops.attention import document_mask, reference_attention, sdpa_attention
 from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
-from model.ops.grouped_mm import fused_grouped_mm, reference_grouped_mm
+from model.ops.grouped_mm import check_widths, fused_grouped_mm, reference_grouped_mm
 
 
 def leaves(*shapes):
@@ -26,7 +27,7 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7 + [-1] * 4, [3] * 17])
 
 
 @pytest.mark.parametrize("width", [8, 24, 32], ids=["v narrower", "v equal", "v wider"])
-@pytest.mark.parametrize("mask", [None, document_mask(DOCUMENTS)], ids=["causal", "documents"])
+@pytest.mark.parametrize("mask", [None, document_mask(DOCUMENTS, torch.float32)], ids=["causal", "documents"])
 def test_sdpa_equals_the_reference_in_values_and_gradients(mask, width):
     inputs = leaves((2, 3, 17, 24), (2, 3, 17, 24), (2, 3, 17, width))
     fast, slow = sdpa_attention(*inputs, 0.3, mask), reference_attention(*inputs, 0.3, mask)
@@ -47,13 +48,13 @@ def test_reference_attention_is_the_equation():
 
 def test_document_mask_is_causal_and_stays_inside_a_document():
     # documents 7 7 9: token 1 sees tokens 0 and 1, token 2 sees itself alone
-    mask = document_mask(torch.tensor([[7, 7, 9]]))
-    assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+    mask = document_mask(torch.tensor([[7, 7, 9]]), torch.float32)
+    assert mask.exp().tolist() == [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
 
 
 def test_masked_attention_equals_attention_over_each_document_alone():
     q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
-    packed = sdpa_attention(q, k, v, 0.5, document_mask(torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]])))
+    packed = sdpa_attention(q, k, v, 0.5, document_mask(torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]]), torch.float32))
     alone = [sdpa_attention(q[:, :, p], k[:, :, p], v[:, :, p], 0.5) for p in (slice(0, 4), slice(4, 6), slice(6, 9))]
     torch.testing.assert_close(packed, torch.cat(alone, dim=2))
 
@@ -200,3 +201,11 @@ def test_cross_entropy_without_gradients_computes_none():
     with torch.no_grad(), Products():
         linear_cross_entropy(hidden, weight, torch.zeros(8, dtype=torch.int64))
     assert sum(name.startswith(("aten::mm", "aten::addmm")) for name in products) == 1  # the logits
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_a_width_that_the_grouped_product_cannot_read_is_refused(dtype, step):
+    """Rows of 16 bytes: multiples of 4 numbers in fp32, of 8 in bf16."""
+    check_widths(8 * step, 3 * step, dtype)
+    with pytest.raises(ConfigError, match=rf"moe_intermediate_size: {3 * step + 2} .* write {4 * step}$"):
+        check_widths(8 * step, 3 * step + 2, dtype)
