@@ -4,6 +4,7 @@ A user's mistake is one line on stderr and exit code 2. Anything else is ours an
 need when they run, so that `--help` answers at once.
 """
 
+import errno
 import json
 import os
 import sys
@@ -25,6 +26,9 @@ USERS_MISTAKES = {
     "train.loggers.MetricsError",
     "train.planning.devices.DeviceError",
 }
+
+# What the machine refuses, wherever it happens: strerror and the file name say it in one line.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # typer's own: help, a usage error, a command's exit code
         return int(end.code or 0)
     except Exception as error:
-        if f"{type(error).__module__}.{type(error).__qualname__}" not in USERS_MISTAKES:
+        is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if not is_disk and f"{type(error).__module__}.{type(error).__qualname__}" not in USERS_MISTAKES:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
             print(f"rorqual: {error}", file=sys.stderr)
