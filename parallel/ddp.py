@@ -40,7 +40,13 @@ class DDPEngine:
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # Every parameter is used. The search for unused ones is here for its side effect: DDP keeps its buckets, where else it
+            # fills them anew after the first step. From three ranks on, the order of a sum depends on the place in the bucket: the
+            # first step of a continued run would differ in its last bits from that of a run that was never interrupted.
+            self.replicas = DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         self.replicas.register_comm_hook(None, _sum_over_ranks)
         self.optimizer = make_optimizer(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.compute_dtype is torch.float16)
