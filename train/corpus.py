@@ -82,5 +82,6 @@ def check_same_tokenizer(first: Store, validation: Store) -> None:
     if validation.manifest.tokenizer_fingerprint != first.manifest.tokenizer_fingerprint:
         raise RecipeError(
             f"data.validation = {validation.path}: was made with another tokenizer than {first.path}; "
-            f"a model reads one tokenizer's tokens; prepare it again with `tokenizer: {{kind: folder, path: {first.tokenizer_folder}}}` in its recipe"
+            "a model reads one tokenizer's tokens; prepare it again with "
+            f"`tokenizer: {{kind: folder, path: {first.tokenizer_folder}}}` in its recipe"
         )
