@@ -3,7 +3,6 @@
 Starting a process and importing torch costs seconds; making a process group costs milliseconds.
 """
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import PROCESSES
+
 
 class Workers:
     """`workers.run(2, function, *args)` runs `function(*args)` as both ranks of a group of 2; returns what each returned.
@@ -23,12 +24,10 @@ class Workers:
     """
 
     def __init__(self, most: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tests.workers"])
         self.pipes, self.processes = [], []
         for _ in range(most):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

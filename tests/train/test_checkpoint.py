@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import resource
@@ -20,11 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from tests.processes import PROCESSES
 from train.checkpoint import CheckpointError, Checkpoints, latest, load, read_run, verify
-
-# A server that has imported torch forks each child: cheap as a fork, safe beside the threads of this process.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train.checkpoint", "torch.distributed.tensor"])
 
 
 @pytest.fixture

@@ -1,0 +1,18 @@
+"""What every test process needs, imported once by the server that forks them (`tests.processes`).
+
+A child then starts in milliseconds instead of seconds, and finds this machine's GEMM peak measured.
+"""
+
+import importlib
+
+import torch
+import torch._dynamo  # DistributedDataParallel imports it when it is made
+import torch.distributed.tensor
+
+from train.planning.devices import peak_flops
+
+for module in ("tests.workers", "train.cli", "train.trainer"):
+    importlib.import_module(module)
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float16):
+    peak_flops(torch.device("cpu"), dtype)

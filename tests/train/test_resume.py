@@ -1,0 +1,93 @@
+"""A run that ended early continues as if it had not: the same bits on the same processes, the same losses on others."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.store import Store
+from tests.small_run import LENGTH, SEQUENCES, STEPS, Run, assert_same_bits
+
+LONG_MEMORY = ("parallel.micro_batch=3", "precision.moments=bf16", "checkpoint.asynchronous=false")
+HALF = ("precision.compute=fp16", "parallel.recompute=selective")
+
+
+@pytest.mark.parametrize("changes", [(), LONG_MEMORY, HALF], ids=["fp32", "accumulated-bf16-moments-sync", "fp16"])
+def test_ten_and_ten_steps_in_two_processes_are_twenty_in_one_to_the_bit(
+    tiny_store: Store, tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    """Parameters, moments, expert biases, average of the weights, step count, loss scale, every number of the metrics."""
+    once, twice = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "twice")
+    assert once.train(*changes) == [0], once.said
+    assert twice.train(*changes, "run.stop_at_step=10") == [0], twice.said
+    assert "stopped at step 10 of 20; raise run.stop_at_step to continue" in twice.said
+    assert twice.train(*changes) == [0], twice.said
+    assert "continuing after step 10 of 20" in twice.said
+    assert_same_bits(twice.tensors(), once.tensors())
+    assert twice.metrics() == once.metrics()
+    for key in ("step", "tokens", "samples", "samples_by_source", "data_sections", "skipped"):
+        assert twice.record()[key] == once.record()[key], key
+
+
+def test_four_processes_continue_to_the_bit_too(tiny_store: Store, tmp_path: Path) -> None:
+    """From three ranks on, a sum over ranks depends on its order, which must not depend on when the process started."""
+    changes = ("parallel.micro_batch=1", "schedule.tokens=2048", "evaluate.tokens=64")  # 8 steps
+    once, twice = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "twice")
+    assert once.train(*changes, processes=4) == [0] * 4, once.said
+    assert twice.train(*changes, "run.stop_at_step=4", processes=4) == [0] * 4, twice.said
+    assert twice.train(*changes, processes=4) == [0] * 4, twice.said
+    assert_same_bits(twice.tensors(8), once.tensors(8))
+    assert twice.metrics() == once.metrics()
+
+
+def test_what_two_processes_wrote_one_and_four_continue(tiny_store: Store, tmp_path: Path, whole: Run) -> None:
+    """Losses within 1e-5 of the run that never stopped: each batch has another loss, so these are the same samples too."""
+    expected = whole.metrics()
+    for processes in (1, 4):
+        moved = Run(tiny_store, tmp_path / f"moved-{processes}")
+        assert moved.train("run.stop_at_step=6", processes=2) == [0, 0], moved.said
+        assert moved.train("run.stop_at_step=12", processes=processes) == [0] * processes, moved.said
+        found = moved.metrics()
+        assert [line["step"] for line in found] == list(range(1, 13))
+        for line, same in zip(found, expected):
+            for loss, reference in zip([line["loss"], *line["mtp_loss"]], [same["loss"], *same["mtp_loss"]]):
+                assert math.isclose(loss, reference, rel_tol=1e-5), (processes, line["step"], loss, reference)
+        record = moved.record(12)
+        assert record["samples"] == 12 * SEQUENCES == record["tokens"] // LENGTH
+        assert sum(record["samples_by_source"].values()) == record["samples"]
+        assert record["world_size"] == processes
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_store: Store, tmp_path: Path) -> None:
+    run = Run(tiny_store, tmp_path / "run")
+    assert run.train("run.stop_at_step=4") == [0]
+    before = run.tensors(4), run.metrics()
+    for stop in (4, 2):  # there, and beyond it
+        assert run.train(f"run.stop_at_step={stop}") == [0]
+        assert run.checkpoints() == ["step-00000004"]
+        assert_same_bits(run.tensors(4), before[0])
+        assert run.metrics() == before[1]
+
+
+def test_a_run_grows_with_its_recipe(tiny_store: Store, tmp_path: Path) -> None:
+    """Half the batch for four steps, then the whole one: the end is where the tokens are, not where a step count was."""
+    run = Run(tiny_store, tmp_path / "run")
+    tokens = 10 * SEQUENCES * LENGTH
+    half = SEQUENCES * LENGTH // 2
+    assert run.train(f"schedule.tokens={tokens}", f"schedule.batch_tokens={half}", "run.stop_at_step=4") == [0]
+    assert run.train(f"schedule.tokens={tokens}") == [0], run.said
+    assert run.record(12)["tokens"] == tokens  # 4 · half + 8 · whole = 10 · whole
+    assert "finished at step 12" in run.said
+
+
+def test_the_average_of_the_weights_is_in_the_checkpoint(whole: Run) -> None:
+    state = whole.tensors()
+    names = [name.removeprefix("ema.") for name in state if name.startswith("ema.")]
+    assert names == [name.removeprefix("parameters.") for name in state if name.startswith("parameters.")]
+    ratio = [
+        float((state[f"ema.{name}"] - state[f"parameters.{name}"]).norm() / state[f"parameters.{name}"].norm())
+        for name in names
+    ]
+    assert 0 < max(ratio) < 1  # the average lags behind weights that move
+    assert int(state["steps"]) == STEPS and state["loss_scale.scale"] == torch.tensor(1.0)
