@@ -143,15 +143,15 @@ def activation_bytes(
         sequence_length: T.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
         recompute: as in `parallel.recompute`.
-        device: on a CPU attention pads values to the width of the keys, and RMSNorm keeps its normalised input; a GPU's
-            kernels do neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
+        device: on a CPU attention pads values to the width of the keys and log sigmoid keeps a buffer; a GPU's kernels do
+            neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
     """
     c, a = config, element_size
     depths = c.num_nextn_predict_layers
     rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, a, device)]
-    rows += depths * (_mtp_entry(c, a, device) + _block(c, c.num_hidden_layers, a, device) + _mtp_exit(c, device))
+    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, a, device) + _mtp_exit(c))
     per_token = sum(row.bytes for row in rows if recompute in row.kept)
-    per_token += _norm(c.hidden_size, device)  # the final norm
+    per_token += _norm(c.hidden_size)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
     once = (1 + depths) * 4 * c.vocab_size * c.hidden_size  # gradient of the output head, one for each loss
@@ -192,15 +192,13 @@ def _attention(c: ModelConfig, a: int, device: Device) -> list[_Row]:
     latent = rank + c.qk_rope_head_dim
     return [
         _Row("block input", a * dim, RECOMPUTED),
-        _Row("input norm", _norm(dim, device), NONE),
+        _Row("input norm", _norm(dim), NONE),
         _Row("its output, input of q and kv", a * dim, NONE),
         _Row("query latent, or queries where there is none", a * (q_rank or queries), SELECTIVE),
-        _Row("its norm", _norm(q_rank, device), NONE),
+        _Row("its norm", _norm(q_rank), NONE),
         _Row("its norm's output, input of q_b", a * q_rank, NONE),
         _Row("key-value latent and rotary key", a * latent, SELECTIVE),
-        _Row(
-            "its norm", _norm(rank, device) + (a * c.qk_rope_head_dim if a == 4 else 0), NONE
-        ),  # in fp32 a view of both
+        _Row("its norm", _norm(rank) + (a * c.qk_rope_head_dim if a == 4 else 0), NONE),  # in fp32 a view of both
         _Row("its norm's output, input of kv_b", a * rank, NONE),
         _Row("queries and keys", 2 * a * queries, NONE),
         _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
@@ -208,7 +206,7 @@ def _attention(c: ModelConfig, a: int, device: Device) -> list[_Row]:
         _Row("log-sum-exp", 4 * heads, PRODUCT),
         _Row("heads side by side, input of o", a * values, NONE),
         _Row("output of o", a * dim, SELECTIVE),
-        _Row("post-attention norm", _norm(dim, device), NONE),
+        _Row("post-attention norm", _norm(dim), NONE),
         _Row("its output, input of the feed-forward part", a * dim, NONE),
     ]
 
@@ -241,27 +239,24 @@ def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
 def _swiglu(width: int) -> list[_Row]:
     return [
         _Row("gate and up", 2 * width, PRODUCT),
-        _Row("silu(gate)", width, NONE),
         _Row("silu(gate) · up, input of down", width, NONE),
     ]
 
 
-def _mtp_entry(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+def _mtp_entry(c: ModelConfig, a: int) -> list[_Row]:
     dim = c.hidden_size
     shared = 4 * dim if a == 4 else 0  # in fp32 the embedding is the first block's input, which is counted there
     return [
         _Row("states of the depth before", a * dim, SELECTIVE),  # `full` keeps them for the block's input
-        _Row("norms of embedding and state", 2 * _norm(dim, device) - shared, NONE),
+        _Row("norms of embedding and state", 2 * _norm(dim) - shared, NONE),
         _Row("both outputs, input of eh_proj", 2 * a * dim, NONE),
     ]
 
 
-def _mtp_exit(c: ModelConfig, device: Device) -> list[_Row]:
-    return [_Row("final norm of the depth", _norm(c.hidden_size, device), NONE)]
+def _mtp_exit(c: ModelConfig) -> list[_Row]:
+    return [_Row("final norm of the depth", _norm(c.hidden_size), NONE)]
 
 
-def _norm(width: int, device: Device) -> int:
-    """RMSNorm keeps its input in fp32, 1/rms, and on a CPU the normalised input."""
-    if width == 0:
-        return 0
-    return 4 * width * (2 if device == "cpu" else 1) + 4
+def _norm(width: int) -> int:
+    """RMSNorm keeps its input in fp32 and 1/rms."""
+    return 4 * width + 4 if width else 0

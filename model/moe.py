@@ -19,6 +19,7 @@ from model.balance import sequence_balance_loss
 from model.config import ModelConfig
 from model.layers import MLP
 from model.ops.grouped_mm import GroupedMM
+from model.ops.swiglu import swiglu
 
 
 class Routing(NamedTuple):
@@ -140,7 +141,7 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [M, D] sorted by expert, counts [E] rows of each → [M, D]."""
         gate, up = self.grouped_mm(rows, self.gate_up_proj.to(rows.dtype), counts).chunk(2, dim=-1)  # [M, F] each
-        return self.grouped_mm(F.silu(gate) * up, self.down_proj.to(rows.dtype), counts)
+        return self.grouped_mm(swiglu(gate, up), self.down_proj.to(rows.dtype), counts)
 
 
 class LocalDispatcher:

@@ -10,6 +10,8 @@ from model.ops import cross_entropy
 from model.ops.attention import document_mask, reference_attention, sdpa_attention
 from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 from model.ops.grouped_mm import check_widths, fused_grouped_mm, reference_grouped_mm
+from model.ops.rms_norm import reference_rms_norm, rms_norm
+from model.ops.swiglu import reference_swiglu, swiglu
 
 
 def leaves(*shapes):
@@ -209,3 +211,28 @@ def test_a_width_that_the_grouped_product_cannot_read_is_refused(dtype, step):
     check_widths(8 * step, 3 * step, dtype)
     with pytest.raises(ConfigError, match=rf"moe_intermediate_size: {3 * step + 2} .* write {4 * step}$"):
         check_widths(8 * step, 3 * step + 2, dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # at 1e-3 eps is as large as the mean square
+def test_rms_norm_equals_the_reference_in_values_and_gradients(scale):
+    x = (scale * torch.randn(3, 5, 24)).requires_grad_()
+    weight = torch.randn(24, requires_grad=True)
+    upstream = torch.randn(3, 5, 24)
+    _assert_equal_with_gradients(rms_norm, reference_rms_norm, (x, weight), upstream, eps=1e-6)
+
+
+def test_swiglu_equals_the_reference_in_values_and_gradients():
+    gate, up = (4 * torch.randn(7, 2 * 12, requires_grad=True)).chunk(
+        2, dim=-1
+    )  # halves of one product, as in the experts
+    _assert_equal_with_gradients(swiglu, reference_swiglu, (gate, up), torch.randn(7, 12))
+
+
+def _assert_equal_with_gradients(op, reference, inputs, upstream, **options):
+    values, gradients = [], []
+    for function in (op, reference):
+        values.append(function(*inputs, **options))
+        gradients.append(torch.autograd.grad(values[-1], inputs, upstream, retain_graph=True))
+    torch.testing.assert_close(*values)
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
