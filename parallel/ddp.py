@@ -40,22 +40,19 @@ class DDPEngine:
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            # Every parameter is used. The search for unused ones is here for its side effect: DDP keeps its buckets, where else it
-            # fills them anew after the first step. From three ranks on, the order of a sum depends on the place in the bucket: the
-            # first step of a continued run would differ in its last bits from that of a run that was never interrupted.
-            self.replicas = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+            self.replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.replicas.register_comm_hook(None, _sum_over_ranks)
         self.optimizer = make_optimizer(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.compute_dtype is torch.float16)
+        self.buckets_are_final = dist.get_world_size() < 3
 
     @property
     def loss_scale(self) -> float:
         return float(self.scaler.get_scale())
 
     def step(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepResult:
+        if not self.buckets_are_final:
+            self._rehearse(micro_batches[0])
         targets = self._targets_of_global_batch(micro_batches)
         outputs = []
         for index, batch in enumerate(micro_batches):
@@ -98,6 +95,17 @@ class DDPEngine:
             self.scaler.load_state_dict(
                 self.scaler.state_dict() | {"scale": float(scale["scale"]), "_growth_tracker": int(scale["good_steps"])}
             )
+
+    def _rehearse(self, batch: MicroBatch) -> None:
+        """One pass without effect before the first step. DDP fills its buckets anew after its first backward pass.
+
+        From three ranks on, the order of a sum over ranks depends on the place in the bucket. Without this pass the first step of a
+        run that continues would differ in its last bits from the same step of a run that was never interrupted.
+        """
+        losses = self.replicas(batch.tokens, batch.documents).losses
+        losses.objective(losses.counts, len(batch.tokens), lambda_=1.0, alpha=1.0).backward()
+        self.optimizer.zero_grad()
+        self.buckets_are_final = True
 
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
