@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from data.prepare import prepare
 from data.recipe import DataRecipe
 from data.store import Store
+from tests.workers import Workers
 
 torch.set_num_threads(1)
 
@@ -40,6 +42,14 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of two sources, `verse` and `code`, 200 small documents each, cut by a byte-level BPE of 512 tokens."""
     folder = tmp_path_factory.mktemp("tiny_store")
     return prepare(write_tiny_recipe(folder), folder / "store")
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Four processes that run one function after another as ranks of a group."""
+    pool = Workers(most=4)
+    yield pool
+    pool.close()
 
 
 def write_tiny_recipe(folder: Path, documents: int = 200, vocab_size: int = 512) -> DataRecipe:

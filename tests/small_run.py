@@ -5,9 +5,11 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,17 +86,17 @@ class Run:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         ranks = []
+        said = Path(tempfile.mkdtemp(prefix="said-"))
         for rank in range(processes):
             environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
             environment |= {"MASTER_ADDR": "127.0.0.1"}
             arguments = self.arguments(*changes)
-            said = self.folder.with_name(f"{self.folder.name}.stderr-{rank}")
             process = PROCESSES.Process(
-                target=_command, args=(arguments, environment if processes > 1 else {}, said, work, extra)
+                target=_command, args=(arguments, environment if processes > 1 else {}, said / str(rank), work, extra)
             )
             process.start()
-            ranks.append((process, said))
-        return Processes(self, ranks)
+            ranks.append(process)
+        return Processes(self, ranks, said)
 
     def checkpoints(self) -> list[str]:
         """Names of the folders in `checkpoints/`, complete or not."""
@@ -126,29 +128,30 @@ class Run:
 class Processes:
     """The processes of a started run."""
 
-    def __init__(self, run: Run, ranks: list[tuple[Any, Path]]) -> None:
-        self.run, self.ranks = run, ranks
+    def __init__(self, run: Run, ranks: list[Any], said: Path) -> None:
+        self.run, self.ranks, self.said = run, ranks, said
 
     def wait(self, seconds: float = 60) -> list[int]:
         """The exit code of each, once all have ended."""
-        for process, _ in self.ranks:
+        for process in self.ranks:
             process.join(seconds)
             if process.exitcode is None:
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"still running after {seconds} s: {self.run.folder}")
-        self.run.said = "".join(said.read_text("utf-8") for _, said in self.ranks)
-        return [process.exitcode for process, _ in self.ranks]
+        self.run.said = "".join(path.read_text("utf-8") for path in sorted(self.said.iterdir()))
+        shutil.rmtree(self.said)
+        return [process.exitcode for process in self.ranks]
 
     def send(self, number: signal.Signals, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all."""
-        for process, _ in self.ranks if rank is None else [self.ranks[rank]]:
+        for process in self.ranks if rank is None else [self.ranks[rank]]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        """Return as soon as the condition holds, or when a process has ended."""
-        deadline = time.monotonic() + seconds
-        while not condition() and all(process.is_alive() for process, _ in self.ranks):
+    def until(self, condition: Callable[..., bool], *args: Any) -> None:
+        """Return as soon as `condition(*args)` holds, or when a process has ended."""
+        deadline = time.monotonic() + 60
+        while not condition(*args) and all(process.is_alive() for process in self.ranks):
             assert time.monotonic() < deadline
             time.sleep(0.001)
 
@@ -168,7 +171,6 @@ def _command(
     extra: tuple[Any, ...],
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
-    said.parent.mkdir(parents=True, exist_ok=True)
     with said.open("wb") as file:
         os.dup2(file.fileno(), 2)
     sys.exit(work(arguments, *extra) if work else main(["train", *arguments]))

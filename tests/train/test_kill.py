@@ -26,10 +26,10 @@ def test_a_run_killed_at_ten_moments_ends_with_the_bits_of_one_that_was_not(tiny
         folder = killed.folder / "checkpoints"
         process, started = killed.start(*changes), time.time()
         if kill % 2:
-            process.until(lambda: any(path.stat().st_mtime > started for path in folder.glob(".step-*.tmp")))
+            process.until(is_saving, folder, started)
             time.sleep(pick.uniform(0, 0.1))
         else:
-            process.until(lambda: newest_step(folder) > reached)
+            process.until(has_saved, folder, reached)
             time.sleep(pick.uniform(0, 0.2))
         process.send(signal.SIGKILL)
         assert process.wait() == [-signal.SIGKILL], "the kills were meant to come before the end"
@@ -84,6 +84,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run: Run) -> None:
     step = len(run.metrics())
     assert 3 <= step < STEPS
     assert run.record(step)["step"] == step and run.record(step)["world_size"] == 2
+
+
+def is_saving(folder: Path, since: float) -> bool:
+    """Whether a save began after this time, which is not complete."""
+    return any(path.stat().st_mtime > since for path in folder.glob(".step-*.tmp") if path.exists())
+
+
+def has_saved(folder: Path, step: int) -> bool:
+    return newest_step(folder) > step
 
 
 def newest_step(folder: Path) -> int:

@@ -1,0 +1,216 @@
+"""A user's mistake is one line with field, value, rule and fix, and exit code 2; nothing that was there is lost."""
+
+import importlib.util
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small_run import Run, assert_same_bits
+from train.cli import main
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """refuse(*arguments): run the command line in this process; it must end with exit code 2 and one line, which is returned."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        assert code == 2, said.err
+        assert said.out == ""
+        return one_line(said.err)
+
+    return run
+
+
+@pytest.fixture
+def half(whole: Run, tmp_path: Path) -> Iterator[Run]:
+    """A run with checkpoints at steps 4 and 8, which no mistake may touch."""
+    run = Run(whole.store, tmp_path / "half")
+    assert run.train("checkpoint.every_steps=4", "run.stop_at_step=8") == [0], run.said
+    before = content(run)
+    yield run
+    assert content(run) == before
+
+
+def one_line(text: str) -> str:
+    assert text.startswith("rorqual: ") and text.endswith("\n") and text.count("\n") == 1, text
+    return text.removeprefix("rorqual: ").rstrip("\n")
+
+
+def content(run: Run) -> dict[str, bytes]:
+    kept = [run.folder / "metrics.jsonl", *(run.folder / "checkpoints").rglob("*")]
+    return {str(path.relative_to(run.folder)): path.read_bytes() for path in kept if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("schedule.warmup=3", "schedule.warmup = 3: unknown key; did you mean schedule.warmup_steps?"),
+        ("schedule.tokens=many", "schedule.tokens = 'many': must be a whole number, at least 1; write it like 100, 1_000 or 1e7"),
+        ("schedule.lr=auto", "schedule.lr = 'auto': give a number such as 4e-4; not built yet"),
+        ("parallel.engine=fsdp", "parallel.engine = 'fsdp': use 'ddp'; not built yet"),
+        ("model.hidden_size=0", "hidden_size"),
+        ("data.sequence_length=128", "data.sequence_length = 128: is more than model.max_position_embeddings = 64; lower it"),
+        ("schedule.batch_tokens=100", "schedule.batch_tokens = 100: 100 is not a multiple of data.sequence_length = 32; write"),
+        ("model.vocab_size=500", "model.vocab_size = 500: the tokenizer of"),
+        ("data.train=nowhere", "nowhere: no such folder; a token store is needed; make one with `rorqual data prepare"),
+        ("run.initialize_from=nowhere", "weights nowhere: no such folder; give a run folder, a checkpoint"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_recipe_is_one_line(run: Run, refuse: Refuse, change: str, line: str) -> None:
+    assert line in refuse("train", *run.arguments(change))
+    assert not run.folder.exists()
+
+
+def test_a_key_given_twice_is_one_line(run: Run, refuse: Refuse, tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("run: {dir: a}\nschedule: {lr: 1e-3, lr: 2e-3}\n")
+    assert "lr" in (line := refuse("train", path)) and str(path) in line, line
+
+
+@pytest.mark.parametrize("file", ["train.bin", "validation.idx", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_store_is_one_line(run: Run, refuse: Refuse, tmp_path: Path, file: str, damage: str) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(run.store, store)
+    damaged = store / file
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:-6])
+    line = refuse("train", *run.arguments(f"data.train={store}"))
+    assert line.startswith(f"{damaged}: ") and "prepare the store again, or copy the file again" in line
+    assert not run.folder.exists()
+
+
+def test_validation_text_is_looked_for_before_the_first_step(run: Run, refuse: Refuse) -> None:
+    long = ("model.max_position_embeddings=4096", "data.sequence_length=4096", "schedule.batch_tokens=8192")
+    line = refuse("train", *run.arguments(*long))
+    assert line.startswith("data.validation: no source of ") and "lower data.sequence_length" in line
+
+
+def test_a_batch_that_the_processes_cannot_share_is_said_once(run: Run) -> None:
+    assert run.train(processes=3) == [2, 2, 2]
+    line = one_line(run.said)
+    assert line.startswith("schedule.batch_tokens: a global batch of 8 sequences does not divide over 3 processes")
+    assert not run.folder.exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_said_once_and_ends_all_ranks(run: Run) -> None:
+    run.folder.write_text("a file where the folder should be")
+    assert run.train(processes=2) == [2, 2]
+    line = one_line(run.said)
+    assert line.startswith(f"run.dir = {run.folder}: ") and "set another run.dir" in line
+    assert run.folder.read_text() == "a file where the folder should be"
+
+
+def test_another_model_in_the_same_folder_is_refused(half: Run, refuse: Refuse) -> None:
+    line = refuse("train", *half.arguments("model.hidden_size=16"))
+    assert line.startswith(f"checkpoint {half.checkpoint(8)}: ")
+    assert "has shape [512, 32], the run's has [512, 16]" in line and line.endswith("or set another run.dir")
+
+
+def test_another_length_in_the_same_folder_is_refused(half: Run, refuse: Refuse) -> None:
+    line = refuse("train", *half.arguments("data.sequence_length=64"))
+    assert line.startswith("data.sequence_length = 64: ") and "was trained with 32" in line and "not built yet" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(half: Run, refuse: Refuse) -> None:
+    assert refuse("train", *half.arguments("run.device=cuda")).startswith("run.device: cuda: this process sees no CUDA")
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_logger_that_is_not_installed_is_said_once_and_ends_all_ranks(half: Run, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    assert half.train(f"logging.{package}=whales", processes=2) == [2, 2]
+    assert f"logging.{package} = whales: the package {package} is not installed; run `pip install" in one_line(
+        half.said
+    )
+
+
+def test_a_damaged_checkpoint_is_refused_by_every_command(half: Run, refuse: Refuse, tmp_path: Path) -> None:
+    damaged = tmp_path / "step-00000008"
+    shutil.copytree(half.checkpoint(8), damaged)
+    tensors = damaged / "__0_0.distcp"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    for command in (
+        ("export", damaged, tmp_path / "out"),
+        ("generate", damaged, "--prompt", "The whale"),
+        ("evaluate", damaged, "--data", half.store, "--sequence-length", 32),
+        ("train", *Run(half.store, tmp_path / "new").arguments(f"run.initialize_from={damaged}")),
+    ):
+        line = refuse(*command)
+        assert line.startswith(f"checkpoint {damaged}: __0_0.distcp has ") and "must have" in line, line
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_run_steps_over_a_damaged_checkpoint(run: Run, whole: Run) -> None:
+    assert run.train("checkpoint.every_steps=4", "run.stop_at_step=8") == [0], run.said
+    (run.checkpoint(8) / ".metadata").unlink()
+    assert run.train() == [0], run.said
+    assert "step-00000008: .metadata is missing" in run.said and "skipped" in run.said
+    assert "continuing after step 4 of 20" in run.said
+    assert_same_bits(run.tensors(), whole.tensors())
+    assert run.metrics() == whole.metrics()
+
+
+def train_on_a_full_disk(arguments: list[str], limit: int) -> int:
+    """As the command line, where no file may be larger than `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return main(["train", *arguments])
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_save_that_does_not_fit_ends_the_run_in_one_line(half: Run, asynchronous: str, processes: int) -> None:
+    kept = content(half)["metrics.jsonl"]
+    changes = ("checkpoint.every_steps=4", f"checkpoint.asynchronous={asynchronous}", "logging.every_steps=1000")
+    started = half.start(*changes, processes=processes, work=train_on_a_full_disk, extra=(100_000,))
+    assert started.wait() == [2] * processes, half.said
+    *before, last = half.said.splitlines(keepends=True)
+    assert "Traceback" not in half.said and len(before) <= 1, half.said  # one line says where it continued
+    line = one_line(last)
+    assert line.startswith(f"checkpoint {half.folder / 'checkpoints' / 'step-00000012'}: File too large; it needs 0.00")
+    assert "complete checkpoints are untouched; free space, lower checkpoint.keep" in line
+    metrics = half.folder / "metrics.jsonl"
+    assert len(half.metrics()) >= 12
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:8]))
+    assert kept.count(b"\n") == 8
+
+
+def test_a_disk_that_is_full_to_the_last_byte_loses_nothing(whole: Run, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        run = Run(whole.store, disk / "run")
+        assert run.train("run.stop_at_step=4") == [0], run.said
+        ballast = disk / "ballast"
+        with pytest.raises(OSError, match="No space left"), ballast.open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+        before = content(run)
+        assert run.train("logging.every_steps=1000") == [2], run.said
+        assert "Traceback" not in run.said and "No space left on device" in run.said, run.said
+        line = one_line(run.said.splitlines(keepends=True)[-1])
+        assert str(run.folder) in line and "free space" in line
+        after = content(run)
+        assert after.pop("metrics.jsonl").startswith(before.pop("metrics.jsonl"))
+        assert after == before
+        ballast.unlink()
+        assert run.train() == [0], run.said
+        assert_same_bits(run.tensors(), whole.tensors())
+        assert run.metrics() == whole.metrics()
+    finally:
+        subprocess.run(["umount", disk], check=True)

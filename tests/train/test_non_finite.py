@@ -1,0 +1,94 @@
+"""A gradient that is not finite costs a step, never the run; gradients that stay so end it with what is needed to look at them."""
+
+import json
+import math
+
+import torch
+from safetensors.torch import load_file
+
+from data.loader import Samples, StoreEntry
+from data.store import Store
+from tests.small_run import LENGTH, SEQUENCES, STEPS, Run
+from train.config import load_recipe
+from train.launch import process_group
+from train.trainer import DIVERGED, Trainer
+
+PLANTED = "model.layers.1.mlp.gate.weight"
+EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep=8", "run.stop_at_step=8")
+
+
+def train_with_nan(arguments: list[str], first: int, last: int) -> int:
+    """Train with a NaN in one gradient of the last rank, in the steps numbered from `first` to `last`."""
+    with process_group("cpu") as process:
+        trainer = Trainer(load_recipe(arguments[0], arguments[1:]), process)
+        weight = dict(trainer.engine.model.named_parameters())[PLANTED]
+        if process.rank == process.world_size - 1:
+            weight.register_hook(lambda g: g * math.nan if first <= trainer.step + 1 <= last else None)
+        return trainer.run()
+
+
+def test_a_nan_on_one_of_two_ranks_costs_one_step_and_touches_nothing(run: Run) -> None:
+    processes = run.start(*EVERY_STEP, processes=2, work=train_with_nan, extra=(5, 5))
+    assert processes.wait() == [0, 0], run.said
+    metrics = run.metrics()
+    assert [line["skipped"] for line in metrics] == [0] * 4 + [1] * 4
+    assert [line["grad_norm"] is None for line in metrics] == [line["step"] == 5 for line in metrics]
+    assert all(math.isfinite(line["loss"]) for line in metrics)
+    before, after = run.tensors(4), run.tensors(5)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():  # parameters, moments, biases, average, step count
+        assert torch.equal(after[name], tensor), f"the skipped step changed {name}"
+    moved = run.tensors(6)
+    assert not torch.equal(moved[f"parameters.{PLANTED}"], after[f"parameters.{PLANTED}"])
+    assert int(moved["steps"]) == 5
+    assert run.record(5)["tokens"] == 5 * SEQUENCES * LENGTH  # its samples are consumed all the same
+    assert run.record(5)["skipped"] == run.record(5)["skipped_in_a_row"] == 1
+    assert run.record(8)["skipped"] == 1 and run.record(8)["skipped_in_a_row"] == 0
+
+
+def test_skipped_steps_are_counted_over_starts(run: Run) -> None:
+    assert run.start("run.stop_at_step=6", work=train_with_nan, extra=(5, 6)).wait() == [0], run.said
+    assert run.start(work=train_with_nan, extra=(7, 7)).wait() == [0], run.said
+    assert [line["skipped"] for line in run.metrics()] == [0] * 4 + [1, 2, 3] + [3] * (STEPS - 7)
+
+
+def test_a_nan_for_ever_ends_with_exit_code_3_and_the_evidence(run: Run, tiny_store: Store) -> None:
+    changes = ("run.max_skipped=3", "parallel.micro_batch=3")
+    processes = run.start(*changes, processes=2, work=train_with_nan, extra=(4, 10**6))
+    assert processes.wait() == [DIVERGED] * 2, run.said
+    last = run.said.splitlines()[-1]
+    assert last.startswith(
+        f"3 steps in a row had no finite gradient (first in {PLANTED}); batches and settings are in "
+    )
+    assert run.checkpoints() == ["step-00000006"]
+    run.checkpoint(6)  # complete
+
+    folder = run.folder / "non_finite" / "step-00000006"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["step"] == 6
+    assert report["parameters_with_non_finite_gradients"] == [PLANTED]
+    assert (run.folder / report["weights"]) == run.checkpoint(6)
+    assert report["first_sample"] == 5 * SEQUENCES
+    assert report["settings"]["batch"] == SEQUENCES
+    samples = Samples([StoreEntry(tiny_store.path)], LENGTH, mtp_depth=1, seed=0)
+    expected = samples.batch(report["first_sample"], SEQUENCES)
+    saved = [load_file(folder / f"batches-rank{rank}.safetensors") for rank in range(2)]
+    for name, tensor in expected._asdict().items():  # two ranks of 4 sequences, each in micro-batches of 3 and 1
+        found = torch.cat([rank[f"{name}.{index}"] for rank in saved for index in range(2)])
+        assert torch.equal(found, tensor), name
+
+    again = run.start(*changes, processes=2, work=train_with_nan, extra=(4, 10**6))
+    assert again.wait() == [DIVERGED] * 2, "still no finite gradient: the first step says so"
+    assert len(run.metrics()) == 7
+    assert run.train(*changes, processes=2) == [0, 0], run.said  # without the NaN the run goes on
+
+
+def test_a_falling_loss_scale_is_no_divergence(run: Run) -> None:
+    """fp16 starts at a scale of 65,536, and a gradient times that may overflow for as many steps as it takes."""
+    scaled = ("precision.compute=fp16", "run.max_skipped=2", "run.stop_at_step=8")
+    processes = run.start(*scaled, work=train_with_nan, extra=(2, 6))
+    assert processes.wait() == [0], run.said
+    state = run.tensors(8)
+    assert float(state["loss_scale.scale"]) == 65536 / 2**5
+    assert int(state["steps"]) == 3
+    assert [line["skipped"] for line in run.metrics()] == [0, 1, 2, 3, 4, 5, 5, 5]
