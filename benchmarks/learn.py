@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--prepare-only", action="store_true")
     parser.add_argument("overrides", nargs="*")
