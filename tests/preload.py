@@ -11,7 +11,7 @@ import torch.distributed.tensor
 
 from train.planning.devices import peak_flops
 
-for module in ("tests.workers", "train.cli", "train.trainer"):
+for module in ("tests.workers", "train.cli", "train.trainer", "transformers.models.auto.tokenization_auto"):
     importlib.import_module(module)
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.float16):

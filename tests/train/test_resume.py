@@ -9,25 +9,29 @@ import torch
 from data.store import Store
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run, assert_same_bits
 
-LONG_MEMORY = ("parallel.micro_batch=3", "precision.moments=bf16", "checkpoint.asynchronous=false")
-HALF = ("precision.compute=fp16", "parallel.recompute=selective")
+ACCUMULATED = ("parallel.micro_batch=3", "precision.moments=bf16", "checkpoint.asynchronous=false")
+SCALED = ("precision.compute=fp16", "parallel.recompute=selective", "schedule.tokens=2048")  # 8 steps: slow on a CPU
 
 
-@pytest.mark.parametrize("changes", [(), LONG_MEMORY, HALF], ids=["fp32", "accumulated-bf16-moments-sync", "fp16"])
-def test_ten_and_ten_steps_in_two_processes_are_twenty_in_one_to_the_bit(
-    tiny_store: Store, tmp_path: Path, changes: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [((), 20), (ACCUMULATED, 20), (SCALED, 8)],
+    ids=["fp32", "accumulated-bf16-moments-sync", "fp16"],
+)
+def test_half_the_steps_and_half_in_a_new_process_are_all_in_one_to_the_bit(
+    tiny_store: Store, tmp_path: Path, changes: tuple[str, ...], steps: int
 ) -> None:
     """Parameters, moments, expert biases, average of the weights, step count, loss scale, every number of the metrics."""
     once, twice = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "twice")
     assert once.train(*changes) == [0], once.said
-    assert twice.train(*changes, "run.stop_at_step=10") == [0], twice.said
-    assert "stopped at step 10 of 20; raise run.stop_at_step to continue" in twice.said
+    assert twice.train(*changes, f"run.stop_at_step={steps // 2}") == [0], twice.said
+    assert f"stopped at step {steps // 2} of {steps}; raise run.stop_at_step to continue" in twice.said
     assert twice.train(*changes) == [0], twice.said
-    assert "continuing after step 10 of 20" in twice.said
-    assert_same_bits(twice.tensors(), once.tensors())
+    assert f"continuing after step {steps // 2} of {steps}" in twice.said
+    assert_same_bits(twice.tensors(steps), once.tensors(steps))
     assert twice.metrics() == once.metrics()
     for key in ("step", "tokens", "samples", "samples_by_source", "data_sections", "skipped"):
-        assert twice.record()[key] == once.record()[key], key
+        assert twice.record(steps)[key] == once.record(steps)[key], key
 
 
 def test_four_processes_continue_to_the_bit_too(tiny_store: Store, tmp_path: Path) -> None:

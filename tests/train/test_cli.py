@@ -1,0 +1,101 @@
+"""The door: the same run from every launcher, and commands that answer before anything is built."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import STEPS, Run
+from train.cli import main
+from train.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    """Start a launcher as a shell would, from the repository's root."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_is_stopped_by_a_signal_and_accelerate_continues_the_same_run(run: Run, whole: Run) -> None:
+    """Two processes, then one, as accelerate has on a CPU; the losses are those of a run that nothing stopped."""
+    torchrun = launch(str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "train", *run.arguments())
+    deadline = time.monotonic() + 90
+    while len(steps(run)) < 3 and torchrun.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    torchrun.send_signal(signal.SIGTERM)
+    _, said = torchrun.communicate(timeout=60)
+    reached = len(steps(run))
+    assert 3 <= reached < STEPS, said
+    assert run.record(reached)["world_size"] == 2
+    assert f"stopped at step {reached} of {STEPS}; start the same command again to continue from" in said
+
+    one = ("--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+    accelerate = launch(str(BIN / "accelerate"), "launch", *one, "-m", "train", *run.arguments())
+    _, said = accelerate.communicate(timeout=120)
+    assert accelerate.returncode == 0, said
+    found = [step["loss"] for step in run.metrics()]
+    expected = [step["loss"] for step in whole.metrics()]
+    assert len(found) == STEPS
+    assert all(math.isclose(loss, same, rel_tol=1e-5) for loss, same in zip(found, expected)), (found, expected)
+
+
+def steps(run: Run) -> list[str]:
+    path = run.folder / "metrics.jsonl"
+    return path.read_text("utf-8").splitlines() if path.exists() else []
+
+
+def test_the_argument_that_deepspeeds_launcher_adds_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--local_rank=0", "tiny", "run.seed=3", "--dry-run"]) == 0
+    assert "local_rank" not in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_what_it_amounts_to(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["train", *run.arguments(), "--dry-run"]) == 0
+    text, _, table = capsys.readouterr().out.partition("\n\n")
+    (tmp_path / "resolved.yaml").write_text(text)
+    assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(run.arguments()[0], run.arguments()[1:])
+    for name in ("total parameters", "flops per token", "tokens", "steps", "peak bytes per rank"):
+        assert any(line.startswith(name + " ") for line in table.splitlines()), table
+    assert not run.folder.exists()
+
+
+def test_plan_says_what_a_run_amounts_to_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "v3.png"
+    assert main(["plan", "v3", "--json", "--plot", str(picture)]) == 0
+    amounts = json.loads(capsys.readouterr().out)
+    assert amounts["total_parameters"] == 671_026_419_200
+    assert amounts["mtp_parameters"] == 11_610_068_224
+    assert amounts["tokens"] >= 14.8e12
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", [["scaling", "run", "x"], ["report", "x"], ["plan", "tiny", "--gpus", "8"]])
+def test_what_is_not_built_yet_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("not built yet\n")
+
+
+def test_help_of_every_command_is_there_and_needs_no_torch() -> None:
+    program = """
+import sys
+from train.cli import main
+for command in ([], ["train"], ["plan"], ["export"], ["import"], ["evaluate"], ["generate"], ["data"], ["data", "prepare"],
+                ["data", "verify"], ["data", "inspect"], ["data", "stats"], ["tokenizer", "train"], ["tokenizer", "evaluate"]):
+    assert main([*command, "--help"]) == 0, command
+assert not {"torch", "transformers", "matplotlib"} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RECIPE" in done.stdout
