@@ -83,7 +83,7 @@ def _chunk(hidden: Tensor, head: Tensor, labels: Tensor, d_hidden: Tensor | None
     peak = z.amax(-1, keepdim=True)  # [n, 1]
     p = z.sub_(peak).exp_()  # [n, V], over the logits
     normaliser = p.sum(-1, keepdim=True)  # [n, 1]
-    loss = ((normaliser.log() + peak).squeeze(-1) - picked)[valid].sum()
+    loss = ((normaliser.log() + peak).squeeze(-1) - picked).where(valid, 0).sum()  # no index: a GPU need not wait
     if d_hidden is None and d_weight is None:
         return loss
     p.mul_(valid.unsqueeze(-1) / normaliser)
