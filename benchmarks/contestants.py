@@ -27,8 +27,6 @@ from train.sections import OptimizerSection
 LR = 1e-4
 CLIP = 1.0
 OPTIMIZER = OptimizerSection()
-EXPERTS = ("grouped_mm", "eager", "batched_mm")
-ATTENTION = ("eager", "sdpa")
 
 
 @dataclass(frozen=True)

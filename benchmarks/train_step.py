@@ -16,20 +16,23 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from contestants import ATTENTION, EXPERTS, Batch, Contestant, Ours, Shape, Theirs
+from contestants import Batch, Contestant, Ours, Shape, Theirs
 from live_bytes import LiveBytes
 
 from data.files import replace_file
 from model.flops import flops_mfu
 from train.planning.devices import peak_flops
 
+ATTENTION = ("eager", "sdpa")
 SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference of the first losses, in nats
-HOPELESS = 8.0  # a candidate this many times slower than the best on a small batch gets no full trial
+FEW = 16  # tokens of a cheap trial
+HOPELESS = 8.0  # a candidate that takes this many times the best one's time per token gets no full trial
 LATE = 600  # seconds after which a silent process is given up
 
 
@@ -56,22 +59,23 @@ def compare(shape: Shape, device: str, core: int | None, pairs: int, warmup: int
     ours, theirs = Side("ours", shape, device, core), Side("theirs", shape, device, core)
     try:
         implementation = theirs.ask("choose")
-        start = {"ours": ours.ask("start"), "theirs": theirs.ask("start")}
-        difference = abs(start["ours"]["loss"] - start["theirs"]["loss"])
+        peak = ours.ask("peak_flops")
+        first = {"ours": ours.ask("start"), "theirs": theirs.ask("start")}
+        difference = abs(first["ours"] - first["theirs"])
         allowed = SAME_LOSS[compute_dtype(device)]
         assert difference <= allowed, (
-            f"first losses differ by {difference:.1e}: the two sides do different work ({start})"
+            f"first losses differ by {difference:.1e}: the two sides do different work ({first})"
         )
         for _ in range(warmup - 1):  # the first step was one
             ours.ask("step"), theirs.ask("step")
-        seconds = [(ours.ask("step"), theirs.ask("step")) for _ in range(pairs)]
+        steps: list[tuple[Seconds, Seconds]] = [(ours.ask("step"), theirs.ask("step")) for _ in range(pairs)]
         memory = {"ours": ours.ask("memory"), "theirs": theirs.ask("memory")}
     finally:
         ours.close()
         theirs.close()
+    seconds = [(a.wall, b.wall) for a, b in steps]
     ratios = sorted(b / a for a, b in seconds)
     flops = flops_mfu(shape.config, shape.sequence_length)
-    peak = start["ours"]["peak_flops"]
     speed = {name: shape.tokens / statistics.median(times) for name, times in zip(("ours", "theirs"), zip(*seconds))}
     return {
         "shape": shape.name,
@@ -79,11 +83,12 @@ def compare(shape: Shape, device: str, core: int | None, pairs: int, warmup: int
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, one core, one thread",
         "compute_dtype": str(compute_dtype(device)).removeprefix("torch."),
         "torch": torch.__version__,
-        "transformers": start["theirs"]["version"],
+        "transformers": version("transformers"),
         "theirs_fastest": implementation["fastest"],
         "theirs_trials_seconds": implementation["seconds"],
         "speed_ratio": statistics.median(ratios),
         "speed_ratio_spread": [ratios[0], ratios[-1]],
+        "speed_ratio_of_cpu_time": statistics.median(b.cpu / a.cpu for a, b in steps) if device == "cpu" else None,
         "tokens_per_second": speed,
         "peak_flops": peak,
         "flops_per_token": flops,
@@ -91,13 +96,20 @@ def compare(shape: Shape, device: str, core: int | None, pairs: int, warmup: int
         "memory_ratio": memory["ours"]["everything"] / memory["theirs"]["everything"],
         "memory_ratio_without_state": memory["ours"]["without_state"] / memory["theirs"]["without_state"],
         "peak_bytes": memory,
-        "first_loss": {name: values["loss"] for name, values in start.items()},
+        "first_loss": first,
         "step_seconds": {"ours": [a for a, _ in seconds], "theirs": [b for _, b in seconds]},
     }
 
 
 def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+class Seconds(NamedTuple):
+    """The time of one step."""
+
+    wall: float
+    cpu: float  # what the process itself ran, without the neighbours' turns; not a number on a GPU
 
 
 class Side:
@@ -144,34 +156,37 @@ class Worker:
         self.name, self.shape, self.device = name, shape, device
         self.dtype = compute_dtype(device.type)
         self.batch = shape.draw().to(device)
-        self.implementation = (EXPERTS[0], ATTENTION[0])
+        self.implementation = ("grouped_mm", "sdpa")  # of transformers: experts, attention
         self.contestant: Contestant
 
     def choose(self) -> dict[str, Any]:
-        """Try every implementation on a small batch, those that keep up on the whole one, and keep the fastest."""
-        rows, length = max(1, self.shape.batch // 4), max(1, self.shape.sequence_length // 4)
-        small = Batch(*(part[:rows, : length + 1].contiguous() for part in self.batch))
-        first: dict[tuple[str, str], float] = {}
-        for candidate in [(experts, attention) for experts in EXPERTS for attention in ATTENTION]:
-            first[candidate] = self._try(candidate, small)
-        best = min(first.values())
-        full = {c: self._try(c, self.batch) for c, seconds in first.items() if seconds <= HOPELESS * best}
-        self.implementation = min(full, key=full.__getitem__)
-        seconds = {
-            f"{e} experts, {a} attention": {"small_batch": finite(first[e, a]), "whole_batch": finite(full.get((e, a)))}
-            for e, a in first
+        """Try every implementation on the whole batch and keep the fastest.
+
+        `batched_mm` copies the weights of every token's experts, 16 GB for the reference shape; a few tokens tell whether it is
+        worth that.
+        """
+        seconds = {(e, a): self._try((e, a), self.batch) for e in ("grouped_mm", "eager") for a in ATTENTION}
+        rate = min(seconds.values()) / self.shape.tokens
+        few = Batch(*(part[:1, : FEW + 1].contiguous() for part in self.batch))
+        for attention in ATTENTION:
+            candidate = ("batched_mm", attention)
+            hopeless = self._try(candidate, few) / FEW > HOPELESS * rate
+            seconds[candidate] = float("inf") if hopeless else self._try(candidate, self.batch)
+        self.implementation = min(seconds, key=seconds.__getitem__)
+        return {
+            "fastest": label(self.implementation),
+            "seconds": {label(c): s if math.isfinite(s) else None for c, s in seconds.items()},
         }
-        return {"fastest": "{} experts, {} attention".format(*self.implementation), "seconds": seconds}
 
-    def start(self) -> dict[str, Any]:
-        """A fresh model's first step."""
-        import transformers
-
-        peak = peak_flops(self.device, self.dtype)
+    def start(self) -> float:
+        """A fresh model's first loss."""
         self.contestant = self._build(self.implementation)
-        return {"loss": self.contestant.step(self.batch), "peak_flops": peak, "version": transformers.__version__}
+        return self.contestant.step(self.batch)
 
-    def step(self) -> float:
+    def peak_flops(self) -> float:
+        return peak_flops(self.device, self.dtype)
+
+    def step(self) -> Seconds:
         return timed(lambda: self.contestant.step(self.batch), self.device)
 
     def memory(self) -> dict[str, int]:
@@ -202,22 +217,25 @@ class Worker:
         return Theirs(self.shape, self.device, self.dtype, *implementation)
 
     def _try(self, implementation: tuple[str, str], batch: Batch) -> float:
-        """Seconds of the better of two steps after a first; infinite where the implementation fails on this device."""
+        """Seconds of the best of three steps after a first; infinite where the implementation fails on this device.
+
+        On a CPU these are seconds of CPU time: the candidates do not alternate, and a neighbour must not choose among them.
+        """
         try:
             contestant = self._build(implementation)
             contestant.step(batch)
-            return min(timed(lambda: contestant.step(batch), self.device) for _ in range(2))
+            times = [timed(lambda: contestant.step(batch), self.device) for _ in range(3)]
         except (RuntimeError, NotImplementedError, ImportError, ValueError):
             return float("inf")
+        return min(time.cpu if self.device.type == "cpu" else time.wall for time in times)
 
 
-def finite(seconds: float | None) -> float | None:
-    """None, which JSON can say, where there is no time."""
-    return seconds if seconds is not None and math.isfinite(seconds) else None
+def label(implementation: tuple[str, str]) -> str:
+    return "{} experts, {} attention".format(*implementation)
 
 
-def timed(step: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+def timed(step: Callable[[], Any], device: torch.device) -> Seconds:
+    """How long one call takes."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -225,10 +243,10 @@ def timed(step: Callable[[], Any], device: torch.device) -> float:
         step()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
+        return Seconds(begin.elapsed_time(end) / 1e3, float("nan"))
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 if __name__ == "__main__":

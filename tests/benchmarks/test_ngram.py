@@ -3,17 +3,15 @@
 import json
 import math
 import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.ngram import NGram, Stream
+from tests.benchmarks.commands import command
 
 V, EOS = 7, 0
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "ngram.py"
 
 
 def literal(documents, order, kneser_ney):
@@ -78,9 +76,9 @@ def test_the_program_reports_bits_per_byte_by_language_and_source(tmp_path):
             for text, lang in zip(lines, ("en", "zh"), strict=True)
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n")
-    command = [sys.executable, str(PROGRAM), "--vocab-size", "280", "--json", str(tmp_path / "out.json")]
-    command += ["--train", str(tmp_path / "train.jsonl"), "--validation", str(tmp_path / "validation.jsonl")]
-    subprocess.run(command, check=True, capture_output=True)
+    files = {"--train": "train.jsonl", "--validation": "validation.jsonl", "--json": "out.json"}
+    values = {option: str(tmp_path / name) for option, name in files.items()}
+    subprocess.run(command("ngram.py", values | {"--vocab-size": "280"}), check=True, capture_output=True)
     result = json.loads((tmp_path / "out.json").read_text())["validation"]
     assert result["lang"].keys() == {"en", "zh"}
     assert result["source"].keys() == {"en-validation", "zh-validation"}

@@ -1,0 +1,114 @@
+"""The comparison with `transformers` runs on a shape of a few thousand parameters and says what it promises."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.benchmarks.commands import ROOT, command
+
+BENCHMARKS = ROOT / "benchmarks"
+
+MICRO = {
+    "model": {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "routed_scaling_factor": 2.5,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "initializer_range": 0.1,
+    },
+    "batch": 2,
+    "sequence_length": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def live_bytes():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import live_bytes
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return live_bytes
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What the program writes for the micro shape."""
+    folder = tmp_path_factory.mktemp("train_step")
+    (folder / "micro.json").write_text(json.dumps(MICRO))
+    values = {"--shape": str(folder / "micro.json"), "--json": str(folder / "out.json")}
+    words = command("train_step.py", values, "--pairs", "2", "--warmup", "1")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_both_sides_start_from_the_same_loss(result):
+    assert result["first_loss"]["ours"] == pytest.approx(result["first_loss"]["theirs"], abs=1e-4)
+
+
+def test_the_ratios_are_those_of_the_figures_beside_them(result):
+    peak, rate = result["peak_bytes"], result["tokens_per_second"]
+    assert result["memory_ratio"] == pytest.approx(peak["ours"]["everything"] / peak["theirs"]["everything"])
+    assert result["memory_ratio_without_state"] == pytest.approx(
+        peak["ours"]["without_state"] / peak["theirs"]["without_state"]
+    )
+    low, high = result["speed_ratio_spread"]
+    assert 0 < low <= result["speed_ratio"] <= high
+    for side in ("ours", "theirs"):
+        assert result["mfu"][side] == pytest.approx(rate[side] * result["flops_per_token"] / result["peak_flops"])
+
+
+def test_every_implementation_of_transformers_was_tried(result):
+    assert len(result["theirs_trials_seconds"]) == 6
+    assert result["theirs_trials_seconds"][result["theirs_fastest"]] > 0
+
+
+def test_live_bytes_counts_storages_while_they_live(live_bytes):
+    kept = torch.zeros(100)  # 400 bytes of state
+    live = live_bytes.LiveBytes()
+    state = live.note([kept])
+    with live:
+        a = kept + 1  # + 400
+        b = torch.cat((a, a))  # + 800
+        view = b[:10]
+        del a, b  # − 400: the view keeps b's storage
+        gc.collect()
+        live.start()
+        c = view * 2  # + 40
+        del view, c  # − 840
+        d = kept * 3  # + 400
+    assert live.peak(state) == (1240, 840)
+    del d
+
+
+def test_every_shape_is_a_model_with_its_batch(live_bytes):
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from contestants import Shape
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    shapes = {path.stem: Shape.read(path) for path in (BENCHMARKS / "shapes").glob("*.json")}
+    assert shapes.keys() >= {"reference", "tiny", "small", "h100"}
+    assert shapes["reference"].tokens == 2048
+    assert all(shape.config.num_nextn_predict_layers == 0 for shape in shapes.values())
