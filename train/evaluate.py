@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.loader import Batch, validation_batches
 from data.store import Store
+from data.tokenizer import fingerprint
 from model.balance import max_violation
 from model.loss import targets_at
 from model.ops.cross_entropy import CHUNK_BYTES, IGNORE, linear_cross_entropy
@@ -65,11 +66,15 @@ def evaluate_source(source: Path, store: Path, sequence_length: int, max_tokens:
             raise RecipeError(
                 f"sequence_length = {sequence_length}: the model reads at most {context} tokens; lower it"
             )
-        known = opened.vocab_size if tokenizer is None else len(tokenizer)  # weights may come without a tokenizer
-        if known != opened.vocab_size or known > model.config.vocab_size:
+        if tokenizer is not None and fingerprint(Path(tokenizer.name_or_path)) != opened.manifest.tokenizer_fingerprint:
             raise RecipeError(
-                f"data = {store}: its tokenizer has {opened.vocab_size} tokens, {source} has {known} and a model of "
-                f"{model.config.vocab_size}; prepare the text with the model's tokenizer"
+                f"data = {store}: was made with another tokenizer than {source}; prepare it again with "
+                f"`tokenizer: {{kind: folder, path: {tokenizer.name_or_path}}}` in its recipe"
+            )
+        if opened.vocab_size > model.config.vocab_size:  # weights may come without a tokenizer
+            raise RecipeError(
+                f"data = {store}: its tokenizer has {opened.vocab_size} tokens, the model {model.config.vocab_size} rows; "
+                "prepare the text with the model's tokenizer"
             )
         depths = model.config.num_nextn_predict_layers
         batches = validation_batches(opened, sequence_length, depths, 8, max_tokens, process.rank, process.world_size)

@@ -113,7 +113,7 @@ class DataSection(Section):
     packing: Annotated[Literal["concat", "best_fit"], only_built("concat")] = "concat"
     fim_rate: Annotated[Decay, only_built(0.0)] = 0.0  # share of the documents in fill-in-the-middle form
     stages: Annotated[tuple[Any, ...], only_built(())] = ()  # later mixtures or contexts of the same run
-    workers: PositiveCount = 1  # processes or threads that read ahead
+    workers: Annotated[PositiveCount, only_built(1)] = 1  # threads that read ahead
     seed: Count = 0  # of the sample order
 
 
@@ -226,7 +226,7 @@ class ScheduleSection(Section):
 
 class EvaluateSection(Section):
     every_steps: PositiveCount | None = None  # None: only at the end of the run
-    tokens: PositiveCount | None = None  # of each source; None: its whole validation split
+    tokens: PositiveCount | None = None  # in all, shared equally among the sources; None: the whole validation split
     sample_prompts: tuple[str, ...] = ()  # continued at every evaluation, into samples/
 
 

@@ -28,7 +28,7 @@ from parallel.ddp import DDPEngine
 from parallel.engine import Engine, State, StepResult
 from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
 from train.config import Recipe, RecipeError
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
@@ -234,6 +234,12 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from the newest complete checkpoint of the run's folder, if there is one."""
         if (path := self.newest) is None:
+            damaged = self.ranks.first(lambda: sorted(self.checkpoints.folder.glob("step-*/COMPLETE")))
+            if damaged:
+                raise CheckpointError(
+                    f"run.dir = {self.folder}: none of its {len(damaged)} checkpoints is whole (warned of above); a run must not "
+                    "begin again over one that has trained; restore a checkpoint, or set another run.dir"
+                )
             return
         state = self._state()
         run = self.checkpoints.load(path, state)
@@ -296,11 +302,6 @@ class Trainer:
             f"{self.skipped_in_a_row} steps in a row had no finite gradient (first in {result.non_finite[0]}); "
             f"batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint"
         )
-
-
-def train(recipe: Recipe, process: Process) -> int:
-    """Run a recipe on this process; returns the exit code: 0 finished or stopped as asked, 3 without finite gradients."""
-    return Trainer(recipe, process).run()
 
 
 @contextmanager

@@ -170,6 +170,19 @@ def train_on_a_full_disk(arguments: list[str], limit: int) -> int:
     return main(["train", *arguments])
 
 
+def test_a_run_does_not_begin_again_over_damaged_checkpoints(run: Run, refuse: Refuse) -> None:
+    assert run.train("checkpoint.every_steps=2", "run.stop_at_step=4") == [0], run.said
+    for tensors in run.folder.glob("checkpoints/step-*/*.distcp"):
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    before = content(run)
+    line = refuse("train", *run.arguments())
+    assert (
+        line.startswith(f"run.dir = {run.folder}: none of its 2 checkpoints is whole")
+        and "restore a checkpoint" in line
+    )
+    assert content(run) == before
+
+
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_save_that_does_not_fit_ends_the_run_in_one_line(half: Run, asynchronous: str, processes: int) -> None:
