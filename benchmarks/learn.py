@@ -10,9 +10,12 @@ Interrupted, the same command continues.
 import argparse
 import json
 import lzma
+import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -57,10 +60,22 @@ def main() -> None:
         "--json",
     ]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(json.dumps(result, indent=1))
+    report(result["validation"])
 
 
-def prepare(text: Path, folder: Path, tokenizer: dict[str, object], validation: float) -> None:
+def report(sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line a language, and one for all of them: bits per byte over the bytes of all."""
+    print(f"{'language':14}{'bits/byte':>11}{'nats/token':>12}  share of next, second-next … tokens put first")
+    bits = size = 0.0
+    for language, result in sources.items():
+        bits += result["nats_per_token"] * result["tokens"] / math.log(2)
+        size += result["nats_per_token"] * result["tokens"] / math.log(2) / result["bits_per_byte"]
+        shares = "  ".join(f"{share:.3f}" for share in result["accuracy"])
+        print(f"{language:14}{result['bits_per_byte']:11.3f}{result['nats_per_token']:12.3f}  {shares}")
+    print(f"{'all':14}{bits / size:11.3f}")
+
+
+def prepare(text: Path, folder: Path, tokenizer: Mapping[str, object], validation: float) -> None:
     """Split a JSONL file by language and make a token store of it, with the project's own command."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.yaml"
