@@ -9,5 +9,5 @@ export OMP_NUM_THREADS=1  # the tests' processes share two cores
 ruff check .
 ruff format --check --quiet .
 mypy
-lint-imports --no-logo 2>/dev/null || lint-imports
+lint-imports --no-logo
 python -m pytest "${selection[@]}" --durations=15 "$@"

@@ -8,6 +8,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.small_model import small_config
 
 
 @pytest.fixture(autouse=True)
@@ -17,33 +18,10 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., ModelConfig]:
-    """make_config(**changes): 3 layers, the first dense; 12 experts in 3 groups of 4, of which a token sees 2 groups."""
+    """make_config(**changes): `small_config` without MTP."""
 
     def make(**changes: Any) -> ModelConfig:
-        base = ModelConfig(
-            vocab_size=96,
-            hidden_size=48,
-            intermediate_size=64,
-            moe_intermediate_size=24,
-            num_hidden_layers=3,
-            num_nextn_predict_layers=0,
-            num_attention_heads=4,
-            n_shared_experts=2,
-            n_routed_experts=12,
-            routed_scaling_factor=2.5,
-            kv_lora_rank=20,
-            q_lora_rank=28,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=12,
-            n_group=3,
-            topk_group=2,
-            num_experts_per_tok=3,
-            first_k_dense_replace=1,
-            max_position_embeddings=64,
-            initializer_range=0.1,
-        )
-        return base.override(changes)
+        return small_config(**{"num_nextn_predict_layers": 0} | changes)
 
     return make
 
