@@ -8,6 +8,7 @@
 
 Every matrix, and every expert of a stacked tensor, has a generator of its own, seeded from the run's seed and its name: a rank that
 holds only a few of them draws the same numbers as one that holds them all, and adding a layer changes no other.
+The numbers are those of the device they are drawn on: a GPU's generator is another than a CPU's.
 """
 
 import hashlib

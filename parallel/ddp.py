@@ -136,9 +136,7 @@ class DDPEngine:
         parameters = list(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = float(
-            norm
-        )  # the step's one wait for the device; gradients are the same on all ranks, so is the decision
+        grad_norm = float(norm)  # gradients are the same on all ranks, and so is the decision
         non_finite: tuple[str, ...] = ()
         if math.isfinite(grad_norm):
             if self.clip is not None:

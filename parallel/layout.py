@@ -6,8 +6,6 @@ This is the one place that knows how ranks are arranged; what is not built yet i
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 EngineName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
@@ -56,7 +54,3 @@ class Layout:
                 f"schedule.batch_tokens: a global batch of {sequences} sequences does not divide over {self.data_ranks} "
                 f"processes; choose a multiple of {self.data_ranks} sequences or another number of processes"
             )
-
-    def device_mesh(self, device_type: str) -> DeviceMesh:
-        """The grid of ranks, of which every process group is a view. The default process group must exist."""
-        return init_device_mesh(device_type, (self.data_ranks,), mesh_dim_names=("data",))

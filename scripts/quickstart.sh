@@ -4,7 +4,7 @@
 source "$(dirname "$0")/env.sh"
 
 work=${WORK:-.}
-processes=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(len(os.sched_getaffinity(0)), 2))')
+processes=$(python -c 'import os, torch; print(1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 2))')
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 say "1. Text to tokens: Shakespeare and the Python standard library"

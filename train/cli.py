@@ -122,6 +122,7 @@ def export(
         Literal["fp32", "bf16"], typer.Option(help="Of the weights; the expert biases stay fp32.")
     ] = "bf16",
     mtp: Annotated[bool, typer.Option("--mtp", help="With the multi-token-prediction modules.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (optimizer.ema).")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Not built yet.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face DeepSeek-V3 folder."""
@@ -129,7 +130,7 @@ def export(
         _not_built_yet("export --fp8")
     from train.export import export as write
 
-    write(source, out, dtype=dtype, mtp=mtp)
+    write(source, out, dtype=dtype, mtp=mtp, ema=ema)
     print(out)
 
 
@@ -149,7 +150,9 @@ def import_(
 def evaluate(
     source: Weights,
     store: Annotated[Path, typer.Option("--data", help="A token store; its validation split is read.")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window; default: the run's own, or 512 for a Hugging Face folder.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="At most so many tokens in all; default: all there are.")] = None,
     as_json: AsJson = False,
 ) -> None:

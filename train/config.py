@@ -7,9 +7,7 @@ are derived from a recipe, never written beside it.
 """
 
 import difflib
-import hashlib
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -73,11 +71,6 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(mode="json", by_alias=True), text)
         return text.getvalue()
-
-    def data_fingerprint(self) -> str:
-        """SHA-256 of what decides the sample order in the data section: all of it but `workers` and `validation`."""
-        section = self.data.model_dump(mode="json", exclude={"workers", "validation"})
-        return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,7 @@
 """The data of a run: its stores, checked against the model, as training samples and validation windows."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,7 @@ class Corpus:
     """
 
     def __init__(self, recipe: Recipe, total_samples: int):
+        self.recipe = recipe
         section = recipe.data
         self.length = section.sequence_length
         self.depths = recipe.model_config_resolved().num_nextn_predict_layers
@@ -35,6 +38,7 @@ class Corpus:
         entries = [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in section.train]
         self.samples = Samples(entries, self.length, self.depths, section.seed)
         self.samples.check_available(total_samples)
+        self.total_samples = total_samples
         self.validation = [Store.open(source.path) for source in section.validation or section.train]
         check_vocabulary(recipe, self.samples.stores[0])
         for store in self.validation:
@@ -57,6 +61,23 @@ class Corpus:
     def token_bytes(self) -> Tensor:
         """[V] UTF-8 bytes of each token of the model's vocabulary that the tokenizer knows."""
         return torch.from_numpy(self.samples.stores[0].token_bytes())
+
+    def describe(self) -> str:
+        """How often the run reads each source, in one line."""
+        epochs = self.samples.epochs(self.total_samples).items()
+        return "data: " + ", ".join(f"{source} {passes:.2g} epochs" for source, passes in epochs)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.samples.stores[0].manifest.tokenizer_fingerprint
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides the sample order: the data section, with the stores' contents in place of their paths."""
+        section = self.recipe.data.model_dump(mode="json", exclude={"workers", "validation"})
+        for entry, store in zip(section["train"], self.samples.stores):
+            entry["path"] = store.manifest.model_dump(include={"tokenizer_fingerprint", "splits", "files"})
+        return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
 
     def validation_batches(self, process: Process, micro_batch: int) -> Iterator[tuple[str, Batch]]:
         """(source, batch) of this rank's share of the validation windows."""

@@ -20,11 +20,12 @@ from data.store import Store
 from data.tokenizer import fingerprint
 from model.balance import max_violation
 from model.loss import targets_at
-from model.ops.cross_entropy import CHUNK_BYTES, IGNORE, linear_cross_entropy
+from model.ops.cross_entropy import IGNORE, linear_cross_entropy, rows_of_chunk
 from model.transformer import Transformer
 from train.config import RecipeError
 from train.generate import load_model
 from train.launch import process_group
+from train.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Evaluation:
         }
 
 
-def evaluate_source(source: Path, store: Path, sequence_length: int, max_tokens: int | None) -> Evaluation:
+def evaluate_source(source: Path, store: Path, sequence_length: int | None, max_tokens: int | None) -> Evaluation:
     """Evaluate a run, checkpoint or Hugging Face folder on the validation split of a store.
+
+    Windows are as long as the run's own, and masked at documents if its were, unless `sequence_length` says otherwise.
 
     Raises:
         CheckpointError, ConfigError, DataError: the weights or the store cannot be read.
@@ -62,6 +65,7 @@ def evaluate_source(source: Path, store: Path, sequence_length: int, max_tokens:
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
         model, tokenizer = load_model(source, dtype, process.device)
         context = model.config.max_position_embeddings
+        sequence_length = sequence_length or open_weights(source).data.get("sequence_length", min(512, context))
         if sequence_length > context:
             raise RecipeError(
                 f"sequence_length = {sequence_length}: the model reads at most {context} tokens; lower it"
@@ -124,7 +128,7 @@ def evaluate(model: Transformer, batches: Iterable[tuple[str, Batch]], token_byt
 
 def _hits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """How many targets have the largest logit, a chunk of tokens at a time. [N, D], [V, D], [N] → []."""
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = rows_of_chunk(weight)
     head = weight.to(hidden.dtype)
     chunks = zip(hidden.split(rows), labels.split(rows))
     return torch.stack([((h @ head.T).argmax(-1) == y).sum() for h, y in chunks]).sum()

@@ -56,6 +56,7 @@ def export(
     out: Path | str,
     dtype: Literal["fp32", "bf16"] = "fp32",
     mtp: bool = False,
+    ema: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model as a Hugging Face folder.
@@ -65,6 +66,7 @@ def export(
         out: the new folder; it may exist if it is empty.
         dtype: of all weights but the expert biases, which stay fp32.
         mtp: with the MTP layers; else `num_nextn_predict_layers` becomes 0.
+        ema: the moving average of the weights in place of their last values.
         max_shard_bytes: of tensors in one file, unless a single tensor is larger.
 
     Raises:
@@ -74,7 +76,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: {dtype!r} is not a dtype of an export; choose one of {', '.join(DTYPES)}")
-    weights = open_weights(source)
+    weights = open_weights(source, ema)
     if mtp and not weights.config.num_nextn_predict_layers:
         raise ConfigError(f"mtp: {source} has no MTP layers, num_nextn_predict_layers = 0; leave mtp out")
     depths = weights.config.num_nextn_predict_layers if mtp else 0

@@ -46,7 +46,8 @@ def load_model(
     """
     weights = open_weights(source)
     with torch.device("meta"):
-        model = Transformer(weights.config, compute_dtype=compute_dtype)
+        masked = bool(weights.data.get("mask_documents"))
+        model = Transformer(weights.config, compute_dtype=compute_dtype, mask_documents=masked)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and not name.endswith("mlp.gate.weight"):
                 parameter.data = parameter.data.to(compute_dtype)

@@ -43,10 +43,11 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Process]:
         )
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if use_cuda and local_rank >= torch.cuda.device_count():
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if use_cuda and processes > torch.cuda.device_count():
         raise LayoutError(
-            f"run.device: local rank {local_rank} has no GPU of its own, this node shows {torch.cuda.device_count()}; "
-            "start at most one process a GPU, or use run.device=cpu"
+            f"run.device: {processes} processes on this node share {torch.cuda.device_count()} GPUs; each needs one of its own; "
+            "start as many processes as GPUs, or use run.device=cpu"
         )
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -3,7 +3,7 @@
     step, tokens                              optimizer steps and tokens so far, this step included
     loss, mtp_loss, balance_loss              nats per token over the global batch; mtp_loss has one entry a depth
     grad_norm                                 before clipping
-    skipped                                   steps of this process so far whose gradient was not finite
+    skipped                                   steps of the run so far whose gradient was not finite
     lr, batch_tokens, gamma, alpha, lambda    of this step
     tokens_per_second, mfu, memory_bytes      of all ranks; a fraction of the devices' peak; of rank 0
     max_vio, max_vio_mean, max_vio_worst, max_vio_worst_layer, bias_min, bias_max      see `balance_metrics`

@@ -1,5 +1,6 @@
 """Turns each step's result into its dict of metrics (`train.metrics` names the keys) and gives it to everything that shows it."""
 
+import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import torch
 from model.flops import flops_mfu
 from model.transformer import Transformer
 from parallel.engine import StepResult
-from train.config import Recipe
+from train.config import Recipe, RecipeError
 from train.evaluate import Evaluation
 from train.launch import Process
 from train.loggers import MetricsError, open_loggers
@@ -29,6 +30,7 @@ class RunLog:
         step: of the checkpoint that the run continues from.
 
     Raises:
+        RecipeError: on the first rank; another run is at work in the folder.
         MetricsError: on the first rank; the package of a logger is not installed, or the folder cannot be written.
     """
 
@@ -47,6 +49,7 @@ class RunLog:
         self.peak = process.world_size * peak_flops(process.device, model.compute_dtype)
         self.folder = folder = Path(recipe.run.dir)
         with written_into(folder):
+            self._open.enter_context(_alone_in(folder))
             for logger in open_loggers(recipe.logging, folder, recipe.model_dump(mode="json", by_alias=True), step):
                 self._open.callback(logger.close)
                 self._sinks.append(logger)
@@ -131,6 +134,20 @@ class RunLog:
         except OSError:  # a full disk also fails what is flushed on closing
             if not self.failed:
                 raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. The system lets go of it when the process ends, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"run.dir = {folder}: another run is at work in it; processes of one run are started by torchrun; wait for the "
+                "other run, or set another run.dir"
+            ) from None
+        yield
 
 
 @contextmanager

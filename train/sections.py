@@ -255,5 +255,5 @@ class RunSection(Section):
     initialize_from: Name | None = None  # a checkpoint whose weights start the run (`rorqual import` makes one)
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
     max_skipped: PositiveCount = 5  # non-finite steps in a row before the run gives up
-    compile: CompileMode = "auto"
+    compile: CompileMode = "auto"  # auto: off, until it has been measured to pay on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,12 +6,14 @@ the next step and the loader its samples; starting the same recipe again continu
 
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 
 from data.files import replace_file
 from data.loader import Batch, Loader
+from data.tokenizer import copy_folder
 from model.hf import state_shapes
 from model.init import initialize
 from model.transformer import Transformer
@@ -56,7 +59,6 @@ class Trainer:
     def __init__(self, recipe: Recipe, process: Process):
         self.recipe, self.process = recipe, process
         self.folder = Path(recipe.run.dir)
-        self.ranks = Ranks(dist.new_group(backend="gloo"))
         self.schedule = Schedule(recipe.schedule, recipe.data.sequence_length)
         parallel = recipe.parallel
         self.layout = Layout(
@@ -65,6 +67,7 @@ class Trainer:
         )
         for sequences in self.schedule.batches():
             self.layout.check_batch(sequences)
+        self.ranks = Ranks(dist.new_group(backend="gloo"))
         self.corpus = Corpus(recipe, self.schedule.final_tokens // recipe.data.sequence_length)
         saving = recipe.checkpoint
         self.checkpoints = Checkpoints(
@@ -77,7 +80,7 @@ class Trainer:
         self.step = 0  # optimizer steps behind us, skipped ones included
         self.tokens = 0  # tokens consumed
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient
-        self.data_sections = [[0, recipe.data_fingerprint()]]  # [first sample, hash of the data section that gives it]
+        self.data_sections = [[0, self.corpus.fingerprint]]  # [first sample, hash of the data section that gives it]
         self.last_save = time.monotonic()
 
     def run(self) -> int:
@@ -86,6 +89,7 @@ class Trainer:
         with ExitStack() as stack:
             asked_to_stop = stack.enter_context(_listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
+            run_log.say(self.corpus.describe())
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             for step, batches in [] if self._is_over else self._steps(stack):
@@ -133,7 +137,12 @@ class Trainer:
         if recipe.run.initialize_from and self.newest is None:
             _start_from(model, recipe.run.initialize_from)
         apply_recompute(model, recipe.parallel.recompute)
-        if recipe.run.compile is True or (recipe.run.compile == "auto" and self.process.device.type == "cuda"):
+        if recipe.run.compile is True:
+            if compute != "bf16" or recipe.parallel.recompute != "none":
+                raise RecipeError(
+                    f"run.compile = true: torch compiles the grouped product in bf16 only, and no block that recomputes; here "
+                    f"precision.compute is {compute}, parallel.recompute {recipe.parallel.recompute}; change them or run.compile"
+                )
             for block in model.model.layers:
                 block.compile()
         return DDPEngine(
@@ -223,9 +232,9 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
                 "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
-                "tokenizer": str(self.corpus.tokenizer_folder.absolute()),
                 "world_size": self.process.world_size,
-                "versions": {"torch": torch.__version__},
+                "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
+                "versions": {name: version(name) for name in ("rorqual", "torch", "transformers")},
                 "law": self.recipe.schedule.law,
             },
         )
@@ -246,6 +255,11 @@ class Trainer:
         self.engine.load(state)
         if self.ema:
             self.ema.load(state["ema"])
+        if run["tokenizer_fingerprint"] != self.corpus.tokenizer_fingerprint:
+            raise RecipeError(
+                f"data.train = {self.recipe.data.train[0].path}: its tokenizer is not the one that {path} was trained with; token "
+                "ids must keep their meaning; prepare the text with the run's tokenizer, or set another run.dir"
+            )
         length = self.recipe.data.sequence_length
         if run["tokens"] != run["samples"] * length:
             raise RecipeError(
@@ -255,20 +269,28 @@ class Trainer:
         self.step, self.tokens = run["step"], run["tokens"]
         self.skipped, self.skipped_in_a_row = run["skipped"], run["skipped_in_a_row"]
         sections = run["data_sections"]
-        fingerprint = self.recipe.data_fingerprint()
+        fingerprint = self.corpus.fingerprint
         if sections[-1][1] != fingerprint:
-            log.warning("the data section changed: samples from %d on come from the new one", run["samples"])
+            if self.process.is_first:
+                log.warning("the data section changed: samples from %d on come from the new one", run["samples"])
             sections.append([run["samples"], fingerprint])
         self.data_sections = sections
 
     def _open_log(self) -> RunLog:
-        """The run's folder with its recipe, on the first rank, and its record."""
-        if self.process.is_first:
-            with written_into(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with replace_file(self.folder / "recipe.yaml") as path:
-                    path.write_text(self.recipe.to_yaml(), encoding="utf-8")
-        return RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
+        """The record of the run; on the first rank its folder too, with its recipe and its tokenizer."""
+        if not self.process.is_first:
+            return RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
+        with written_into(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            run_log = RunLog(self.recipe, self.process, self.schedule, self.engine.model, self.step)
+            if not (self.folder / "tokenizer").exists():
+                unfinished = self.folder / ".tokenizer.tmp"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                copy_folder(self.corpus.tokenizer_folder, unfinished)
+                unfinished.rename(self.folder / "tokenizer")
+            with replace_file(self.folder / "recipe.yaml") as path:
+                path.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        return run_log
 
     def _save_evidence(self, step: Step, batches: list[Batch], result: StepResult) -> None:
         """What is needed to look at a step without finite gradients: its batches, its settings, where it went wrong."""
@@ -308,10 +330,12 @@ class Trainer:
 def _listen_for_signals() -> Iterator[Any]:
     """SIGTERM and SIGUSR1 (a scheduler's warning) ask for a checkpoint and an end; yields a function that says whether one came."""
     received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda received_number, _: received.append(received_number))
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends a process that hangs
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:

@@ -5,7 +5,7 @@ streams the tensors under their in-memory names, a bounded part of them in memor
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ class Weights(Protocol):
     """A model's configuration, tokenizer and tensors."""
 
     config: ModelConfig
+    data: Mapping[str, Any]  # the data section that they were trained with; empty where it is not known
     tokenizer: Path | None  # the folder of its files; None where an imported folder had none
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -33,27 +34,31 @@ class Weights(Protocol):
         ...
 
 
-def open_weights(source: Path | str) -> Weights:
+def open_weights(source: Path | str, ema: bool = False) -> Weights:
     """Find out what `source` is and read its description.
 
     Args:
         source: a run folder (its newest complete checkpoint is taken), a checkpoint `step-…` or one that `import_folder`
             wrote, or a Hugging Face folder of a DeepSeek-V3 model.
 
+        ema: the moving average of the parameters in place of their last values; a run with `optimizer.ema` has one.
+
     Raises:
-        CheckpointError: it is none of these, or is damaged.
+        CheckpointError: it is none of these, is damaged, or has no average.
         ConfigError: its model is not one that Rorqual builds.
     """
     path = Path(source)
     if (path / "config.json").is_file():
+        if ema:
+            raise CheckpointError(f"weights {path}: a Hugging Face folder has no moving average; leave --ema out")
         return FolderWeights(path)
     if (path / "run.json").is_file():
-        return CheckpointWeights(path)
+        return CheckpointWeights(path, ema)
     if (path / "checkpoints").is_dir():
         newest = checkpoint.latest(path / "checkpoints")
         if newest is None:
             raise CheckpointError(f"run {path}: has no complete checkpoint; let it train until its first save")
-        return CheckpointWeights(newest)
+        return CheckpointWeights(newest, ema)
     raise CheckpointError(
         f"weights {path}: {'nothing known in it' if path.is_dir() else 'no such folder'}; "
         "give a run folder, a checkpoint step-… or a Hugging Face folder with config.json"
@@ -63,11 +68,13 @@ def open_weights(source: Path | str) -> Weights:
 class CheckpointWeights:
     """A checkpoint of a run, or one written by `train.export.import_folder`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, ema: bool):
         checkpoint.verify(path)
+        self.parameters = "ema" if ema else "parameters"  # the section of the checkpoint that they are read from
         run = checkpoint.read_run(path)
         self.path = path
         self.config = ModelConfig.from_hf(run["model"])
+        self.data = run.get("recipe", {}).get("data", {})
         self.tokenizer = _tokenizer_of(path, run)
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -78,9 +85,9 @@ class CheckpointWeights:
 
     def _read(self, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
         group = {name: torch.empty(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
-        sections: dict[str, dict[str, Tensor]] = {"parameters": {}, "buffers": {}}
+        sections: dict[str, dict[str, Tensor]] = {self.parameters: {}, "buffers": {}}
         for name, tensor in group.items():
-            sections["buffers" if is_buffer(name) else "parameters"][name] = tensor
+            sections["buffers" if is_buffer(name) else self.parameters][name] = tensor
         checkpoint.load(self.path, sections, partial=True)
         return group
 
@@ -90,6 +97,7 @@ class FolderWeights:
 
     def __init__(self, path: Path):
         self.path = path
+        self.data: Mapping[str, Any] = {}
         self.config = ModelConfig.from_hf(_read_json(path / "config.json"))
         self.tokenizer = path if (path / "tokenizer_config.json").is_file() else None
 
@@ -135,18 +143,16 @@ def is_buffer(name: str) -> bool:
 
 
 def _tokenizer_of(path: Path, run: dict[str, Any]) -> Path | None:
-    """An import carries its tokenizer inside; a run names the folder in its token store."""
-    if (path / "tokenizer").is_dir():
-        return path / "tokenizer"
-    if run.get("tokenizer") is None:
-        return None
-    folder = Path(run["tokenizer"])
-    if not folder.is_dir():
+    """An import carries its tokenizer inside, if it has one; a run beside its checkpoints."""
+    is_run = "recipe" in run
+    folder = (path.absolute().parents[1] if is_run else path) / "tokenizer"
+    if folder.is_dir():
+        return folder
+    if is_run:
         raise CheckpointError(
-            f"checkpoint {path}: its tokenizer {folder} is missing; run.json names the folder it was trained with; "
-            "bring the token store back there"
+            f"checkpoint {path}: its tokenizer {folder} is missing; it belongs beside the run's checkpoints/; bring it back"
         )
-    return folder
+    return None
 
 
 def _groups(shapes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

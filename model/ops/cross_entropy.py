@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_BYTES = 16 << 20  # fp32 logits of one chunk: small enough for a CPU's caches, enough rows to fill a GPU
+CHUNK_BYTES = 16 << 20  # fp32 logits of one chunk on a CPU; measured, see benchmarks/LOG.md
+GPU_ROWS = 1024  # of one chunk on a GPU: each chunk reads the whole head, so few rows would be bound by memory
 
 
 def reference_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -41,6 +42,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _LinearCrossEntropy.apply(hidden, weight, labels)
 
 
+def rows_of_chunk(weight: Tensor) -> int:
+    """Tokens whose logits are made at once."""
+    fitting = CHUNK_BYTES // (4 * weight.shape[0])
+    return max(fitting, GPU_ROWS if weight.is_cuda else 1)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -48,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         head = weight.to(hidden.dtype)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = rows_of_chunk(weight)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for h, y, dh in zip(
             hidden.split(rows),

@@ -54,7 +54,9 @@ def make_run(tmp_path_factory, tokenizer_folder):
         folder = tmp_path_factory.mktemp("run")
         state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
         state["exp_avg"] = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
-        run = {"model": model.config.to_hf(), "tokenizer": str(tokenizer_folder)}
+        state["ema"] = {name: tensor / 2 for name, tensor in model.named_parameters()}
+        run = {"model": model.config.to_hf(), "recipe": {}}
+        shutil.copytree(tokenizer_folder, folder / "tokenizer")
         Checkpoints(folder / "checkpoints", asynchronous=False).save(20, state, run)
         return model, folder
 
@@ -368,14 +370,16 @@ def test_what_cannot_be_exported_or_imported_is_refused_in_one_line(make_run, ru
     assert not (tmp_path / "out").exists()
 
 
-def test_a_lost_tokenizer_is_named(make_run, tmp_path, tokenizer_folder):
-    _, folder = make_run()
-    path = folder / "checkpoints" / "step-00000020"
-    moved = shutil.copytree(path, tmp_path / "step-00000020")
-    text = (moved / "run.json").read_text().replace(str(tokenizer_folder), "gone/tokenizer")
-    (moved / "run.json").write_text(text)
-    marker = json.loads((moved / "COMPLETE").read_text())
-    marker["files"]["run.json"] = len(text)
-    (moved / "COMPLETE").write_text(json.dumps(marker))
-    with pytest.raises(CheckpointError, match="gone/tokenizer is missing"):
-        export(moved, tmp_path / "out")
+def test_a_lost_tokenizer_is_named(run, tmp_path):
+    alone = shutil.copytree(run[1] / "checkpoints", tmp_path / "alone" / "checkpoints") / "step-00000020"
+    with pytest.raises(CheckpointError, match=r"its tokenizer .*alone/tokenizer is missing"):
+        export(alone, tmp_path / "out")
+
+
+def test_the_moving_average_can_be_exported(run, tmp_path):
+    """It was saved as half of the weights."""
+    export(run[1], tmp_path / "out", ema=True)
+    average = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(average, run[0].lm_head.weight / 2)
+    with pytest.raises(CheckpointError, match="no moving average"):
+        export(tmp_path / "out", tmp_path / "again", ema=True)

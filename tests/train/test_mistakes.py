@@ -1,5 +1,6 @@
 """A user's mistake is one line with field, value, rule and fix, and exit code 2; nothing that was there is lost."""
 
+import fcntl
 import importlib.util
 import resource
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.store import Store
 from tests.small_run import Run, assert_same_bits
 from train.cli import main
 
@@ -118,6 +120,27 @@ def test_another_model_in_the_same_folder_is_refused(half: Run, refuse: Refuse) 
     assert "has shape [512, 32], the run's has [512, 16]" in line and line.endswith("or set another run.dir")
 
 
+def test_a_folder_that_another_run_works_in_is_refused(half: Run, refuse: Refuse) -> None:
+    with (half.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = refuse("train", *half.arguments())
+    assert line.startswith(f"run.dir = {half.folder}: another run is at work in it; ") and "torchrun" in line
+
+
+def test_text_of_another_tokenizer_is_refused_by_a_run(half: Run, refuse: Refuse, tmp_path: Path) -> None:
+    shutil.copytree(half.store, tmp_path / "other")
+    manifest = tmp_path / "other" / "manifest.json"
+    known = Store.open(half.store).manifest.tokenizer_fingerprint
+    manifest.write_text(manifest.read_text().replace(known, "0" * 64))
+    line = refuse("train", *half.arguments(f"data.train={tmp_path / 'other'}"))
+    assert "its tokenizer is not the one that" in line and "set another run.dir" in line
+
+
+def test_a_compiled_block_must_be_bf16(run: Run, refuse: Refuse) -> None:
+    line = refuse("train", *run.arguments("run.compile=true"))
+    assert line.startswith("run.compile = true: ") and "precision.compute is fp32" in line
+
+
 def test_another_length_in_the_same_folder_is_refused(half: Run, refuse: Refuse) -> None:
     line = refuse("train", *half.arguments("data.sequence_length=64"))
     assert line.startswith("data.sequence_length = 64: ") and "was trained with 32" in line and "not built yet" in line
@@ -191,7 +214,7 @@ def test_a_save_that_does_not_fit_ends_the_run_in_one_line(half: Run, asynchrono
     started = half.start(*changes, processes=processes, work=train_on_a_full_disk, extra=(100_000,))
     assert started.wait() == [2] * processes, half.said
     *before, last = half.said.splitlines(keepends=True)
-    assert "Traceback" not in half.said and len(before) <= 1, half.said  # one line says where it continued
+    assert "Traceback" not in half.said and len(before) <= 2, half.said  # the data, and where it continued
     line = one_line(last)
     assert line.startswith(f"checkpoint {half.folder / 'checkpoints' / 'step-00000012'}: File too large; it needs 0.00")
     assert "complete checkpoints are untouched; free space, lower checkpoint.keep" in line

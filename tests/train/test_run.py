@@ -100,7 +100,9 @@ def test_samples_and_tensorboard_files_appear_when_asked_for(run: Run) -> None:
 
 
 def test_a_run_keeps_its_recipe_and_asks_for_nothing_else(whole: Run) -> None:
-    assert sorted(path.name for path in whole.folder.iterdir()) == ["checkpoints", "metrics.jsonl", "recipe.yaml"]
+    assert sorted(path.name for path in whole.folder.iterdir()) == [
+        ".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "tokenizer",
+    ]  # fmt: skip
     from train.config import load_recipe
 
     assert load_recipe(whole.folder / "recipe.yaml") == load_recipe(whole.arguments()[0], whole.arguments()[1:])
