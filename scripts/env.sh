@@ -3,29 +3,35 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-}
-for candidate in $python python3.13 python3.12 python3.11 python3; do
-  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+for python in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+  if fits "$python"; then break; fi
   python=
 done
 if [ -z "$python" ]; then
-  echo "rorqual: Python 3.11 or newer is needed and was not found; install it, or name it: PYTHON=/path/to/python $0" >&2
+  echo "rorqual: ${PYTHON:-python3} is not Python 3.11 or newer; install one, or name it: PYTHON=/path/to/python $0" >&2
   exit 2
 fi
 
+build=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then build=cuda; fi
+
 stamp=.venv/.installed
-wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+wanted="$build $(cat pyproject.toml constraints.txt | sha256sum)"
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   started=$SECONDS
-  echo "setting up .venv ($("$python" --version))"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet --retries 1)
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    "${pip[@]}" install -c constraints.txt torch
-  else
-    "${pip[@]}" install -c constraints.txt torch --extra-index-url https://download.pytorch.org/whl/cpu 2> >(grep -v WARNING >&2)
+  echo "setting up .venv ($("$python" --version), $build)"
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
+    "$python" -m venv .venv || { echo "rorqual: $python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 2; }
   fi
-  "${pip[@]}" install -c constraints.txt -e '.[dev]' 2> >(grep -v WARNING >&2)
+  install() { .venv/bin/python -m pip --disable-pip-version-check --quiet --retries 1 install -c constraints.txt "$@" 2> >(grep -v WARNING >&2); }
+  if [ $build = cpu ]; then
+    install torch --extra-index-url https://download.pytorch.org/whl/cpu
+  else
+    install torch
+  fi
+  install -e '.[dev]'
   echo "$wanted" >$stamp
   echo "ready after $((SECONDS - started)) s"
 fi

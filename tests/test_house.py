@@ -20,7 +20,7 @@ from train.config import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "parallel", "data", "train")
-LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # how a launcher tells a process who it is
+LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # how a launcher tells a process who it is
 
 # In this order a later README finds what an earlier one made.
 READMES = ["README.md", "data/README.md", "train/README.md", "model/README.md", "parallel/README.md"]
