@@ -10,6 +10,8 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 say "1. Text to tokens: Shakespeare and the Python standard library"
 rorqual data prepare data/recipes/default.yaml --out "$work/stores/default"
 
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one thread a process; torchrun would say that it does the same
+
 say "2. Training: recipe tiny on $processes process(es)"
 torchrun --standalone --nproc-per-node "$processes" -m train tiny \
   data.train="$work/stores/default" run.dir="$work/runs/tiny" logging.every_steps=10
