@@ -26,7 +26,7 @@ LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # how a la
 READMES = ["README.md", "data/README.md", "train/README.md", "model/README.md", "parallel/README.md"]
 # Commands that the test below does not run, and who does.
 ELSEWHERE = {
-    "./scripts/quickstart.sh": "by hand on a fresh clone: it makes its own environment",
+    "./scripts/quickstart.sh": "by tests/test_quickstart.py, with --thorough",
     "./scripts/test.sh": "by .ci/run: it runs this test",
     "torchrun --nproc-per-node 2 -m train tiny run.dir=runs/two": "by tests/train/test_cli.py, with a smaller run's arguments",
 }
