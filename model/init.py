@@ -12,30 +12,52 @@ The numbers are those of the device they are drawn on: a GPU's generator is anot
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from model.hf import state_shapes
 from model.transformer import Transformer
+
+Draw = Callable[[], Tensor]
+Write = Callable[[str, Tensor, int | None, Draw], None]  # name, parameter, expert or None for all of it, its values
+
+
+def write_whole(name: str, parameter: Tensor, expert: int | None, draw: Draw) -> None:
+    """Put values into a parameter that lies here as a whole."""
+    (parameter if expert is None else parameter[expert]).copy_(draw())
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int) -> None:
-    """Draw all parameters in place. The model may come from the meta device by `to_empty`."""
-    std = model.config.initializer_range
+def initialize(
+    model: Transformer, seed: int, device: torch.device | str | None = None, write: Write = write_whole
+) -> None:
+    """Draw all parameters, one matrix at a time. The model may come from the meta device by `to_empty`.
+
+    Args:
+        device: that draws, by default the parameters' own.
+        write: brings each matrix to its place. Where parameters are spread over ranks it keeps this rank's part, and need not
+            draw what lies elsewhere.
+    """
+    device = torch.device(device or next(model.parameters()).device)
+    shapes = state_shapes(model.config)  # a parameter that is spread over ranks may not show its own
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        elif parameter.dim() == 2:
-            _normal(parameter, std, seed, name)
-        else:
-            for index, expert in enumerate(parameter):
-                _normal(expert, std, seed, f"{name}.{index}")
+        draw = partial(_draw, name, shapes[name].shape[-2:], model.config.initializer_range, seed, device)
+        if shapes[name].dim() < 3:
+            write(name, parameter, None, partial(draw, None))
+            continue
+        for expert in range(shapes[name].shape[0]):
+            write(name, parameter, expert, partial(draw, expert))
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def _normal(matrix: Tensor, std: float, seed: int, name: str) -> None:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator(matrix.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    matrix.normal_(0.0, std, generator=generator)
+def _draw(name: str, shape: torch.Size, std: float, seed: int, device: torch.device, expert: int | None) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    key = f"{seed}/{name}" if expert is None else f"{seed}/{name}.{expert}"
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

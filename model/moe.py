@@ -9,7 +9,7 @@ No token is dropped. How tokens reach their experts is the dispatcher's affair: 
 distributed one takes its place without the model knowing.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +37,31 @@ class LayerStats(NamedTuple):
     balance: Tensor  # [] fp32, sequence-wise balance loss summed over the sequences
 
 
-class Dispatcher(Protocol):
-    """Brings tokens to their experts and the results back."""
+class Handle(Protocol):
+    """What a dispatcher remembers of one call."""
 
-    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """tokens [N, D], expert_ids [N, K], weights [N, K] → (rows sorted by local expert [M, D], counts [E_local], handle)."""
+    @property
+    def counts(self) -> Tensor:
+        """[E] int64: how many of this device's tokens go to each expert, wherever it is."""
         ...
 
-    def combine(self, expert_output: Tensor, handle: Any) -> Tensor:
-        """Expert outputs [M, D] in dispatched order → weighted sum of each token's experts [N, D]."""
+
+H = TypeVar("H", bound=Handle)
+
+
+class Dispatcher(Protocol[H]):
+    """Brings tokens to their experts and the results back, in three steps, so that others can work while tokens travel."""
+
+    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> H:
+        """Let tokens [N, D] set off to their experts [N, K], whose outputs will count by weights [N, K]."""
+        ...
+
+    def receive(self, handle: H) -> tuple[Tensor, Tensor]:
+        """What has arrived for the experts of this device: (rows sorted by expert [M, D], rows of each [E_local])."""
+        ...
+
+    def combine(self, expert_output: Tensor, handle: H) -> Tensor:
+        """Expert outputs [M, D] in the order of `receive` → weighted sum of each token's experts [N, D]."""
         ...
 
 
@@ -57,20 +73,19 @@ class MoE(nn.Module):
         self.gate = Router(config)
         self.experts = Experts(config, grouped_mm)
         self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
-        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
+        self.dispatcher: Dispatcher[Any] = LocalDispatcher(config.n_routed_experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, LayerStats]:
         """x [B, T, D] → ([B, T, D], LayerStats)."""
         tokens = x.flatten(0, 1)  # [N, D]
         routing = self.gate(tokens)
-        rows, counts, handle = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
+        handle = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
+        shared = self.shared_experts(x)  # while tokens travel
+        rows, counts = self.dispatcher.receive(handle)
         routed = self.dispatcher.combine(self.experts(rows, counts), handle)  # [N, D]
         logits = routing.logits.unflatten(0, x.shape[:2])  # [B, T, E]
-        stats = LayerStats(
-            count_experts(routing.expert_ids, logits.shape[-1]),
-            sequence_balance_loss(logits, routing.expert_ids.shape[-1]),
-        )
-        return routed.view_as(x) + self.shared_experts(x), stats
+        balance = sequence_balance_loss(logits, routing.expert_ids.shape[-1])
+        return routed.view_as(x) + shared, LayerStats(handle.counts, balance)
 
 
 class Router(nn.Module):
@@ -152,18 +167,23 @@ class LocalDispatcher:
     """
 
     class Handle(NamedTuple):
+        tokens: Tensor  # [N, D]
         place: Tensor  # [N, K] row of each (token, expert) pair in the sorted order
         order: Tensor  # [N·K] pair of each row: its inverse
         weights: Tensor  # [N, K]
+        counts: Tensor  # [E]
 
     def __init__(self, experts: int):
         self.experts = experts
 
-    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Handle]:
+    def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Handle:
         order = expert_ids.flatten().argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        handle = self.Handle(place.view_as(expert_ids), order, weights)
-        return _ToExperts.apply(tokens, handle.place, order), count_experts(expert_ids, self.experts), handle
+        counts = count_experts(expert_ids, self.experts)
+        return self.Handle(tokens, place.view_as(expert_ids), order, weights, counts)
+
+    def receive(self, handle: Handle) -> tuple[Tensor, Tensor]:
+        return _ToExperts.apply(handle.tokens, handle.place, handle.order), handle.counts
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
         weights = handle.weights.to(expert_output.dtype)

@@ -20,7 +20,7 @@ from model.mtp import MTPBlock
 from model.ops import attention as attention_ops
 from model.ops import grouped_mm as grouped_mm_ops
 from model.ops.attention import AttentionBackend
-from model.ops.cross_entropy import linear_cross_entropy
+from model.ops.cross_entropy import count_hits, linear_cross_entropy
 from model.ops.grouped_mm import GroupedMM
 from model.rope import Rotation, rotation
 
@@ -28,6 +28,14 @@ from model.rope import Rotation, rotation
 class Output(NamedTuple):
     losses: Losses
     expert_counts: Tensor  # [MoE layers, E] int64, those of the MTP modules last
+
+
+class Scores(NamedTuple):
+    """How well a model predicts one micro-batch; sums over its valid targets."""
+
+    nats: Tensor  # [] cross-entropy of the main head
+    hits: Tensor  # [1 + D_mtp] int64 targets that the main head and each MTP depth put first
+    expert_counts: Tensor  # [MoE layers, E] int64
 
 
 class Transformer(nn.Module):
@@ -61,6 +69,11 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes. Parameters may lie elsewhere (offload), buffers do not."""
+        return next(self.buffers(), self.lm_head.weight).device
+
+    @property
     def main_layers(self) -> list[Block]:
         return cast(list[Block], list(self.model.layers)[: self.config.num_hidden_layers])
 
@@ -76,23 +89,25 @@ class Transformer(nn.Module):
         """
         depths = self.config.num_nextn_predict_layers
         hidden, stats = self.hidden_states(tokens, documents)
-        sums = [
-            linear_cross_entropy(
-                h.flatten(0, 1),
-                self.lm_head.weight,
-                targets_at(tokens, documents, k, depths, self.mask_documents).flatten(),
-            )
-            for k, h in enumerate(hidden)
-        ]
+        labels = self._labels(tokens, documents)
+        sums = [linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, y) for h, y in zip(hidden, labels)]
         losses = Losses(
             main=sums[0],
             mtp=torch.stack(sums[1:]) if depths else sums[0].new_zeros(0),
             balance=sum((s.balance for s in stats), sums[0].new_zeros(())),
             counts=count_targets(tokens, documents, depths, self.mask_documents),
         )
-        experts = self.config.n_routed_experts
-        counts = [s.expert_counts for s in stats]
-        return Output(losses, torch.stack(counts) if counts else tokens.new_zeros(0, experts))
+        return Output(losses, self._stack_counts(stats, tokens))
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, documents: Tensor) -> Scores:
+        """Evaluate the same micro-batch that `forward` would learn from. Both [B, T + 1 + D_mtp]."""
+        hidden, stats = self.hidden_states(tokens, documents)
+        labels = self._labels(tokens, documents)
+        head = self.lm_head.weight
+        hits = [count_hits(h.flatten(0, 1), head, y) for h, y in zip(hidden, labels)]
+        nats = linear_cross_entropy(hidden[0].flatten(0, 1), head, labels[0])
+        return Scores(nats, torch.stack(hits), self._stack_counts(stats, tokens))
 
     def hidden_states(self, tokens: Tensor, documents: Tensor) -> tuple[list[Tensor], list[LayerStats]]:
         """Normed states before the output head, [B, T, D] for the main head and each MTP depth, and the MoE layers' stats."""
@@ -132,12 +147,19 @@ class Transformer(nn.Module):
 
     def new_caches(self, batch: int, max_length: int) -> list[LatentCache]:
         """Empty caches of every layer, those of the MTP modules last."""
-        device = self.lm_head.weight.device
-        return [LatentCache(batch, max_length, self.config, self.compute_dtype, device) for _ in self.model.layers]
+        return [LatentCache(batch, max_length, self.config, self.compute_dtype, self.device) for _ in self.model.layers]
 
     def _positions_after(self, cache: LatentCache, new: int) -> Rotation:
-        device = self.lm_head.weight.device
-        return rotation(self.config, torch.arange(cache.length, cache.length + new, device=device))
+        return rotation(self.config, torch.arange(cache.length, cache.length + new, device=cache.entries.device))
+
+    def _labels(self, tokens: Tensor, documents: Tensor) -> list[Tensor]:
+        """[B·T] targets of the main head and of each MTP depth."""
+        depths = self.config.num_nextn_predict_layers
+        return [targets_at(tokens, documents, k, depths, self.mask_documents).flatten() for k in range(1 + depths)]
+
+    def _stack_counts(self, stats: list[LayerStats], tokens: Tensor) -> Tensor:
+        counts = [s.expert_counts for s in stats]
+        return torch.stack(counts) if counts else tokens.new_zeros(0, self.config.n_routed_experts)
 
 
 class Decoder(nn.Module):

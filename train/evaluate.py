@@ -20,7 +20,7 @@ from data.store import Store
 from data.tokenizer import fingerprint
 from model.balance import max_violation
 from model.loss import targets_at
-from model.ops.cross_entropy import IGNORE, linear_cross_entropy, rows_of_chunk
+from model.ops.cross_entropy import IGNORE
 from model.transformer import Transformer
 from train.config import RecipeError
 from train.generate import load_model
@@ -93,24 +93,22 @@ def evaluate(model: Transformer, batches: Iterable[tuple[str, Batch]], token_byt
         batches: (source, batch) pairs of this rank, as many on every rank; a batch may have no rows.
         token_bytes: [V] UTF-8 bytes of each token.
     """
-    device = model.lm_head.weight.device
+    device = model.device
     depths = model.config.num_nextn_predict_layers
     token_bytes = token_bytes.to(device)
     sums: dict[str, Tensor] = {}  # of each source: nats, bytes, then targets and hits of every head
     counts = torch.zeros(model.config.n_moe_layers, model.config.n_routed_experts, dtype=torch.int64, device=device)
     for source, batch in batches:
         row = sums.setdefault(source, torch.zeros(2 + 2 * (depths + 1), dtype=torch.float64, device=device))
-        if len(batch.tokens) == 0:
+        is_empty = len(batch.tokens) == 0
+        tokens, documents = (part.to(device) for part in (_padding(batch) if is_empty else batch))
+        scores = model.score(tokens, documents)
+        if is_empty:  # this rank took part because a model that is spread over ranks needs all of them
             continue
-        tokens, documents = batch.tokens.to(device), batch.documents.to(device)
-        hidden, stats = model.hidden_states(tokens, documents)
-        labels = [targets_at(tokens, documents, k, depths, model.mask_documents).flatten() for k in range(depths + 1)]
-        nats = linear_cross_entropy(hidden[0].flatten(0, 1), model.lm_head.weight, labels[0])
+        labels = [targets_at(tokens, documents, k, depths, model.mask_documents) for k in range(depths + 1)]
         size = token_bytes[labels[0][labels[0] != IGNORE]].sum()
-        hits = [_hits(h.flatten(0, 1), model.lm_head.weight, y) for h, y in zip(hidden, labels)]
-        row += torch.stack([nats, size, *((y != IGNORE).sum() for y in labels), *hits]).double()
-        if stats:
-            counts += torch.stack([s.expert_counts for s in stats])
+        row += torch.stack([scores.nats, size, *((y != IGNORE).sum() for y in labels), *scores.hits]).double()
+        counts += scores.expert_counts
     results = {}
     for source, row in sums.items():
         dist.all_reduce(row)
@@ -126,9 +124,7 @@ def evaluate(model: Transformer, batches: Iterable[tuple[str, Batch]], token_byt
     return Evaluation(results, max_violation(counts).tolist())
 
 
-def _hits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """How many targets have the largest logit, a chunk of tokens at a time. [N, D], [V, D], [N] → []."""
-    rows = rows_of_chunk(weight)
-    head = weight.to(hidden.dtype)
-    chunks = zip(hidden.split(rows), labels.split(rows))
-    return torch.stack([((h @ head.T).argmax(-1) == y).sum() for h, y in chunks]).sum()
+def _padding(batch: Batch) -> Batch:
+    """One sequence without a target, in place of none."""
+    width = batch.tokens.shape[1]
+    return Batch(batch.tokens.new_zeros(1, width), batch.documents.new_full((1, width), -1))

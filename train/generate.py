@@ -117,7 +117,7 @@ def generate(
         ConfigError: the text would outgrow the model's context, or the options do not go together.
     """
     _check(model.config, tokens, max_new_tokens, temperature, mtp)
-    tokens = tokens.to(model.lm_head.weight.device)
+    tokens = tokens.to(model.device)
     if mtp:
         return _Speculation(model, tokens, max_new_tokens).run(eos)
 

@@ -119,7 +119,9 @@ def random_choice(tokens, experts, k):
 def test_dispatch_sorts_the_pairs_by_expert_and_keeps_their_order():
     # token 0 → experts 2, 0; token 1 → 2, 1; token 2 → 0, 1
     tokens = torch.tensor([[10.0], [20.0], [30.0]])
-    rows, counts, _ = LocalDispatcher(4).dispatch(tokens, torch.tensor([[2, 0], [2, 1], [0, 1]]), torch.ones(3, 2))
+    dispatcher = LocalDispatcher(4)
+    handle = dispatcher.dispatch(tokens, torch.tensor([[2, 0], [2, 1], [0, 1]]), torch.ones(3, 2))
+    rows, counts = dispatcher.receive(handle)
     assert rows.flatten().tolist() == [10, 30, 20, 30, 10, 20]  # expert 0: tokens 0, 2; expert 1: 1, 2; expert 2: 0, 1
     assert counts.tolist() == [2, 2, 2, 0]
 
@@ -127,7 +129,8 @@ def test_dispatch_sorts_the_pairs_by_expert_and_keeps_their_order():
 def test_combine_undoes_dispatch():
     tokens, weights = torch.randn(17, 5), torch.rand(17, 3)
     dispatcher = LocalDispatcher(8)
-    rows, _, handle = dispatcher.dispatch(tokens, random_choice(17, 8, 3), weights)
+    handle = dispatcher.dispatch(tokens, random_choice(17, 8, 3), weights)
+    rows, _ = dispatcher.receive(handle)
     torch.testing.assert_close(dispatcher.combine(rows, handle), tokens * weights.sum(-1, keepdim=True))
 
 
@@ -137,7 +140,8 @@ def test_dispatch_and_combine_have_the_gradients_of_a_naive_loop():
     maps = torch.randn(8, 5, 5, requires_grad=True)  # each expert a matrix
     ids = random_choice(17, 8, 3)
     dispatcher = LocalDispatcher(8)
-    rows, counts, handle = dispatcher.dispatch(tokens, ids, weights)
+    handle = dispatcher.dispatch(tokens, ids, weights)
+    rows, counts = dispatcher.receive(handle)
     parts = [part @ m for part, m in zip(rows.split(counts.tolist()), maps)]
     ours = dispatcher.combine(torch.cat(parts), handle)
 
