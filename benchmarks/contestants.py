@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -85,8 +86,9 @@ class Ours:
     def __init__(self, shape: Shape, device: torch.device, compute_dtype: torch.dtype):
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        self.model = fresh(shape.config, device, compute_dtype)
-        self.engine = DDPEngine(self.model, lambda model: optimizer_of(model), CLIP)
+        self.model = without_weights(shape.config, compute_dtype)
+        optimizer = partial(build_optimizer, settings=OPTIMIZER)
+        self.engine = DDPEngine(self.model, device, lambda m, write: initialize(m, 0, device, write), optimizer, CLIP)
         self.optimizer = self.engine.optimizer
 
     def step(self, batch: Batch) -> float:
@@ -106,7 +108,7 @@ class Theirs:
         with device:
             self.model = DeepseekV3ForCausalLM(config)
         self.model.load_state_dict(fresh(shape.config, device, compute_dtype).state_dict())
-        self.optimizer = optimizer_of(self.model)
+        self.optimizer = build_optimizer(self.model.named_parameters(), OPTIMIZER)
         for group in self.optimizer.param_groups:
             group["lr"] = LR
         self.compute: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -126,12 +128,12 @@ class Theirs:
 
 def fresh(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:
     """Our model with the weights that both sides start from."""
-    with torch.device("meta"):
-        model = Transformer(config, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
+    model = without_weights(config, compute_dtype).to_empty(device=device)
     initialize(model, seed=0)
     return model
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(model.named_parameters(), OPTIMIZER)
+def without_weights(config: ModelConfig, compute_dtype: torch.dtype) -> Transformer:
+    """Our model on the meta device."""
+    with torch.device("meta"):
+        return Transformer(config, compute_dtype=compute_dtype)

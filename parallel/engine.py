@@ -1,24 +1,23 @@
 """What the trainer talks to: an engine takes the micro-batches of one step and the step's settings, and returns its result.
 
-An engine hides how the model is spread. Whatever it does inside, one step is the same function of the global batch:
-
-    1. n_k ← valid targets of head k in the global batch            (one reduction of 1 + D integers)
-    2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n
-    3. g   ← g · min(1, clip / ‖g‖);   a non-finite ‖g‖ ends the step here: nothing is updated
-    4. optimizer step at the given learning rate
-    5. b   ← balance.update(b, Σ counts, γ) for every router, MTP included      (one reduction for all layers)
+An engine hides how the model is spread. Whatever it does inside, one step is the same function of the global batch; `parallel.step`
+writes it down.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from model.init import Write
 from model.transformer import Transformer
 
-MakeOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
+Fill = Callable[[Transformer, Write], None]  # gives a model its first weights, by way of the engine's `write`
+MakeOptimizer = Callable[
+    [Iterable[tuple[str, Tensor]]], torch.optim.Optimizer
+]  # of named parameters, or this rank's parts
 State = dict[str, Any]
 
 
@@ -67,7 +66,7 @@ class StepResult:
 class Engine(Protocol):
     """A model, its optimizer, and the way both are spread over ranks."""
 
-    model: Transformer
+    model: Transformer  # its methods may be called between steps, by all ranks together
 
     @property
     def loss_scale(self) -> float:
@@ -79,7 +78,10 @@ class Engine(Protocol):
         ...
 
     def state(self) -> State:
-        """The canonical state, keyed by parameter name and the same under every layout; tensors are the live ones.
+        """The canonical state, keyed by parameter name and the same under every layout. Collective.
+
+        Tensors are the live ones, DTensors where a rank holds a shard, or whole ones that a single rank holds; what none of the
+        ranks holds in that form is gathered one parameter at a time.
 
         {"parameters": {name: Tensor}, "buffers": {name: Tensor}, "exp_avg": {name: Tensor}, "exp_avg_sq": {name: Tensor},
         "steps": int64 [], "loss_scale": {"scale": fp32 [], "good_steps": int64 []}}
@@ -87,5 +89,5 @@ class Engine(Protocol):
         ...
 
     def load(self, state: State) -> None:
-        """Take back what `state` handed out, from this or any other layout."""
+        """Take back what `state` handed out, filled with the values of this or any other layout. Collective."""
         ...

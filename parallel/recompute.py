@@ -11,15 +11,14 @@ go backward through another expert than forward.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.block import Block
+from model.flops import Recompute
 from model.transformer import Transformer
-
-Recompute = Literal["none", "selective", "full"]
 
 aten = torch.ops.aten
 ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable}

@@ -6,6 +6,7 @@ The sections stand in `train.sections`, the types of their values in `train.fiel
 are derived from a recipe, never written beside it.
 """
 
+import dataclasses
 import difflib
 import io
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from data.errors import DataError
 from data.yaml_io import read_yaml
 from model.config import ConfigError, ModelConfig
+from parallel.layout import Layout, ParallelConfig
 from train.fields import mistake, show
 from train.sections import (
     CheckpointSection,
@@ -60,6 +62,11 @@ class Recipe(Section):
     def model_config_resolved(self) -> ModelConfig:
         """The preset or `config.json` of the model section with the section's own fields on top."""
         return self.model.resolve()
+
+    def layout(self, world_size: int) -> Layout:
+        """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""
+        values = {field.name: getattr(self.parallel, field.name) for field in dataclasses.fields(ParallelConfig)}
+        return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
 
     def to_yaml(self) -> str:
         """The resolved recipe: every key with its value. `load_recipe` of this text gives an equal recipe."""

@@ -48,8 +48,8 @@ def build_optimizer(
     """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for name, p in parameters if decays(name, p)], "weight_decay": settings.weight_decay},
-        {"params": [p for name, p in parameters if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters if decays(name)], "weight_decay": settings.weight_decay},
+        {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if moments == "bf16":
@@ -59,13 +59,13 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=fused)
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def decays(name: str) -> bool:
     """Whether weight decay acts on a parameter: on matrices only. This is the one place that decides it.
 
-    Matrices are what has two dimensions or more: linear weights, stacked experts, router, embedding and head. RMSNorm weights
-    (one dimension) are scales: pulled towards 0 they would only be fought by the matrices beside them.
+    Matrices are linear weights, stacked experts, router, embedding and head. RMSNorm weights are scales: pulled towards 0 they
+    would only be fought by the matrices beside them. The name decides, since a parameter that is spread over ranks may be flat.
     """
-    return parameter.ndim >= 2
+    return "norm" not in name
 
 
 class AdamWBf16Moments(torch.optim.Optimizer):

@@ -118,17 +118,20 @@ class DataSection(Section):
 
 
 class ParallelSection(Section):
-    engine: Annotated[Literal["ddp", "fsdp", "zero1", "zero2", "zero3"], only_built("ddp")] = "ddp"
-    replicate: Annotated[PositiveCount, only_built(1)] = 1  # ddp replicates over all processes whatever this says
-    expert: Annotated[PositiveCount, only_built(1)] = 1
+    """What each key means, and which go together: `parallel.layout`."""
+
+    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    replicate: PositiveCount = 1  # fsdp: copies of the sharded model (HSDP)
+    expert: PositiveCount = 1  # fsdp: processes that share the experts of a layer
     pipeline: Annotated[PositiveCount, only_built(1)] = 1
     context: Annotated[PositiveCount, only_built(1)] = 1
     micro_batch: PositiveCount = 1  # sequences in one forward pass of one process
     schedule: Annotated[Literal["1f1b", "interleaved", "zbv", "dualpipev"], only_built("1f1b")] = "1f1b"  # of pipelines
-    reshard_after_forward: Annotated[StrictBool, only_built(True)] = True  # fsdp only
-    offload: Annotated[Literal["none", "optimizer", "all"], only_built("none")] = "none"
+    reshard_after_forward: StrictBool = True  # fsdp: free gathered parameters between forward and backward pass
+    offload: Literal["none", "optimizer", "all"] = "none"  # what lives in host memory
     recompute: Literal["none", "selective", "full"] = "none"
-    unproven: Annotated[StrictBool, only_built(False)] = False  # open layouts that have no row in parallel/PARITY.md
+    unproven: StrictBool = False  # open layouts that have no row in parallel/PARITY.md
+    deepspeed: dict[str, Any] = {}  # more keys for DeepSpeed's configuration, which is derived from this recipe
 
 
 class PrecisionSection(Section):

@@ -25,11 +25,10 @@ from data.files import replace_file
 from data.loader import Batch, Loader
 from data.tokenizer import copy_folder
 from model.hf import state_shapes
-from model.init import initialize
+from model.init import Write, initialize
 from model.transformer import Transformer
-from parallel.ddp import DDPEngine
+from parallel.build import build_engine
 from parallel.engine import Engine, State, StepResult
-from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import Recipe, RecipeError
@@ -60,11 +59,7 @@ class Trainer:
         self.recipe, self.process = recipe, process
         self.folder = Path(recipe.run.dir)
         self.schedule = Schedule(recipe.schedule, recipe.data.sequence_length)
-        parallel = recipe.parallel
-        self.layout = Layout(
-            ParallelConfig(parallel.engine, parallel.expert, parallel.pipeline, parallel.context, parallel.micro_batch),
-            process.world_size,
-        )
+        self.layout = recipe.layout(process.world_size)
         for sequences in self.schedule.batches():
             self.layout.check_batch(sequences)
         self.ranks = Ranks(dist.new_group(backend="gloo"))
@@ -131,11 +126,8 @@ class Trainer:
         recipe = self.recipe
         config = recipe.model_config_resolved()
         compute = recipe.precision.compute or ("bf16" if self.process.device.type == "cuda" else "fp32")
-        with torch.device(self.process.device):
+        with torch.device("meta"):
             model = Transformer(config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents)
-        initialize(model, recipe.run.seed)
-        if recipe.run.initialize_from and self.newest is None:
-            _start_from(model, recipe.run.initialize_from)
         apply_recompute(model, recipe.parallel.recompute)
         if recipe.run.compile is True:
             if compute != "bf16" or recipe.parallel.recompute != "none":
@@ -145,11 +137,15 @@ class Trainer:
                 )
             for block in model.model.layers:
                 block.compile()
-        return DDPEngine(
-            model,
-            lambda m: build_optimizer(m.named_parameters(), recipe.optimizer, recipe.precision.moments),
-            recipe.optimizer.clip,
-        )
+        optimizer = partial(build_optimizer, settings=recipe.optimizer, moments=recipe.precision.moments)
+        return build_engine(self.layout, model, self.process.device, self._fill, optimizer, recipe.optimizer.clip)
+
+    def _fill(self, model: Transformer, write: Write) -> None:
+        """A run's first weights: drawn from its seed, or taken from elsewhere."""
+        initialize(model, self.recipe.run.seed, self.process.device, write)
+        source = self.recipe.run.initialize_from
+        if source and self.newest is None:
+            _start_from(model, source, write)
 
     def _steps(self, stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
         """The steps that are left, each with this rank's micro-batches; a thread reads ahead of them until the stack closes."""
@@ -183,16 +179,17 @@ class Trainer:
         return self.skipped_in_a_row >= self.recipe.run.max_skipped
 
     def _evaluate(self) -> Evaluation:
-        """Validate on all ranks; the first one then writes samples."""
+        """Validate, and let the model write samples, on all ranks together."""
         model = self.engine.model
         batches = self.corpus.validation_batches(self.process, self.recipe.parallel.micro_batch)
         evaluation = evaluate(model, batches, self.corpus.token_bytes)
-        if self.recipe.evaluate.sample_prompts:
-            self.ranks.first(self._write_samples)
+        if prompts := self.recipe.evaluate.sample_prompts:
+            # On all ranks: none of them may hold the whole model.
+            samples = continue_texts(model, self.corpus.tokenizer, prompts)
+            self.ranks.first(partial(self._write_samples, samples))
         return evaluation
 
-    def _write_samples(self) -> None:
-        samples = continue_texts(self.engine.model, self.corpus.tokenizer, self.recipe.evaluate.sample_prompts)
+    def _write_samples(self, samples: list[str]) -> None:
         with written_into(self.folder):
             folder = self.folder / "samples"
             folder.mkdir(parents=True, exist_ok=True)
@@ -348,10 +345,10 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 @torch.no_grad()
-def _start_from(model: Transformer, source: str) -> None:
-    """Copy weights into a model: of a run, a checkpoint or a Hugging Face folder that has every tensor of the model."""
+def _start_from(model: Transformer, source: str, write: Write) -> None:
+    """Take weights of a run, a checkpoint or a Hugging Face folder that has every tensor of the model."""
     weights = open_weights(source)
-    found, own = state_shapes(weights.config), model.state_dict()
+    found, own = state_shapes(weights.config), state_shapes(model.config)
     for name, tensor in own.items():
         if name not in found or found[name].shape != tensor.shape:
             there = f"is {list(found[name].shape)} there" if name in found else "is not there"
@@ -359,6 +356,12 @@ def _start_from(model: Transformer, source: str) -> None:
                 f"run.initialize_from = {source}: the model's {name} {list(tensor.shape)} {there}; the weights must have every "
                 "tensor of the model; give the model section the dimensions of the weights"
             )
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, tensor in weights.tensors():
-        if name in own:
-            own[name].copy_(tensor)
+        if name in buffers:
+            buffers[name].copy_(tensor)
+        elif name in parameters and tensor.dim() < 3:
+            write(name, parameters[name], None, tensor.clone)
+        elif name in parameters:
+            for expert, matrix in enumerate(tensor):
+                write(name, parameters[name], expert, matrix.clone)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from parallel.moments import moments, restore
 from train.config import RecipeError
+from tests.small_model import small_model
 from train.optimizer import AdamWBf16Moments, HostEMA, build_optimizer, decays
 
 SETTINGS = SimpleNamespace(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -42,7 +43,7 @@ def build(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 
 def test_weight_decay_acts_on_matrices_only() -> None:
     model = Toy()
-    assert {name for name, p in model.named_parameters() if decays(name, p)} == {"embed", "proj", "experts"}
+    assert {name for name, p in model.named_parameters() if decays(name)} == {"embed", "proj", "experts"}
     decayed, kept = build(model, "fp32").param_groups
     assert decayed["weight_decay"] == 0.1 and len(decayed["params"]) == 3
     assert kept["weight_decay"] == 0.0 and kept["params"][0] is model.norm
@@ -62,6 +63,11 @@ def test_zero_gradients_leave_a_norm_alone_and_shrink_a_matrix(kind: str) -> Non
     torch.testing.assert_close(model.proj, before * (1 - 0.5 * 0.1))
 
 
+def test_the_names_that_decay_are_those_of_the_matrices() -> None:
+    for name, parameter in small_model().named_parameters():
+        assert decays(name) == (parameter.ndim >= 2), name
+
+
 def test_fp32_moments_are_torchs_fused_adamw() -> None:
     optimizer = build(Toy(), "fp32")
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
@@ -72,7 +78,7 @@ def test_bf16_moments_equal_adamw_that_rounds_its_moments_after_each_step() -> N
     optimizer = build(model, "bf16")
     plain = torch.optim.AdamW(
         [
-            {"params": [p for name, p in reference.named_parameters() if decays(name, p)], "weight_decay": 0.1},
+            {"params": [p for name, p in reference.named_parameters() if decays(name)], "weight_decay": 0.1},
             {"params": [reference.norm], "weight_decay": 0.0},
         ],
         betas=SETTINGS.betas,
