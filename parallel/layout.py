@@ -8,17 +8,18 @@ This is the one place that knows how ranks are arranged. All of them read data; 
 so that the ranks among which tokens travel to their experts are neighbours, on one node where they fit.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.flops import Recompute
 from parallel.proven import PROVEN, Cell
 
-EngineName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]  # by how much of the model is spread
 Offload = Literal["none", "optimizer", "all"]
 
 
@@ -31,10 +32,8 @@ class ParallelConfig:
     """How a run is spread over processes."""
 
     engine: EngineName = "ddp"
-    replicate: int = 1  # copies of the sharded model (HSDP); ddp replicates over all ranks by itself
+    replicate: int = 1  # copies of the sharded model (HSDP); ddp has one on every rank by itself
     expert: int = 1  # ranks that share the experts of a layer
-    pipeline: int = 1
-    context: int = 1
     micro_batch: int = 1  # sequences in one forward pass of one process
     reshard_after_forward: bool = True  # fsdp: free gathered parameters between forward and backward pass
     offload: Offload = "none"  # what lives in host memory
@@ -58,13 +57,13 @@ class Layout:
     def __post_init__(self) -> None:
         problem = _problem(self.config, self.world_size, self.model)
         if problem:
-            near = nearest(self.config, self.world_size, self.model)
-            raise LayoutError(f"{problem}; use {' or '.join(near)}" if near else problem)
+            fixes = nearest(self.config, self.world_size, self.model)
+            raise LayoutError(f"{problem}; use {' or '.join(fixes)}" if fixes else problem)
 
     @property
     def shard(self) -> int:
-        """Ranks over which one copy of the model is spread; meaningless for ddp."""
-        return self.world_size // self.config.replicate
+        """Ranks over which one copy of the model is spread; 1 under ddp."""
+        return 1 if self.config.engine == "ddp" else self.world_size // self.config.replicate
 
     @property
     def expert_shard(self) -> int:
@@ -93,45 +92,66 @@ def cell(config: ParallelConfig) -> Cell:
 
 
 def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None = None) -> list[str]:
-    """Up to three changes of one or two fields that make a configuration work, as they would be written in a recipe.
+    """Up to three sets of changes that make a configuration work, as they would be written in a recipe, and a number of processes
+    on which it works as it is.
 
-    The fewest fields change, and a number changes by the smallest factor.
+    Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over; what gives
+    something up or adds something comes last. Of those that change the same fields the best two are named, and none that changes
+    more fields than the best.
     """
+    changes = list(_changes_that_work(config, world_size, model))
+    changes.sort(key=lambda new: sum(_cost(name, getattr(config, name), value) for name, value in new.items()))
+    changes = [new for new in changes if len(new) <= len(changes[0])]
+    best = [new for i, new in enumerate(changes) if sum(new.keys() == better.keys() for better in changes[:i]) < 2]
+    texts = [" ".join(f"parallel.{name}={_show(value)}" for name, value in new.items()) for new in best[:3]]
+
+    unit = config.replicate * config.expert
+    sizes = [size for size in (world_size // unit * unit, (world_size // unit + 1) * unit) if size > 0]
+    return texts + [_processes(size) for size in sizes if _problem(config, size, model) is None][:1]
+
+
+def _changes_that_work(config: ParallelConfig, world_size: int, model: ModelConfig | None) -> Iterator[dict[str, Any]]:
+    """All changes of one and two fields, and of more where these do not help; none that changes a field needlessly."""
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
     choices: dict[str, Sequence[Any]] = {
+        "engine": get_args(EngineName),
         "expert": divisors,
         "replicate": divisors,
-        "pipeline": [1],
-        "context": [1],
-        "offload": ["none", "optimizer", "all"],
+        "offload": get_args(Offload),
+        "recompute": ["none"],
         "reshard_after_forward": [True],
         "deepspeed": [{}],
-        "engine": ["fsdp", "ddp", "zero1", "zero2", "zero3"],
     }
-    for fields in (1, 2):
-        found: list[tuple[float, str]] = []
-        for names in combinations(choices, fields):
-            for values in product(*(choices[name] for name in names)):
-                changes = dict(zip(names, values))
-                if any(getattr(config, name) == value for name, value in changes.items()):
-                    continue
-                if _problem(replace(config, **changes), world_size, model) is None:
-                    distance = sum(_distance(getattr(config, name), value) for name, value in changes.items())
-                    found.append(
-                        (distance, " ".join(f"parallel.{name}={_show(value)}" for name, value in changes.items()))
-                    )
-        if found:
-            return [text for _, text in sorted(found, key=lambda item: item[0])[:3]]
-    return []
+    others = {name: [v for v in values if v != getattr(config, name)] for name, values in choices.items()}
+    found: list[dict[str, Any]] = []
+    for fields in range(1, len(others) + 1):
+        if found and fields > 2:
+            return
+        for names in combinations(others, fields):
+            for values in product(*(others[name] for name in names)):
+                new = dict(zip(names, values))
+                works = _problem(replace(config, **new), world_size, model) is None
+                if works and not any(fewer.items() < new.items() for fewer in found):
+                    found.append(new)
+                    yield new
 
 
-def _distance(old: Any, new: Any) -> float:
-    both_numbers = isinstance(old, int) and isinstance(new, int) and not isinstance(new, bool)
-    return abs(math.log(max(old, 1) / new)) if both_numbers else 2.0
+def _cost(name: str, old: Any, new: Any) -> float:
+    """How far a change takes a configuration from what was asked for."""
+    if name == "engine":
+        order = get_args(EngineName)
+        return 3 + 0.1 * abs(order.index(old) - order.index(new))
+    moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate") else 2
+    default = getattr(ParallelConfig(), name)
+    return 10 if new == default else 10 + moved if old == default else moved
 
 
 def _show(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value or "null")
+    return value if isinstance(value, str) else json.dumps(value or None if isinstance(value, dict) else value)
+
+
+def _processes(number: int) -> str:
+    return f"{number} process" + ("es" if number > 1 else "")
 
 
 def _problem(config: ParallelConfig, world_size: int, model: ModelConfig | None) -> str | None:
@@ -146,18 +166,16 @@ def _problem(config: ParallelConfig, world_size: int, model: ModelConfig | None)
 
 
 def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
-    for axis in ("pipeline", "context"):
-        if getattr(c, axis) != 1:
-            yield f"parallel.{axis} = {getattr(c, axis)}: not built yet"
     if c.engine != "fsdp":
         if c.replicate != 1:
-            yield f"parallel.replicate = {c.replicate}: belongs to fsdp; {c.engine} has no copies beside its own"
+            has = "has a copy on every process" if c.engine == "ddp" else "has one copy, spread over all processes"
+            yield f"parallel.replicate = {c.replicate}: belongs to fsdp; {c.engine} {has}"
         if c.expert != 1:
-            yield f"parallel.expert = {c.expert}: only fsdp spreads experts over ranks, {c.engine} does not"
+            yield f"parallel.expert = {c.expert}: only fsdp spreads experts over processes, {c.engine} does not"
         if not c.reshard_after_forward:
             yield f"parallel.reshard_after_forward = false: belongs to fsdp, not to {c.engine}"
     if not c.engine.startswith("zero") and c.deepspeed:
-        yield f"parallel.deepspeed: belongs to zero1, zero2 and zero3, not to {c.engine}"
+        yield f"parallel.deepspeed = {{{', '.join(c.deepspeed)}}}: belongs to zero1, zero2 and zero3, not to {c.engine}"
     if c.engine == "ddp" and c.offload != "none":
         yield f"parallel.offload = {c.offload}: ddp keeps everything on its device"
     if c.engine == "fsdp" and c.offload == "optimizer":
@@ -168,10 +186,11 @@ def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
 
 def _problems_of_ranks(c: ParallelConfig, world_size: int) -> Iterator[str]:
     if world_size % c.replicate:
-        yield f"parallel.replicate = {c.replicate}: does not divide the {world_size} processes"
+        yield f"parallel.replicate = {c.replicate}: does not divide {_processes(world_size)}"
     elif world_size // c.replicate % c.expert:
-        each = f"each of {c.replicate} copies" if c.replicate > 1 else "the run"
-        yield f"parallel.expert = {c.expert}: does not divide the {world_size // c.replicate} processes of {each}"
+        shard = _processes(world_size // c.replicate)
+        ranks = shard if c.replicate == 1 else f"the {shard} of each of {c.replicate} copies"
+        yield f"parallel.expert = {c.expert}: does not divide {ranks}"
 
 
 def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -> Iterator[str]:
@@ -182,20 +201,18 @@ def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -
     elif model.n_routed_experts % c.expert:
         yield f"parallel.expert = {c.expert}: does not divide model.n_routed_experts = {model.n_routed_experts}"
     parts = world_size // c.replicate // c.expert
-    for name, width in {
-        "hidden_size": model.hidden_size,
-        "moe_intermediate_size": 2 * model.moe_intermediate_size,
-    }.items():
-        if width % parts:
+    for name, rows in (("hidden_size", model.hidden_size), ("moe_intermediate_size", 2 * model.moe_intermediate_size)):
+        if rows % parts:
+            value = getattr(model, name)
             yield (
-                f"parallel.expert = {c.expert}: each expert is sharded over {parts} processes, which do not divide "
-                f"{'twice ' if width != getattr(model, name) else ''}model.{name} = {getattr(model, name)}"
+                f"parallel.expert = {c.expert}: each expert is spread over {parts} processes, which do not divide "
+                f"{'twice ' if rows != value else ''}model.{name} = {value}"
             )
 
 
 def _problems_of_proof(c: ParallelConfig) -> Iterator[str]:
     if not c.unproven and cell(c) not in PROVEN:
         yield (
-            f"parallel: {cell(c)} has no row in parallel/PARITY.md, so nothing shows that its answer is right; "
-            "parallel.unproven=true runs it all the same"
+            f"parallel: {cell(c)} has no row in parallel/PARITY.md: nothing shows that its answer is right, "
+            "and parallel.unproven=true runs it all the same"
         )
