@@ -30,3 +30,8 @@ class Meshes:
     def expert_shard(self) -> DeviceMesh:
         """Where the experts of one expert rank lie: [expert_shard], or [replicate, expert_shard]."""
         return self._experts["replicate", "expert_shard"] if self._replicates else self._experts["expert_shard"]
+
+    @property
+    def experts(self) -> DeviceMesh:
+        """Where the stacked experts of a layer lie: [expert_shard, expert], or [replicate, expert_shard, expert]."""
+        return self._experts if self._replicates else self._experts["expert_shard", "expert"]

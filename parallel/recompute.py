@@ -1,27 +1,33 @@
 """Activation checkpointing: what of a block's forward pass is kept for the backward pass, and what is computed again.
 
-| mode        | kept of each block                            | computed again                                  |
-|-------------|-----------------------------------------------|-------------------------------------------------|
-| `none`      | everything                                    | nothing                                         |
-| `selective` | outputs of attention and of matrix products   | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
-| `full`      | the block's input                             | the block                                       |
+| mode        | kept of each block                                         | computed again                                  |
+|-------------|------------------------------------------------------------|-------------------------------------------------|
+| `none`      | everything                                                 | nothing                                         |
+| `selective` | outputs of attention and matrix products, rows that travel | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
+| `full`      | the block's input                                          | the block                                       |
 
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
 """
 
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.flops import Recompute
 from model.transformer import Transformer
 
-aten = torch.ops.aten
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable}
+EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
 MATRIX_PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
 }  # fmt: skip
@@ -34,6 +40,8 @@ ATTENTION = {
 }
 UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
 
+IsKept = Callable[[Any, tuple[Any, ...]], bool]  # of an operation and its arguments
+
 
 def apply_recompute(model: Transformer, mode: Recompute) -> None:
     """Let every block of the model, MTP modules included, recompute in its backward pass what `mode` says."""
@@ -41,23 +49,57 @@ def apply_recompute(model: Transformer, mode: Recompute) -> None:
         return
     for module in model.modules():
         if isinstance(module, Block):
-            _checkpoint_block(module, mode)
+            is_kept = _SelectivePolicy(module) if mode == "selective" else _is_routing
+            module.forward = partial(  # type: ignore[method-assign]
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                context_fn=partial(_contexts, is_kept),
+                preserve_rng_state=False,
+            )
 
 
-def _checkpoint_block(block: Block, mode: Recompute) -> None:
-    policy = _SelectivePolicy(block) if mode == "selective" else _keep_routing
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    block.forward = partial(  # type: ignore[method-assign]
-        checkpoint, block.forward, use_reentrant=False, context_fn=contexts, preserve_rng_state=False
-    )
+def _contexts(is_kept: IsKept) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The modes under which a block runs forward, and runs again.
+
+    PyTorch's own selective checkpointing numbers all operations, and is put out by those that FSDP runs inside a block, which
+    differ between the two passes. Here only what is kept is looked at.
+    """
+    kept: deque[tuple[Any, Any]] = deque()
+    return _Keep(is_kept, kept), _Recall(is_kept, kept)
 
 
-def _keep_routing(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
+class _Keep(TorchDispatchMode):
+    """Note the outputs of what is kept, in order."""
+
+    def __init__(self, is_kept: IsKept, kept: deque[tuple[Any, Any]]):
+        super().__init__()
+        self.is_kept, self.kept = is_kept, kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.is_kept(func, args):
+            self.kept.append((func, tree_map_only(Tensor, Tensor.detach, out)))
+        return out
+
+
+class _Recall(_Keep):
+    """Give out what was kept in place of running it, in the same order."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.is_kept(func, args):
+            return func(*args, **(kwargs or {}))
+        kept_of, out = self.kept.popleft()
+        assert kept_of is func, f"the backward pass ran {func} where the forward pass ran {kept_of}"
+        return out
+
+
+def _is_routing(func: Any, args: tuple[Any, ...]) -> bool:
+    return func in ROUTING or (func in EXCHANGES and not args[0].is_floating_point())
 
 
 class _SelectivePolicy:
-    """Keeps products and attention, except a product that runs inside one of the block's up-projections."""
+    """Keeps products, attention and what travels, except a product that runs inside one of the block's up-projections."""
 
     def __init__(self, block: Block):
         self.inside_up_projection = False
@@ -67,9 +109,9 @@ class _SelectivePolicy:
                 projection.register_forward_pre_hook(self._enter)
                 projection.register_forward_hook(self._leave)
 
-    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = op in ROUTING or op in ATTENTION or (op in MATRIX_PRODUCTS and not self.inside_up_projection)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    def __call__(self, func: Any, args: tuple[Any, ...]) -> bool:
+        kept = func in ROUTING or func in ATTENTION or func in EXCHANGES
+        return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
 
     def _enter(self, *_: Any) -> None:
         self.inside_up_projection = True

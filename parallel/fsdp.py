@@ -1,0 +1,176 @@
+"""Fully sharded data parallelism (FSDP2): every rank keeps a shard of each parameter, and a block is whole only while it works.
+
+| reshard_after_forward | like   | whole at one time                                 | moved                                      |
+|-----------------------|--------|---------------------------------------------------|--------------------------------------------|
+| true                  | ZeRO-3 | parameters and gradients of the blocks at work    | a micro-batch: two gathers and one scatter |
+| false                 | ZeRO-1 | all parameters and gradients, throughout the step | a step: one gather and one scatter         |
+
+What computes in the compute dtype travels in it. Norms, gates, embedding and head, which compute in fp32 or are cast where they are
+used, travel in fp32, so that every number is cast where DDP casts it. Gradients are reduced in fp32, and summed, not averaged. With
+`replicate` (HSDP) shards are gathered and scattered inside a replica, and summed between replicas once a step.
+
+With `expert` the experts of a layer are first spread over ranks (`parallel.expert`); what lies on one of them is then sharded over
+the ranks that have the same. The optimizer works on the local parts as plain tensors: Adam is elementwise, a shard needs no other.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardDim
+
+from model.layers import RMSNorm
+from model.moe import Experts, Router
+from model.transformer import Output, Transformer
+from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
+from parallel.expert import spread_experts
+from parallel.layout import Layout
+from parallel.meshes import Meshes
+from parallel.moments import moments, restore
+from parallel.shards import Shard
+from parallel.step import GlobalStep
+
+
+class FSDPEngine(GlobalStep):
+    """The `Engine` of `parallel.engine: fsdp`. Arguments as of `parallel.build.build_engine`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        model: Transformer,
+        device: torch.device,
+        fill: Fill,
+        make_optimizer: MakeOptimizer,
+        clip: float | None,
+    ):
+        super().__init__(model, clip)
+        self.copies = layout.config.replicate
+        self.reshards = layout.config.reshard_after_forward
+        meshes = Meshes(layout, device.type)
+        if layout.config.expert > 1:
+            spread_experts(model, meshes.expert)
+        self.units = _shard(model, meshes, layout)
+        _materialize(model, device, offload=layout.config.offload == "all")
+        self._reshard()  # FSDP settles where its shards lie when it first gathers
+        self.parameters = dict(model.named_parameters())
+        self.shards = {name: _shard_of(name, p, meshes, layout) for name, p in self.parameters.items()}
+        with torch.no_grad():
+            fill(model, lambda name, parameter, expert, draw: self.shards[name].write(expert, draw))
+        self.optimizer = make_optimizer((name, shard.local) for name, shard in self.shards.items())
+
+    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+        root = self.units[-1]
+        root.set_requires_all_reduce(is_last)
+        if not self.reshards:
+            root.set_requires_gradient_sync(is_last)
+            root.set_reshard_after_backward(is_last)
+        return self.model(batch.tokens, batch.documents)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        loss.backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+
+    def update(self, lr: float) -> None:
+        for name, gradient in self.gradients().items():
+            self.shards[name].local.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state(self) -> State:
+        own = moments(self.optimizer, self._locals())
+        return {
+            "parameters": self._as_wholes(dict(self._locals())),
+            "buffers": dict(self.model.named_buffers()),
+            "exp_avg": self._as_wholes(own["exp_avg"]),
+            "exp_avg_sq": self._as_wholes(own["exp_avg_sq"]),
+            "steps": own["steps"],
+            "loss_scale": self.scaling.state(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        for name, local in self._locals():
+            local.copy_(_local(state["parameters"][name]))
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        local_moments = {kind: {n: _local(t) for n, t in state[kind].items()} for kind in ("exp_avg", "exp_avg_sq")}
+        restore(self.optimizer, self._locals(), {**local_moments, "steps": state["steps"]})
+        self.scaling.load(state["loss_scale"])
+        self._reshard()
+
+    def _locals(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, shard.local) for name, shard in self.shards.items())
+
+    def _as_wholes(self, locals_: Mapping[str, Tensor]) -> dict[str, DTensor]:
+        return {name: self.shards[name].as_whole(local) for name, local in locals_.items()}
+
+    def _reshard(self) -> None:
+        """Free what an evaluation left gathered."""
+        self.units[-1].unshard()
+        for unit in self.units:
+            unit.reshard()
+
+
+def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModule]:
+    """Cut the model into the units that are gathered together, the root last: experts, blocks, embedding, and the rest."""
+    compute = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    common: dict[str, Any] = {"reshard_after_forward": layout.config.reshard_after_forward, "mesh": meshes.dense}
+    if layout.config.offload == "all":
+        common["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    for block in model.model.layers:
+        for experts in (module for module in block.modules() if isinstance(module, Experts)):
+            if layout.config.expert > 1:
+                place = {"mesh": meshes.expert_shard, "shard_placement_fn": lambda _: ShardDim(1)}
+                fully_shard(experts, **{**common, **place}, mp_policy=compute)
+        if model.compute_dtype is not torch.float32:
+            fully_shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], **common, mp_policy=exact)
+        fully_shard(block, **common, mp_policy=compute)
+        register_fsdp_forward_method(block, "decode")
+    fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
+    fully_shard(model, **{**common, "reshard_after_forward": False}, mp_policy=exact)
+    for method in ("score", "decode", "decode_mtp"):
+        register_fsdp_forward_method(model, method)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_gradient_divide_factor(1.0)
+    return units[::-1]
+
+
+def _materialize(model: Transformer, device: torch.device, offload: bool) -> None:
+    """Give a sharded model from the meta device its memory; offloaded parameters live on the host, buffers never do."""
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def _shard_of(name: str, parameter: Tensor, meshes: Meshes, layout: Layout) -> Shard:
+    assert isinstance(parameter, DTensor)
+    local = parameter.detach().to_local()
+    if layout.config.expert == 1 or ".experts." not in name:
+        return Shard(local, parameter.shape, parameter.device_mesh, tuple(parameter.placements))
+    shape = torch.Size([parameter.shape[0] * layout.config.expert, *parameter.shape[1:]])
+    return Shard(local, shape, meshes.experts, (*parameter.placements, ShardDim(0)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
