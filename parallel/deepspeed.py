@@ -1,0 +1,215 @@
+"""ZeRO (1910.02054) as DeepSpeed does it: optimizer state, gradients and parameters are cut over the ranks, a stage at a time.
+
+| engine  | a rank holds its part of               | and whole      | travels in a micro-batch      | and in a step        |
+|---------|----------------------------------------|----------------|-------------------------------|----------------------|
+| `zero1` | moments, a copy of the weights         | weights, gradients | nothing                   | gradients, weights   |
+| `zero2` | moments, a copy of the weights, gradients | weights     | gradients                     | weights              |
+| `zero3` | moments, weights, gradients            | what is in use | weights twice, gradients      | nothing              |
+
+Parameters are fp32 and the model casts them where it computes, as under the other engines, so that the answer is theirs;
+DeepSpeed's own bf16 and fp16 modes round gradients before they are summed. The norm, clipping and the decision to skip a step are
+`GlobalStep`'s; DeepSpeed reduces, keeps and updates. It averages over ranks, so the loss is multiplied by their number.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.attention import MultiHeadLatentAttention
+from model.init import Draw, write_whole
+from model.transformer import Output, Transformer
+from parallel.ds_config import ds_config
+from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
+from parallel.layout import Layout, LayoutError
+from parallel.step import GlobalStep
+from parallel.zero_state import Owners, Partitions, ReplicatedPartitions, ShardedPartitions
+
+
+class ZeroEngine(GlobalStep):
+    """The `Engine` of `parallel.engine: zero1 | zero2 | zero3`.
+
+    Args:
+        layout: names the stage, what is offloaded, and the user's ds_config.
+        model: on the meta device.
+        device: where it shall compute.
+        fill: gives it its first weights, the same on every rank.
+        make_optimizer: called once with the parameters; DeepSpeed then gives it this rank's flat parts of them instead.
+        clip: as of `GlobalStep`.
+
+    Raises:
+        LayoutError: deepspeed is not installed, or the user's ds_config contradicts the recipe.
+    """
+
+    copies = 1
+
+    def __init__(
+        self,
+        layout: Layout,
+        model: Transformer,
+        device: torch.device,
+        fill: Fill,
+        make_optimizer: MakeOptimizer,
+        clip: float | None,
+    ):
+        config = ds_config(layout.config, model.compute_dtype, clip, device)
+        deepspeed = _import_deepspeed(device)
+        self.is_sharded = layout.config.engine == "zero3"
+        self.world_size = dist.get_world_size()
+        if self.is_sharded:
+            _shard_parameters(deepspeed, model, device, config)
+            fill(model, _write_piece)
+        else:
+            model.to_empty(device=device)
+            fill(model, write_whole)
+        super().__init__(model, clip)
+        optimizer = make_optimizer(model.named_parameters())
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.partitions: Partitions
+        if self.is_sharded:
+            self.partitions = ShardedPartitions(model, self.engine.optimizer)
+            _gather_what_is_read_directly(deepspeed, model)
+        else:
+            self.partitions = ReplicatedPartitions(model, self.engine.optimizer)
+        self.owners = Owners(self.partitions, device)
+        self.has_gradients = False
+
+    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return self.engine(batch.tokens, batch.documents)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.has_gradients = True
+        self.engine.backward(loss * self.world_size)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return self.partitions.gradients()
+
+    def update(self, lr: float) -> None:
+        self.engine.optimizer.set_lr(lr)
+        self.engine.step()
+        self.has_gradients = False
+
+    def drop_gradients(self) -> None:
+        if self.has_gradients:  # DeepSpeed's step has dropped them otherwise
+            self.partitions.drop_gradients()
+        self.has_gradients = False
+
+    def state(self) -> State:
+        parameters: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        if self.is_sharded:
+            parameters = self.owners.gather(self.partitions.weights())
+        steps = {int(state["step"]) for state in self.partitions.optimizer_states()}
+        assert len(steps) == 1, f"parts of the optimizer took {sorted(steps)} steps"
+        return {
+            "parameters": parameters,
+            "buffers": dict(self.model.named_buffers()),
+            "exp_avg": self.owners.gather(self.partitions.moments("exp_avg")),
+            "exp_avg_sq": self.owners.gather(self.partitions.moments("exp_avg_sq")),
+            "steps": torch.tensor(steps.pop(), dtype=torch.int64),
+            "loss_scale": self.scaling.state(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: State) -> None:
+        own = {"buffers": dict(self.model.named_buffers())}
+        if self.is_sharded:
+            self.owners.spread(state["parameters"], self.partitions.weights())
+        else:
+            own["parameters"] = dict(self.model.named_parameters())
+        for kind, tensors in own.items():
+            for name, tensor in tensors.items():
+                if tensor is not state[kind][name]:
+                    tensor.copy_(state[kind][name])
+        self.partitions.publish()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            self.owners.spread(state[kind], self.partitions.moments(kind))
+        for optimizer_state in self.partitions.optimizer_states():
+            optimizer_state["step"].fill_(int(state["steps"]))
+        self.scaling.load(state["loss_scale"])
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told what else it would guess or compile."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise LayoutError(
+            f"parallel.engine: zero1, zero2 and zero3 need {error.name}, which is not installed; "
+            "pip install 'deepspeed>=0.19.8', or use fsdp"
+        ) from error
+    # It calls collectives by the names they had before torch 2.13; a warning each time.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated\. Please use", FutureWarning)
+    # A shared-memory all-reduce for CPUs would be compiled at its first use, for more than a minute.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    _forget_earlier_engines(deepspeed)
+    return deepspeed
+
+
+def _forget_earlier_engines(deepspeed: Any) -> None:
+    """Let DeepSpeed start afresh in a process that had an engine before, perhaps in another process group.
+
+    It numbers modules and compares the numbers of all ranks, which must therefore have counted alike.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.utils import groups
+
+    deepspeed.comm.comm.cdb = groups._WORLD_GROUP = None
+    parameter_offload.FWD_MODULE_STACK.clear()
+    (counter,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0] = deepspeed.zero.Init.param_id = 0
+
+
+def _shard_parameters(deepspeed: Any, model: Transformer, device: torch.device, config: dict[str, Any]) -> None:
+    """From the meta device to one piece of each parameter, still without values; never more than one parameter is whole."""
+    partitioning = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty_like(buffer, device=device))
+        for name, parameter in module.named_parameters(recurse=False):
+            sharded = nn.Parameter(torch.empty_like(parameter, device=device))
+            partitioning._convert_to_deepspeed_param(sharded)
+            sharded.partition()  # type: ignore[attr-defined]
+            sharded.ds_tensor.zero_()  # type: ignore[attr-defined]  # the last rank's is padded
+            module.register_parameter(name, sharded)
+
+
+@torch.no_grad()
+def _write_piece(name: str, parameter: Any, expert: int | None, draw: Draw) -> None:
+    """`model.init.write_whole` for a parameter that is cut over the ranks."""
+    piece = parameter.ds_tensor
+    begin = dist.get_rank() * piece.numel()
+    size = parameter.ds_numel if expert is None else parameter.ds_shape[1:].numel()
+    start = 0 if expert is None else expert * size
+    low, high = max(start, begin), min(start + size, begin + piece.numel())
+    if low < high:
+        piece[low - begin : high - begin] = draw().flatten()[low - start : high - start]
+
+
+def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
+    """Let parameters be whole where they are read without a call of the module that has them."""
+    head = model.lm_head.weight
+    deepspeed.zero.register_external_parameter(model, head)  # in `forward`, once for each prediction depth
+    gathered = deepspeed.zero.GatheredParameters
+    model.score = _within(partial(gathered, [head]), model.score)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            up = module.kv_b_proj.weight
+            module.decode = _within(partial(gathered, [up]), module.decode)  # type: ignore[method-assign]
+
+
+def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return wrapped
