@@ -46,6 +46,9 @@ DataRecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="default, 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value …", help="Changes to the recipe.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `data prepare` made.")]
 Weights = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_FOLDER", help="Where the weights are.")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Count for so many processes; default: as many as the launcher started, or 1.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -72,14 +75,21 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and what it amounts to.")
     ] = False,
+    processes: Processes = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Train, or continue a run. Several processes: `torchrun -m train RECIPE …` with the same arguments."""
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
+        amounts = _amounts(loaded, processes)
         print(loaded.to_yaml())
-        _print_table(_amounts(loaded))
+        _print_table(amounts)
         return
+    if processes:
+        raise RecipeError(
+            f"--processes {processes}: counts for --dry-run only; a launcher starts them: "
+            f"torchrun --nproc-per-node {processes} -m train {recipe} …"
+        )
     from train.launch import process_group
     from train.trainer import Trainer
 
@@ -92,6 +102,7 @@ def train(
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
+    processes: Processes = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the schedules into this PNG, SVG or PDF.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Not built yet.")] = None,
     device: Annotated[str | None, typer.Option(help="Not built yet.")] = None,
@@ -104,7 +115,7 @@ def plan(
         if value:
             _not_built_yet(f"plan --{name}")
     loaded = load_recipe(recipe, overrides or [])
-    amounts = _amounts(loaded)
+    amounts = _amounts(loaded, processes)
     if plot:
         from train.planning.plot import plot_schedule
 
@@ -287,10 +298,10 @@ def _schedule(recipe: Recipe) -> Any:
     return Schedule(recipe.schedule, recipe.data.sequence_length)
 
 
-def _amounts(recipe: Recipe) -> dict[str, Any]:
+def _amounts(recipe: Recipe, processes: int | None) -> dict[str, Any]:
     from train.planning.plan import amounts
 
-    return amounts(recipe, _schedule(recipe), int(os.environ.get("WORLD_SIZE", "1")))
+    return amounts(recipe, _schedule(recipe), processes or int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _print_table(amounts: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ class Recipe(Section):
     def layout(self, world_size: int) -> Layout:
         """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""
         values = {field.name: getattr(self.parallel, field.name) for field in dataclasses.fields(ParallelConfig)}
+        values["deepspeed"] = values["deepspeed"] or {}
         return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
 
     def to_yaml(self) -> str:

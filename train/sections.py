@@ -5,6 +5,7 @@ Every key is written out with its default. A value whose feature has not been bu
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -117,21 +118,43 @@ class DataSection(Section):
     seed: Count = 0  # of the sample order
 
 
-class ParallelSection(Section):
-    """What each key means, and which go together: `parallel.layout`."""
+def _as_ds_config(value: Any) -> Any:
+    """A map as it is, or what the JSON file of this path has in it: the recipe keeps the content, whatever becomes of the file."""
+    if isinstance(value, str):
+        fix = "give the path of a ds_config in JSON, or null"
+        try:
+            value = json.loads(Path(value).read_text("utf-8"), object_pairs_hook=_with_unique_keys)
+        except OSError as error:
+            raise mistake(f"cannot be read ({error.strerror})", fix) from None
+        except ValueError as error:
+            raise mistake(f"is not a JSON file ({error})", fix) from None
+    if value is not None and not isinstance(value, dict):
+        raise mistake("must be a map, or the path of a JSON file that has one", "write null to leave it out")
+    return value
 
-    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
-    replicate: PositiveCount = 1  # fsdp: copies of the sharded model (HSDP)
-    expert: PositiveCount = 1  # fsdp: processes that share the experts of a layer
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"it has the key {twice[0]} twice")
+    return dict(pairs)
+
+
+class ParallelSection(Section):
+    """How the run lies on its processes. Which keys go together: `parallel.layout`; on how many processes, the launcher says."""
+
+    engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"  # fsdp is FSDP2, zero is DeepSpeed's
+    replicate: PositiveCount = 1  # fsdp: copies of the model, each sharded over its part of the processes (HSDP)
+    expert: PositiveCount = 1  # fsdp: processes that share the experts of a layer; tokens travel among them
     pipeline: Annotated[PositiveCount, only_built(1)] = 1
     context: Annotated[PositiveCount, only_built(1)] = 1
     micro_batch: PositiveCount = 1  # sequences in one forward pass of one process
     schedule: Annotated[Literal["1f1b", "interleaved", "zbv", "dualpipev"], only_built("1f1b")] = "1f1b"  # of pipelines
     reshard_after_forward: StrictBool = True  # fsdp: free gathered parameters between forward and backward pass
-    offload: Literal["none", "optimizer", "all"] = "none"  # what lives in host memory
-    recompute: Literal["none", "selective", "full"] = "none"
-    unproven: StrictBool = False  # open layouts that have no row in parallel/PARITY.md
-    deepspeed: dict[str, Any] = {}  # more keys for DeepSpeed's configuration, which is derived from this recipe
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the host: zero, its optimizer; fsdp and zero3, all
+    recompute: Literal["none", "selective", "full"] = "none"  # in the backward pass, in place of keeping activations
+    unproven: StrictBool = False  # run a layout that has no row in parallel/PARITY.md
+    deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_as_ds_config)] = None  # zero: a ds_config, or its path
 
 
 class PrecisionSection(Section):

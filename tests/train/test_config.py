@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.config import ModelConfig, load_preset
+from parallel.layout import LayoutError, ParallelConfig
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
 from train.published import PUBLISHED
 from train.schedule import Schedule
@@ -205,9 +206,8 @@ def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
 @pytest.mark.parametrize(
     "override",
     [
-        *(f"parallel.engine={engine}" for engine in ("fsdp", "zero1", "zero2", "zero3")),
-        *(f"parallel.{axis}=2" for axis in ("replicate", "expert", "pipeline", "context")),
-        "parallel.offload=optimizer",
+        "parallel.pipeline=2",
+        "parallel.context=2",
         "parallel.schedule=zbv",
         "precision.fp8=true",
         "data.packing=best_fit",
@@ -224,10 +224,48 @@ def test_what_has_no_code_yet_is_refused_as_not_built_yet(override):
     assert line.endswith("; not built yet")
 
 
+def test_the_parallel_section_becomes_a_layout_on_a_number_of_processes():
+    changes = ["parallel={engine: fsdp, replicate: 2, expert: 4, micro_batch: 2, offload: all, recompute: full}"]
+    layout = load_recipe("tiny", [*FIXED, *changes]).layout(16)
+    assert layout.config == ParallelConfig("fsdp", 2, 4, micro_batch=2, offload="all", recompute="full")
+    assert (layout.shard, layout.expert_shard) == (8, 2)
+    with pytest.raises(LayoutError, match=r"^parallel.expert = 4: does not divide the 2 processes of each of 2 copies"):
+        load_recipe("tiny", [*FIXED, *changes]).layout(4)
+
+
+def test_a_ds_config_is_a_map_or_a_file_and_the_recipe_keeps_what_it_says(tmp_path):
+    content = {"zero_optimization": {"reduce_bucket_size": 1e6, "overlap_comm": False}, "steps_per_print": 10}
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps(content))
+    read = load_recipe("tiny", ["parallel.engine=zero2", f"parallel.deepspeed={file}"])
+    given = load_recipe("tiny", ["parallel.engine=zero2", f"parallel.deepspeed={json.dumps(content)}"])
+    file.unlink()
+    assert read == given == load_recipe(written(tmp_path, read.to_yaml()))
+    assert read.layout(2).config.deepspeed == content
+    assert load_recipe("tiny", ["parallel.deepspeed=null"]).layout(2).config.deepspeed == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "is not a JSON file (Expecting property name"),
+        ('{"a": 1, "a": 2}', "is not a JSON file (it has the key a twice)"),
+        ("[1, 2]", "must be a map, or the path of a JSON file that has one; write null to leave it out"),
+    ],
+)
+def test_a_ds_config_that_cannot_be_used_is_a_mistake(text, rule, tmp_path):
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    line = mistake_of(f"parallel.deepspeed={path}")
+    assert line.startswith("parallel.deepspeed = '") and f"': {rule}" in line
+
+
 def test_of_several_mistakes_the_first_is_explained_and_the_others_are_counted():
     assert mistake_of("schedule.lr=-1", "run.dir=5", "run.seed=-1").endswith("write it like 0.1 or 4e-4 (and 2 more)")
-    assert mistake_of("parallel.engine=fsdp", "parallel.expert=2") == (
-        "parallel.engine = 'fsdp': use 'ddp' (and 1 more); not built yet"
+    assert mistake_of("parallel.pipeline=2", "parallel.context=2") == (
+        "parallel.pipeline = 2: use 1 (and 1 more); not built yet"
     )
 
 
