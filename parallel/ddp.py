@@ -5,7 +5,7 @@ ranks; here each micro-batch's loss is already divided by the targets of the glo
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,16 @@ class DDPEngine(GlobalStep):
                     tensor.copy_(state[kind][name])
         restore(self.optimizer, self.model.named_parameters(), state)
         self.scaling.load(state["loss_scale"])
+
+    def parts(self) -> dict[str, Tensor]:
+        largest_first = sorted(self.model.named_parameters(), key=lambda item: -item[1].numel())
+        return {name: p.detach() for name, p in largest_first[dist.get_rank() :: dist.get_world_size()]}
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parts)
+
+    def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Nothing to do: they are the same tensors."""
 
     def _rehearse(self, batch: MicroBatch) -> None:
         """One pass without effect before the first step. DDP fills its buckets anew after its first backward pass.

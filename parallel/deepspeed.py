@@ -78,6 +78,7 @@ class ZeroEngine(GlobalStep):
         else:
             self.partitions = ReplicatedPartitions(model, self.engine.optimizer)
         self.owners = Owners(self.partitions, device)
+        self.copied = frozenset({"exp_avg", "exp_avg_sq"} | ({"parameters"} if self.is_sharded else set()))
         self.has_gradients = False
 
     def forward(self, batch: MicroBatch, is_last: bool) -> Output:
@@ -104,14 +105,14 @@ class ZeroEngine(GlobalStep):
     def state(self) -> State:
         parameters: Mapping[str, Tensor] = dict(self.model.named_parameters())
         if self.is_sharded:
-            parameters = self.owners.gather(self.partitions.weights())
+            parameters = self.gather(self.parts())
         steps = {int(state["step"]) for state in self.partitions.optimizer_states()}
         assert len(steps) == 1, f"parts of the optimizer took {sorted(steps)} steps"
         return {
             "parameters": parameters,
             "buffers": dict(self.model.named_buffers()),
-            "exp_avg": self.owners.gather(self.partitions.moments("exp_avg")),
-            "exp_avg_sq": self.owners.gather(self.partitions.moments("exp_avg_sq")),
+            "exp_avg": self.gather(self.partitions.moments("exp_avg")),
+            "exp_avg_sq": self.gather(self.partitions.moments("exp_avg_sq")),
             "steps": torch.tensor(steps.pop(), dtype=torch.int64),
             "loss_scale": self.scaling.state(),
         }
@@ -120,7 +121,7 @@ class ZeroEngine(GlobalStep):
     def load(self, state: State) -> None:
         own = {"buffers": dict(self.model.named_buffers())}
         if self.is_sharded:
-            self.owners.spread(state["parameters"], self.partitions.weights())
+            self.spread(state["parameters"], self.parts())
         else:
             own["parameters"] = dict(self.model.named_parameters())
         for kind, tensors in own.items():
@@ -129,10 +130,19 @@ class ZeroEngine(GlobalStep):
                     tensor.copy_(state[kind][name])
         self.partitions.publish()
         for kind in ("exp_avg", "exp_avg_sq"):
-            self.owners.spread(state[kind], self.partitions.moments(kind))
+            self.spread(state[kind], self.partitions.moments(kind))
         for optimizer_state in self.partitions.optimizer_states():
             optimizer_state["step"].fill_(int(state["steps"]))
         self.scaling.load(state["loss_scale"])
+
+    def parts(self) -> dict[str, Tensor]:
+        return self.partitions.weights()
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.owners.gather(parts)
+
+    def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        self.owners.spread(state, parts)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

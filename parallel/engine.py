@@ -4,7 +4,7 @@ An engine hides how the model is spread. Whatever it does inside, one step is th
 writes it down.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,4 +90,18 @@ class Engine(Protocol):
 
     def load(self, state: State) -> None:
         """Take back what `state` handed out, filled with the values of this or any other layout. Collective."""
+        ...
+
+    copied: frozenset[str]  # sections of `state` that nobody else holds, and that no step will change
+
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's parts of the weights, live. What ranks of ddp hold alike is shared out among them: no element is on two."""
+        ...
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are laid out as `parts`, in a form in which `state` hands out tensors. Collective."""
+        ...
+
+    def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """What `gather` made of `parts`, filled by a checkpoint, back into them. Collective."""
         ...

@@ -13,7 +13,7 @@ With `expert` the experts of a layer are first spread over ranks (`parallel.expe
 the ranks that have the same. The optimizer works on the local parts as plain tensors: Adam is elementwise, a shard needs no other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,10 +96,10 @@ class FSDPEngine(GlobalStep):
     def state(self) -> State:
         own = moments(self.optimizer, self._locals())
         return {
-            "parameters": self._as_wholes(dict(self._locals())),
+            "parameters": self.gather(self.parts()),
             "buffers": dict(self.model.named_buffers()),
-            "exp_avg": self._as_wholes(own["exp_avg"]),
-            "exp_avg_sq": self._as_wholes(own["exp_avg_sq"]),
+            "exp_avg": self.gather(own["exp_avg"]),
+            "exp_avg_sq": self.gather(own["exp_avg_sq"]),
             "steps": own["steps"],
             "loss_scale": self.scaling.state(),
         }
@@ -115,11 +115,17 @@ class FSDPEngine(GlobalStep):
         self.scaling.load(state["loss_scale"])
         self._reshard()
 
+    def parts(self) -> dict[str, Tensor]:
+        return dict(self._locals())
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.shards[name].as_whole(part) for name, part in parts.items()}
+
+    def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Nothing to do: they share their memory."""
+
     def _locals(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, shard.local) for name, shard in self.shards.items())
-
-    def _as_wholes(self, locals_: Mapping[str, Tensor]) -> dict[str, DTensor]:
-        return {name: self.shards[name].as_whole(local) for name, local in locals_.items()}
 
     def _reshard(self) -> None:
         """Free what an evaluation left gathered."""
@@ -128,7 +134,7 @@ class FSDPEngine(GlobalStep):
             unit.reshard()
 
 
-def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModule]:
+def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> Sequence[FSDPModule]:
     """Cut the model into the units that are gathered together, the root last: experts, blocks, embedding, and the rest."""
     compute = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -165,7 +171,7 @@ def _materialize(model: Transformer, device: torch.device, offload: bool) -> Non
 
 def _shard_of(name: str, parameter: Tensor, meshes: Meshes, layout: Layout) -> Shard:
     assert isinstance(parameter, DTensor)
-    local = parameter.detach().to_local()
+    local = _local(parameter.detach())
     if layout.config.expert == 1 or ".experts." not in name:
         return Shard(local, parameter.shape, parameter.device_mesh, tuple(parameter.placements))
     shape = torch.Size([parameter.shape[0] * layout.config.expert, *parameter.shape[1:]])

@@ -35,6 +35,7 @@ class GlobalStep(ABC):
     """
 
     copies: int  # how many ranks hold each element of the gradient
+    copied: frozenset[str] = frozenset()
 
     def __init__(self, model: Transformer, clip: float | None):
         self.model = model
@@ -67,6 +68,15 @@ class GlobalStep(ABC):
 
     @abstractmethod
     def load(self, state: State) -> None: ...
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None: ...
 
     @property
     def loss_scale(self) -> float:

@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from parallel.moments import start_state
 from train.config import RecipeError
@@ -46,7 +45,7 @@ def build_optimizer(
     Raises:
         RecipeError: β₂ so close to 1 that bf16 cannot represent the decay of the second moment.
     """
-    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    parameters = list(named_parameters)
     groups = [
         {"params": [p for name, p in parameters if decays(name)], "weight_decay": settings.weight_decay},
         {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
@@ -138,20 +137,21 @@ class HostEMA:
     with the steps, and averaged by a thread of the host while the GPU goes on; the next `update` waits for it. Device
     memory: none. Host memory: 4 bytes a parameter, and 4 more of pinned buffer for weights on a GPU.
 
-    Under DDP one rank is enough to hold it; a sharded parameter (DTensor) is averaged shard by shard, on every rank.
+    Each rank averages its parts of the weights as the engine lays them out; the average is elementwise, a part needs no other.
+
+    Args:
+        parts: {parameter name: what of it this rank averages}, live and of any shape (`Engine.parts`).
     """
 
     @torch.no_grad()
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+    def __init__(self, parts: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(named_parameters)
-        self._average = {
-            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in self._parameters.items()
-        }
+        self._weights = parts
+        self._average = {name: part.detach().to("cpu", torch.float32, copy=True) for name, part in parts.items()}
         self._buffers = {
-            name: torch.empty(_local(average).shape, dtype=_local(self._parameters[name]).dtype, pin_memory=True)
-            for name, average in self._average.items()
-            if self._parameters[name].is_cuda
+            name: torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            for name, part in parts.items()
+            if part.is_cuda
         }
         self._thread = ThreadPoolExecutor(1, "ema") if self._buffers else None
         self._pending: Future[None] | None = None
@@ -161,33 +161,25 @@ class HostEMA:
         """Take the weights as they are now into the average."""
         self._finish()
         if self._thread is None:
-            self._blend({name: _local(parameter) for name, parameter in self._parameters.items()})
+            self._blend(self._weights)
             return
         for name, buffer in self._buffers.items():
-            buffer.copy_(_local(self._parameters[name]), non_blocking=True)
+            buffer.copy_(self._weights[name], non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         self._pending = self._thread.submit(self._blend, self._buffers, copied)
 
-    def state(self) -> dict[str, Tensor]:
-        """{parameter name: fp32 average}: the tensors themselves, to be saved, or read into in place."""
+    def parts(self) -> dict[str, Tensor]:
+        """{parameter name: fp32 average}, laid out as the weights: the tensors themselves, to be saved, or read into in place."""
         self._finish()
         return self._average
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take a saved average; names must be those of the parameters."""
-        self._finish()
-        assert state.keys() == self._average.keys(), state.keys() ^ self._average.keys()
-        for name, average in self._average.items():
-            average.copy_(state[name])
 
     @torch.no_grad()
     def _blend(self, weights: Mapping[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
         if copied is not None:
             copied.synchronize()
         for name, weight in weights.items():
-            _local(self._average[name]).lerp_(weight.float(), 1 - self.decay)
+            self._average[name].lerp_(weight.float(), 1 - self.decay)
 
     def _finish(self) -> None:
         if self._pending is not None:
@@ -205,7 +197,7 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     elements = 0
     for parameter in parameters:
-        size = _local(parameter).numel()
+        size = parameter.numel()
         if bucket and elements + size > BUCKET_ELEMENTS:
             yield bucket
             bucket, elements = [], 0
@@ -213,11 +205,6 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         elements += size
     if bucket:
         yield bucket
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _check_bf16_can_decay(betas: tuple[float, float]) -> None:

@@ -71,7 +71,7 @@ class Trainer:
         self.newest = self.checkpoints.latest()  # what the run continues from
         self.engine: Engine = self._build_engine()
         ema = recipe.optimizer.ema
-        self.ema = HostEMA(self.engine.model.named_parameters(), ema) if ema and process.is_first else None
+        self.ema = HostEMA(self.engine.parts(), ema) if ema else None
         self.step = 0  # optimizer steps behind us, skipped ones included
         self.tokens = 0  # tokens consumed
         self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient
@@ -209,7 +209,7 @@ class Trainer:
     def _state(self) -> State:
         state = self.engine.state()
         if self.ema:
-            state["ema"] = self.ema.state()
+            state["ema"] = self.engine.gather(self.ema.parts())
         return state
 
     def _save(self) -> None:
@@ -251,7 +251,7 @@ class Trainer:
         run = self.checkpoints.load(path, state)
         self.engine.load(state)
         if self.ema:
-            self.ema.load(state["ema"])
+            self.engine.spread(state["ema"], self.ema.parts())
         if run["tokenizer_fingerprint"] != self.corpus.tokenizer_fingerprint:
             raise RecipeError(
                 f"data.train = {self.recipe.data.train[0].path}: its tokenizer is not the one that {path} was trained with; token "

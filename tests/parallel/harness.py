@@ -134,7 +134,7 @@ def full_gradients(engine: Engine, case: Case) -> dict[str, Tensor]:
 
         return {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
     if case.parallel.engine == "fsdp":
-        return whole(engine._as_wholes(engine.gradients()))
+        return whole(engine.gather(engine.gradients()))
     return whole({name: parameter.grad for name, parameter in named})
 
 
