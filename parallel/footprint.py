@@ -1,0 +1,150 @@
+"""Bytes that one rank holds of parameters, gradients and moments under a layout, from the shapes of the model alone.
+
+With P elements in all, of 4 bytes as parameters and gradients and m as a moment, on W processes, s = `layout.shard` to a copy:
+
+| engine  | parameters | gradients | moments | whole for a while                                                          |
+|---------|------------|-----------|---------|----------------------------------------------------------------------------|
+| `ddp`   | 4P         | 4P        | 2mP     |                                                                            |
+| `zero1` | 4P         | 4P        | 2mP/W   |                                                                            |
+| `zero2` | 4P         | 4P/W      | 2mP/W   |                                                                            |
+| `zero3` | 4P/W       | 4P/W      | 2mP/W   | parameters: 10⁹ elements¹, or the largest module                           |
+| `fsdp`  | 4P/s       | 4P/s      | 2mP/s   | parameters of the root and of two units², gradients of one; or all of both³ |
+
+¹ `stage3_max_live_parameters` as it is if nobody sets it.
+² The root is the head; a unit is the embedding or a block, of which one is at work and the next on its way. In the compute dtype,
+  but norms, gates, embedding and head in fp32.
+³ `reshard_after_forward: false`; all gradients only where a step has several micro-batches, which are summed before they travel.
+
+fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With expert parallelism an expert's matrices lie on one of
+`expert` ranks and are cut over `expert_shard`, which is 1/s again, but a block is gathered with 1/expert of its experts. Offloading
+moves what is cut to the host, where DeepSpeed has a second copy of the parameters, and under stages 1 and 2 a third.
+
+Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from model.config import ModelConfig
+from model.hf import state_shapes
+from parallel.layout import Layout
+
+Shapes = Mapping[str, torch.Size]
+
+BIAS = "e_score_correction_bias"  # of the routers: a buffer, whole on the device of every rank
+MAX_LIVE = 10**9  # elements
+
+
+class Footprint(NamedTuple):
+    """Bytes of the fullest rank: on its device, and what is offloaded to its host."""
+
+    parameters: int  # and buffers
+    gradients: int
+    moments: int
+    gathered: int  # at most, while the model computes
+    host: int
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.moments + self.gathered
+
+
+def footprint(
+    layout: Layout, config: ModelConfig, element_size: int = 4, moment_size: int = 4, micro_batches: int = 1
+) -> Footprint:
+    """What one rank holds.
+
+    Args:
+        element_size: bytes of the compute dtype, in which fsdp gathers.
+        moment_size: bytes of an element of each of the two moments.
+        micro_batches: of a rank in a step.
+    """
+    tensors = state_shapes(config)
+    biases = sum(4 * tensor.numel() for name, tensor in tensors.items() if name.endswith(BIAS))
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(BIAS)}
+    count = {"ddp": _ddp, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3, "fsdp": _fsdp}[layout.config.engine]
+    held = count(layout, shapes, _Sizes(element_size, moment_size, micro_batches))
+    return held._replace(parameters=held.parameters + biases)
+
+
+def gathered_units(layout: Layout, shapes: Shapes, element_size: int) -> dict[str, "Unit"]:
+    """What fsdp gathers together: "root" (head and final norm), "embedding", and every block by its number."""
+    units: dict[str, Unit] = defaultdict(Unit)
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        key = parts[2] if parts[1] == "layers" else "embedding" if parts[1] == "embed_tokens" else "root"
+        elements = shape.numel() // (layout.config.expert if ".experts." in name else 1)
+        is_exact = "norm" in name or name.endswith(".gate.weight") or not key.isdigit()
+        unit = units[key]
+        units[key] = Unit(unit.elements + elements, unit.bytes + elements * (4 if is_exact else element_size))
+    return units
+
+
+class Unit(NamedTuple):
+    elements: int = 0
+    bytes: int = 0  # as they are gathered
+
+
+class _Sizes(NamedTuple):
+    element: int
+    moment: int
+    micro_batches: int
+
+
+def _ddp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
+    whole = sum(shape.numel() for shape in shapes.values())
+    return Footprint(4 * whole, 4 * whole, 2 * sizes.moment * whole, gathered=0, host=0)
+
+
+def _zero12(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
+    whole = sum(shape.numel() for shape in shapes.values())
+    part = ceil(whole / layout.world_size)
+    moments = 2 * sizes.moment * part
+    if layout.config.offload == "none":
+        gradients = whole if layout.config.engine == "zero1" else part
+        return Footprint(4 * whole, 4 * gradients, moments, gathered=0, host=0)
+    gradients = whole if layout.config.engine == "zero1" else 0
+    return Footprint(4 * whole, 4 * gradients, 0, gathered=0, host=3 * 4 * part + moments)
+
+
+def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
+    part = sum(ceil(shape.numel() / layout.world_size) for shape in shapes.values())
+    modules: dict[str, int] = defaultdict(int)
+    for name, shape in shapes.items():
+        modules[name.rpartition(".")[0]] += shape.numel()
+    gathered = 4 * min(sum(modules.values()), max(MAX_LIVE, *modules.values()))
+    parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
+    if layout.config.offload == "none":
+        return Footprint(parameters, gradients, moments, gathered, host=0)
+    host = parameters + gradients + moments
+    if layout.config.offload == "optimizer":
+        return Footprint(parameters, 0, 0, gathered, host)
+    return Footprint(0, 0, 0, gathered, parameters + host)
+
+
+def _fsdp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
+    part = sum(_elements(layout, name, shape) for name, shape in shapes.items())
+    units = gathered_units(layout, shapes, sizes.element)
+    whole = 4 * sum(unit.elements for unit in units.values())
+    root = units.pop("root")
+    largest = 4 * max(unit.elements for unit in units.values())
+    by_bytes = sorted(unit.bytes for unit in units.values())
+    if layout.config.reshard_after_forward:
+        gathered = root.bytes + sum(by_bytes[-2:]) + largest
+    else:
+        gathered = root.bytes + sum(by_bytes) + (whole if sizes.micro_batches > 1 else largest)
+    parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
+    if layout.config.offload == "none":
+        return Footprint(parameters, gradients, moments, gathered, host=0)
+    return Footprint(0, 0, 0, gathered, host=parameters + gradients + moments)
+
+
+def _elements(layout: Layout, name: str, shape: torch.Size) -> int:
+    """Of a parameter on the fullest rank."""
+    if layout.config.expert > 1 and ".experts." in name:
+        return shape.numel() // layout.shard
+    return ceil(shape[0] / layout.shard) * shape[1:].numel()

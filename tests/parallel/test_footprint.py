@@ -1,0 +1,185 @@
+"""The footprint of a layout against what the engines hold, and against arithmetic by hand where no machine is large enough."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model.config import ModelConfig, load_preset
+from model.flops import parameter_counts
+from model.hf import state_shapes
+from model.moe import Experts
+from parallel.footprint import Footprint, footprint, gathered_units
+from parallel.layout import Layout, ParallelConfig
+from tests.parallel.harness import CONFIG, SETTINGS, Case, build, micro_batches
+from tests.small_model import small_config
+
+FSDP = ParallelConfig("fsdp", micro_batch=2)
+SMALL_BUCKETS = {"zero_optimization": {"reduce_bucket_size": 5000, "allgather_bucket_size": 4000}}
+ZERO = ParallelConfig(micro_batch=2, deepspeed=SMALL_BUCKETS)
+
+
+# What the engines hold ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (2, ParallelConfig("ddp", micro_batch=2)),
+        (3, FSDP),  # rows that three ranks cannot share evenly
+        (4, replace(FSDP, replicate=2, expert=2, reshard_after_forward=False)),
+        (2, replace(FSDP, expert=2, offload="all")),
+    ],
+    ids=str,
+)
+def test_ddp_and_fsdp_hold_what_is_counted(workers, world_size, parallel):
+    counted = footprint(Layout(parallel, world_size, CONFIG), CONFIG)
+    held = fullest(workers.run(world_size, measure, Case(parallel)))
+    if parallel.offload == "none":
+        assert held == {kind: getattr(counted, kind) for kind in held}
+    else:
+        assert sum(held.values()) - biases(CONFIG) == counted.host
+        assert counted.parameters == biases(CONFIG) and counted.gradients == counted.moments == 0
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_zero_holds_what_is_counted(workers, engine):
+    """Stages 1 and 2 pad their flat parts, and keep a gradient whole that two ranks share; stage 1 all, between micro-batches."""
+    parallel = replace(ZERO, engine=engine)
+    counted = footprint(Layout(parallel, 2, CONFIG), CONFIG)
+    ranks = workers.run(2, measure, Case(parallel))
+    held = fullest(ranks)
+    held["gradients"] = max(held["gradients"], *(rank["accumulated"] for rank in ranks))
+    for kind, slack in {"parameters": 0.001, "gradients": 0.1, "moments": 0.001}.items():
+        assert held[kind] == pytest.approx(getattr(counted, kind), rel=slack), kind
+
+
+@pytest.mark.parametrize(("reshard", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=str)
+def test_fsdp_gathers_the_units_that_are_counted(workers, reshard, dtype):
+    """At most the root and one block with half of its experts are whole, or else all; all gradients between micro-batches."""
+    parallel = replace(FSDP, expert=2, reshard_after_forward=reshard)
+    shapes = {name: tensor.shape for name, tensor in state_shapes(CONFIG).items() if "bias" not in name}
+    units = gathered_units(Layout(parallel, 2, CONFIG), shapes, dtype.itemsize)
+    root, blocks = units["root"].bytes, [unit.bytes for key, unit in units.items() if key.isdigit()]
+    expected = root + max(blocks) if reshard else sum(unit.bytes for unit in units.values())
+    ranks = workers.run(2, measure, Case(parallel, dtype))
+    assert [rank["whole"] for rank in ranks] == [expected] * 2
+    if dtype is torch.float32:  # elsewhere FSDP accumulates where nobody else can look
+        assert [rank["accumulated"] for rank in ranks] == [4 * sum(unit.elements for unit in units.values())] * 2
+
+
+# What no machine here can hold ----------------------------------------------------------------------------------------
+
+V3 = ModelConfig.from_hf(load_preset("v3"))
+P = parameter_counts(V3).trainable
+
+
+def of_v3(world_size: int, moment_size: int = 2, micro_batches: int = 1, **parallel: Any) -> Footprint:
+    return footprint(Layout(ParallelConfig(**parallel), world_size, V3), V3, 2, moment_size, micro_batches)
+
+
+def test_v3_on_1024_processes_of_fsdp_with_64_expert_ranks():
+    """12 bytes a parameter over 1,024 ranks are 8.0 GB; a block is gathered with 4 of its 256 experts, and the head in fp32."""
+    held = of_v3(1024, engine="fsdp", expert=64)
+    assert held.parameters + held.gradients + held.moments == pytest.approx(12 * P / 1024 + biases(V3), rel=0.01)
+    head = 129280 * 7168
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    moe, dense = attention + (4 + 1) * 3 * 7168 * 2048, attention + 3 * 7168 * 18432
+    assert dense > moe + 2 * 7168 * 7168  # a dense block is the largest, before the MTP module
+    # in whole: head, embedding and a dense block, and the gradient of the embedding
+    assert held.gathered == pytest.approx(4 * head + 4 * head + 2 * dense + 4 * head, rel=0.001)
+
+
+def test_v3_without_resharding_keeps_every_block_whole():
+    few = of_v3(1024, engine="fsdp", expert=64, reshard_after_forward=False)
+    experts = 59 * 256 * 3 * 7168 * 2048
+    whole = P - experts + experts / 64
+    heads = 2 * 129280 * 7168
+    assert few.gathered == pytest.approx(2 * (whole - heads) + 4 * heads + 2 * heads, rel=0.01)
+    many = of_v3(1024, engine="fsdp", expert=64, reshard_after_forward=False, micro_batches=2)
+    assert many.gathered - few.gathered == pytest.approx(4 * whole - 2 * heads, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("engine", "offload", "device", "host"),
+    [
+        ("ddp", "none", 4 + 4 + 8, 0),
+        ("zero1", "none", 4 + 4 + 8 / 64, 0),
+        ("zero2", "none", 4 + 4 / 64 + 8 / 64, 0),
+        ("zero3", "none", 16 / 64, 0),
+        ("fsdp", "none", 16 / 64, 0),
+        ("zero1", "optimizer", 4 + 4, 20 / 64),
+        ("zero2", "optimizer", 4, 20 / 64),
+        ("zero3", "optimizer", 4 / 64, 16 / 64),
+        ("zero3", "all", 0, 20 / 64),
+        ("fsdp", "all", 0, 16 / 64),
+    ],
+)
+def test_bytes_of_a_parameter_under_each_engine_on_64_processes(engine, offload, device, host):
+    held = of_v3(64, moment_size=4, engine=engine, offload=offload)
+    assert held.device - held.gathered - biases(V3) == pytest.approx(device * P, rel=1e-3)
+    assert held.host == pytest.approx(host * P, rel=1e-3)
+
+
+def test_deepspeed_has_as_many_parameters_whole_as_it_is_set_to_or_a_layer_of_experts():
+    small = small_config()
+    layout = Layout(ParallelConfig("zero3"), 4, small)
+    assert footprint(layout, small).gathered == 4 * parameter_counts(small).trainable
+    assert of_v3(64, engine="zero3").gathered == 4 * 256 * 3 * 7168 * 2048
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fullest(ranks: list[dict[str, int]]) -> dict[str, int]:
+    return {kind: max(rank[kind] for rank in ranks) for kind in ("parameters", "gradients", "moments")}
+
+
+def measure(case: Case) -> dict[str, int]:
+    """Bytes that an engine holds, as one rank of the current group: gradients between micro-batches ("accumulated") and before the
+    optimizer's step, the most that was gathered at once in the forward pass ("whole"), and what is there after the step."""
+    engine: Any = build(case)
+    model, update, backward = engine.model, engine.update, engine.backward
+    held = {"accumulated": 0, "whole": 0}
+
+    def note_and_go_back(loss: Tensor, is_last: bool) -> None:
+        backward(loss, is_last)
+        if not is_last:
+            held["accumulated"] = bytes_of(parameter.grad for parameter in model.parameters())
+
+    def note_and_update(lr: float) -> None:
+        held["gradients"] = bytes_of([*engine.gradients().values(), *(p.grad for p in model.parameters())])
+        update(lr)
+
+    def note_whole(*_: Any) -> None:
+        whole = sum(p.numel() * p.element_size() for p in model.parameters() if not isinstance(p, DTensor))
+        held["whole"] = max(held["whole"], whole)
+
+    engine.backward, engine.update = note_and_go_back, note_and_update
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(note_whole)
+    engine.step(micro_batches(case, 0), SETTINGS)
+    optimizer = engine.engine.optimizer.optimizer if case.parallel.engine.startswith("zero") else engine.optimizer
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
+    held["parameters"] = bytes_of([*own, *updated, *model.buffers()])
+    held["moments"] = bytes_of(
+        tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()
+    )
+    return held
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    """Of all that these tensors lie in, each once."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
+    return sum(storages.values())
+
+
+def biases(config: ModelConfig) -> int:
+    return 4 * parameter_counts(config).expert_biases
