@@ -1,5 +1,6 @@
 """Where this rank's part of a parameter lies in the whole, and the part seen as a DTensor of the whole."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.init import Draw
+
+Box = tuple[slice, ...]  # of a tensor, dimension by dimension
 
 
 class Shard(NamedTuple):
@@ -24,18 +27,18 @@ class Shard(NamedTuple):
         stride = torch.empty(self.shape, device="meta").stride()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
 
-    @property
-    def box(self) -> tuple[slice, ...]:
-        """What of the whole lies here, dimension by dimension."""
-        sizes, offsets = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
-        return tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets))
-
     def write(self, expert: int | None, draw: Draw) -> None:
         """Keep this rank's part of a parameter's values, or of one expert's; values for other ranks are not drawn."""
-        box = self.box
+        box = box_of(self.shape, self.mesh, self.placements)
         if self.local.numel() == 0:
             return
         if expert is None:
             self.local.copy_(draw()[box])
         elif box[0].start <= expert < box[0].stop:
             self.local[expert - box[0].start].copy_(draw()[box[1:]])
+
+
+def box_of(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> Box:
+    """What of a whole tensor lies on this rank."""
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(slice(offset, offset + size) for size, offset in zip(sizes, offsets))

@@ -37,6 +37,10 @@ OBJECTS = (
 NAMES = ("depth", "width", "tokens", "weights", "shape", "index", "total", "rows")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-parity", action="store_true", help="write parallel/PARITY.md from what the parity tests measure")
+
+
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of two sources, `verse` and `code`, 200 small documents each, cut by a byte-level BPE of 512 tokens."""
@@ -46,8 +50,8 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
-    """Four processes that run one function after another as ranks of a group."""
-    pool = Workers(most=4)
+    """Eight processes that run one function after another as ranks of a group."""
+    pool = Workers(most=8)
     yield pool
     pool.close()
 

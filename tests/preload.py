@@ -11,7 +11,15 @@ import torch.distributed.tensor
 
 from train.planning.devices import peak_flops
 
-for module in ("tests.workers", "train.cli", "train.trainer", "transformers.models.auto.tokenization_auto"):
+for module in (
+    "tests.workers",
+    "tests.parallel.harness",
+    "parallel.fsdp",
+    "deepspeed",
+    "train.cli",
+    "train.trainer",
+    "transformers.models.auto.tokenization_auto",
+):
     importlib.import_module(module)
 torch.set_num_threads(1)
 for dtype in (torch.float32, torch.float16):

@@ -6,6 +6,7 @@ losses, gradient norm, every gradient and moment, and in the expert biases.
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from parallel.build import build_engine
 from parallel.engine import Engine, StepSettings
 from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
+from parallel.shards import Box, box_of
+from tests.parallel.faults import FAULTS
 
 CONFIG = ModelConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
@@ -48,6 +51,7 @@ class Case:
     compute_dtype: torch.dtype = torch.float32
     experts: str = "grouped_mm"
     poison: int | None = None  # the step whose gradient gets a NaN on the last rank
+    fault: str | None = None  # one of tests.parallel.faults
 
 
 REFERENCE = Case(ParallelConfig(micro_batch=SEQUENCES), experts="reference")
@@ -80,6 +84,11 @@ def build(case: Case) -> Engine:
 
 def train(case: Case) -> dict[str, Any]:
     """A few steps as one rank; gradients are those that the optimizer sees, all tensors are whole."""
+    with FAULTS[case.fault]() if case.fault else nullcontext():
+        return _train(case)
+
+
+def _train(case: Case) -> dict[str, Any]:
     engine: Any = build(case)
     history: dict[str, Any] = {
         "losses": [],
@@ -118,16 +127,28 @@ def micro_batches(case: Case, step: int) -> list[Batch]:
 
 
 def whole(section: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A section of an engine's state with every tensor whole, on every rank. Collective."""
-    full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in section.items()}
-    held: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(held, {name: tensor.detach() for name, tensor in full.items()})
-    mine = dist.get_rank()
-    return {name: tensor.clone() for tensors in [*held, held[mine]] for name, tensor in tensors.items()}
+    """A section of an engine's state with every tensor whole, on rank 0. Collective; infinite where ranks disagree."""
+    parts: list[dict[str, tuple[torch.Size, Box, Tensor]]] = [{}] * dist.get_world_size()
+    mine = {name: _part(tensor.detach()) for name, tensor in section.items()}
+    dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
+    full: dict[str, Tensor] = {}
+    for held in parts:
+        for name, (shape, box, part) in held.items():
+            place = full.setdefault(name, torch.full(shape, math.nan))[box]
+            agree = place.isnan().all() or torch.equal(place, part)
+            place.copy_(part if agree else torch.full_like(part, math.inf))
+    return full
+
+
+def _part(tensor: Tensor) -> tuple[torch.Size, Box, Tensor]:
+    """The shape of the whole, where this rank's part lies in it, and the part."""
+    if not isinstance(tensor, DTensor):
+        return tensor.shape, tuple(slice(0, size) for size in tensor.shape), tensor
+    return tensor.shape, box_of(tensor.shape, tensor.device_mesh, tensor.placements), tensor.to_local()
 
 
 def full_gradients(engine: Engine, case: Case) -> dict[str, Tensor]:
-    """The gradients that the optimizer is about to see, whole, on every rank. Collective."""
+    """The gradients that the optimizer is about to see, whole, on rank 0. Collective."""
     named = engine.model.named_parameters()
     if case.parallel.engine.startswith("zero"):
         from deepspeed.utils import safe_get_full_grad
