@@ -74,12 +74,6 @@ def flops_mfu(config: ModelConfig, sequence_length: int) -> int:
     return TRAINING * matrices + TRAINING * attention // 2
 
 
-def state_bytes(config: ModelConfig, moment_size: int = 4) -> int:
-    """Bytes of one replica that last from step to step: fp32 parameters and gradients, two moments of `moment_size` bytes."""
-    counts = parameter_counts(config)
-    return counts.trainable * (4 + 4 + 2 * moment_size) + 4 * counts.expert_biases
-
-
 class _Matrices(NamedTuple):
     all: int
     active: int  # used by one token
@@ -132,6 +126,7 @@ def activation_bytes(
     element_size: int,
     recompute: Recompute = "none",
     device: Device = "cpu",
+    casts_weights: bool = True,
 ) -> int:
     """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
 
@@ -145,6 +140,7 @@ def activation_bytes(
         recompute: as in `parallel.recompute`.
         device: on a CPU attention pads values to the width of the keys and log sigmoid keeps a buffer; a GPU's kernels do
             neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
+        casts_weights: false where the weights of blocks reach them in the compute dtype.
     """
     c, a = config, element_size
     depths = c.num_nextn_predict_layers
@@ -158,7 +154,7 @@ def activation_bytes(
     once += sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
     if depths:
         once += micro_batch * depths * a * c.hidden_size  # embeddings of the tokens beyond T
-    if recompute == "none" and a != 4:
+    if recompute == "none" and a != 4 and casts_weights:
         layers = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)] + depths * [_mtp_matrices(c)]
         gates = c.n_moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
         once += a * (sum(layer.all for layer in layers) - gates)

@@ -15,7 +15,6 @@ from model.flops import (
     flops_mfu,
     flops_scaling,
     parameter_counts,
-    state_bytes,
 )
 from model.init import initialize
 from model.transformer import Transformer
@@ -71,13 +70,6 @@ def test_v2_lite_has_the_published_counts_and_the_biases_of_v3_gating():
 
 def test_small_is_a_hundred_to_two_hundred_million():
     assert 100e6 < parameter_counts(preset("small")).trainable < 200e6
-
-
-def test_state_is_parameters_gradients_and_moments():
-    config = preset("tiny")
-    n, biases = parameter_counts(config).trainable, parameter_counts(config).expert_biases
-    assert state_bytes(config) == 16 * n + 4 * biases
-    assert state_bytes(config, moment_size=2) == 12 * n + 4 * biases
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -194,3 +186,15 @@ def test_a_gpu_keeps_no_padding_and_no_buffer_of_log_sigmoid():
     padded = 62 * 128 * 2 * ((192 - 256) + (192 - 128))  # values and output; unpadded values are a view of [k_nope ; v]
     log_sigmoid = 59 * 4 * (8 + 256)
     assert cpu - cuda == 4096 * (padded + log_sigmoid)
+
+
+def test_weights_that_come_in_the_compute_dtype_are_not_kept_a_second_time():
+    """All matrices of layers and of the MTP module but the gates, which are read in fp32."""
+    config = preset("v3")
+    without = activation_bytes(config, 1, 4096, 2, "none", "cuda", casts_weights=False)
+    counts, vectors = parameter_counts(config), 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+    matrices = counts.trainable - 2 * 129280 * 7168 - vectors - 59 * 256 * 7168
+    assert activation_bytes(config, 1, 4096, 2, "none", "cuda") - without == 2 * matrices
+    assert activation_bytes(config, 1, 4096, 2, "full") == activation_bytes(
+        config, 1, 4096, 2, "full", casts_weights=False
+    )

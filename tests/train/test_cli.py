@@ -81,6 +81,41 @@ def test_plan_says_what_a_run_amounts_to_and_draws_it(capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plan_counts_what_one_of_many_processes_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    """V3 in bf16, its moments too: 671 B and 11.6 B of MTP on 1,024 processes, 4 + 4 + 2·2 bytes each."""
+    layout = ["parallel={engine: fsdp, expert: 64, recompute: full}", "--processes", "1024"]
+    assert main(["plan", "v3", *layout, "--json"]) == 0
+    amounts = json.loads(capsys.readouterr().out)
+    assert amounts["world_size"] == 1024
+    state = [amounts[f"bytes_of_{kind}"] for kind in ("parameters", "gradients", "moments")]
+    assert sum(state) == pytest.approx(12 * (671.026e9 + 11.610e9) / 1024, rel=0.01)
+    transient = amounts["bytes_of_gathered_modules"] + amounts["bytes_of_activations"]
+    assert amounts["peak_bytes_per_rank"] == sum(state) + transient
+    assert amounts["host_bytes_per_rank"] == pytest.approx(4 * (671.026e9 + 11.610e9) / 1024, rel=0.01)  # the average
+
+
+@pytest.mark.parametrize("command", [["plan", "tiny"], ["train", "--dry-run", "tiny"]])
+def test_a_layout_is_tried_on_a_number_of_processes_before_there_are_any(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ["parallel={engine: fsdp, expert: 4}"]
+    assert main([*command, *layout, "--processes", "8"]) == 0
+    assert "peak bytes per rank" in capsys.readouterr().out
+    assert main([*command, *layout, "--processes", "6"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        "",
+        "rorqual: parallel.expert = 4: does not divide 6 processes; use parallel.expert=1 or 4 processes\n",
+    )
+    assert main([*command, "schedule.batch_tokens=8192", "--processes", "3"]) == 2
+    assert "a global batch of 16 sequences does not divide over 3 processes" in capsys.readouterr().err
+
+
+def test_processes_are_started_by_a_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny", "--processes", "2"]) == 2
+    assert "torchrun --nproc-per-node 2 -m train tiny" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["scaling", "run", "x"], ["report", "x"], ["plan", "tiny", "--gpus", "8"]])
 def test_what_is_not_built_yet_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 2

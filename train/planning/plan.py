@@ -1,30 +1,33 @@
-"""What a run amounts to, from its recipe alone: parameters, FLOPs, tokens, steps, memory of one process."""
+"""What a run amounts to, from its recipe and a number of processes alone: parameters, FLOPs, tokens, steps, memory of a process."""
 
 from typing import Any
 
 import torch
 
-from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts, state_bytes
+from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts
+from parallel.footprint import footprint
+from parallel.layout import Layout
 from train.config import Recipe
 from train.schedule import Schedule
 
 
 def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, Any]:
-    """Numbers of a run on `world_size` processes under DDP, where every one holds the whole model.
+    """Numbers of a run on `world_size` processes, those of memory for the fullest of them.
 
-    The device is the one that the recipe names, or else this machine's.
-    Memory counts fp32 parameters and gradients, the two moments, and what one micro-batch keeps for its backward pass; not the
-    allocator's slack, nor buffers of single operations.
+    The device is the one that the recipe names, or else this machine's. On it lie the parts of parameters, gradients and moments
+    that the layout gives a process, what it gathers of others (`parallel.footprint`), and what one micro-batch keeps for its
+    backward pass; not counted are the allocator's slack and buffers of single operations and of the communication. On the host
+    lie what is offloaded and the average of the weights.
+
+    Raises:
+        LayoutError: the layout does not fit the number of processes, the model, or a batch of the schedule.
     """
     config = recipe.model_config_resolved()
     length = recipe.data.sequence_length
+    layout = recipe.layout(world_size)
+    for sequences in schedule.batches():
+        layout.check_batch(sequences)
     counts = parameter_counts(config)
-    state = state_bytes(config, moment_size=4 if recipe.precision.moments == "fp32" else 2)
-    on_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    element = {"fp32": 4, "bf16": 2, "fp16": 2}[recipe.precision.compute or ("bf16" if on_gpu else "fp32")]
-    activations = activation_bytes(
-        config, recipe.parallel.micro_batch, length, element, recipe.parallel.recompute, "cuda" if on_gpu else "cpu"
-    )
     per_token = flops_mfu(config, length)
     return {
         "total_parameters": counts.total,
@@ -36,8 +39,36 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
         "flops_per_token": per_token,
         "flops_per_token_for_scaling_laws": flops_scaling(config, length),
         "total_flops": per_token * schedule.final_tokens,
-        "bytes_of_parameters_gradients_moments": state,
-        "bytes_of_activations": activations,
-        "peak_bytes_per_rank": state + activations,
+        **_memory(recipe, layout, max(schedule.batches())),
         "world_size": world_size,
+    }
+
+
+def _memory(recipe: Recipe, layout: Layout, sequences: int) -> dict[str, int]:
+    """Bytes of a process that are alive at once, in a step of so many sequences."""
+    config, micro_batch = recipe.model_config_resolved(), recipe.parallel.micro_batch
+    on_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
+    element = {"fp32": 4, "bf16": 2, "fp16": 2}[recipe.precision.compute or ("bf16" if on_gpu else "fp32")]
+    moment = {"fp32": 4, "bf16": 2}[recipe.precision.moments]
+    micro_batches = -(-sequences // (layout.world_size * micro_batch))
+    held = footprint(layout, config, element, moment, micro_batches)
+    activations = activation_bytes(
+        config,
+        min(micro_batch, sequences // layout.world_size),
+        recipe.data.sequence_length,
+        element,
+        recipe.parallel.recompute,
+        "cuda" if on_gpu else "cpu",
+        casts_weights=layout.config.engine != "fsdp",  # which gathers them in the compute dtype
+    )
+    holders = layout.world_size if layout.config.engine == "ddp" else layout.shard  # of one average of the weights
+    average = 4 * -(-parameter_counts(config).trainable // holders) if recipe.optimizer.ema else 0
+    return {
+        "bytes_of_parameters": held.parameters,
+        "bytes_of_gradients": held.gradients,
+        "bytes_of_moments": held.moments,
+        "bytes_of_gathered_modules": held.gathered,
+        "bytes_of_activations": activations,
+        "peak_bytes_per_rank": held.device + activations,
+        "host_bytes_per_rank": held.host + average * (2 if on_gpu else 1),
     }
