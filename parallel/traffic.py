@@ -1,0 +1,180 @@
+"""What one rank sends in an optimizer step: a formula for each engine; `tests/parallel/test_traffic.py` holds it to a count.
+
+A collective over n ranks with a whole tensor of S bytes, as a ring does it:
+
+    all-reduce                              a rank sends 2·(n−1)/n·S
+    all-gather, reduce-scatter, reduce                     (n−1)/n·S
+    all-to-all of rows                                     (n−1)/n·S      in expectation: the routing decides
+
+The S of a step, with P parameters: X of experts, V·D of the embedding, H of the head and the final norm, G of the other norms
+and the gates, M of all other matrices. m micro-batches; a bytes to an element of the compute dtype; s ranks share a model, e of
+them its experts; r replicas:
+
+    engine                    all-gather                                  reduce-scatter    all-reduce
+    ddp                                                                                     4P
+    fsdp                      m·(2·(a·(M + X) + 4G) + 4VD + 4H)           m·4P              4P/s over r ranks
+    fsdp, kept gathered       a·(M + X) + 4·(G + VD + H)                  4P                4P/s over r ranks
+    zero1                     4P                                                            4P
+    zero2                     4P                                                            m·4P
+    zero3                     m·2·4P; recomputing, about m·3·4P           m·4P
+
+    with expert parallelism   X becomes X/e, gathered and scattered over s/e ranks, and tokens travel over e ranks:
+                              all-to-all  trips · layers with experts · tokens · K · D · a
+                              trips: there and back, forward and backward: 4; 6 where `full` recomputation sends again
+
+Gradients travel in fp32, weights under FSDP in the dtype that computes with them, under DeepSpeed in fp32. FSDP pads each
+parameter to a multiple of s rows and ZeRO-3 to a multiple of s elements, which is counted here; ZeRO-1 and 2 pad their flat
+weights by fewer than 2s elements an optimizer group, which is not.
+
+Left out is what has a few kilobytes: targets, losses with the expert counts, and the norm (`GlobalStep`; int64 and fp64), the
+counts of each layer's rows before they travel (int64), DDP's buckets after its first backward pass, and DeepSpeed's own norm.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from model.config import ModelConfig
+from model.hf import state_shapes
+from parallel.layout import Layout
+
+BIAS = "e_score_correction_bias"  # of the routers: a buffer
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all"]
+GRADIENT = 4  # bytes of an element of a gradient, and of a master weight
+
+# DeepSpeed's defaults, in elements.
+PERSISTENT, REUSED, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
+
+
+class Flow(NamedTuple):
+    """All collectives of one kind in a step."""
+
+    what: str
+    collective: Collective
+    ranks: int
+    whole: int  # bytes of the whole tensors, summed over the calls
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one rank sends."""
+        return sent(self.collective, self.ranks, self.whole)
+
+
+def sent(collective: Collective, ranks: int, whole: float) -> float:
+    """Bytes that a rank sends for tensors of `whole` bytes, on a ring; mean over the ranks."""
+    return (2 if collective == "all_reduce" else 1) * (ranks - 1) / ranks * whole
+
+
+def step_traffic(
+    layout: Layout, config: ModelConfig, *, tokens: int, micro_batches: int, element_size: int
+) -> list[Flow]:
+    """What travels in one optimizer step.
+
+    Args:
+        tokens: predicted tokens of one rank in the step, all its micro-batches together.
+        micro_batches: of one rank in the step.
+        element_size: bytes of the compute dtype: 4 (fp32) or 2.
+    """
+    shapes = {name: tensor.shape for name, tensor in state_shapes(config).items() if not name.endswith(BIAS)}
+    if layout.config.engine == "ddp":
+        flows = _ddp(layout, shapes)
+    elif layout.config.engine == "fsdp":
+        flows = _fsdp(layout, shapes, micro_batches, element_size)
+    elif layout.config.engine == "zero3":
+        flows = _zero3(layout, shapes, micro_batches)
+    else:
+        flows = _zero(layout, shapes, micro_batches)
+    whole: Counter[tuple[str, Collective, int]] = Counter()
+    for flow in [*flows, *_tokens(layout, config, tokens, element_size)]:
+        whole[flow[:3]] += flow.whole
+    return [Flow(*key, size) for key, size in whole.items() if key[2] > 1]
+
+
+Shapes = dict[str, torch.Size]
+
+
+def _ddp(layout: Layout, shapes: Shapes) -> Iterator[Flow]:
+    for shape in shapes.values():
+        yield Flow("gradients", "all_reduce", layout.world_size, GRADIENT * shape.numel())
+
+
+def _fsdp(layout: Layout, shapes: Shapes, micro_batches: int, element_size: int) -> Iterator[Flow]:
+    reshards, expert = layout.config.reshard_after_forward, layout.config.expert
+    times = micro_batches if reshards else 1
+    for name, shape in shapes.items():
+        what = _what(name, shape)
+        if what == "experts" and expert > 1:
+            ranks, elements = layout.expert_shard, shape.numel() // expert
+        else:
+            ranks = layout.shard
+            elements = _ceil(shape[0], ranks) * shape[1:].numel()
+        size = element_size if what in ("blocks", "experts") else GRADIENT
+        in_backward = reshards and what not in ("embedding", "head")
+        yield Flow(what, "all_gather", ranks, (1 + in_backward) * times * size * elements)
+        yield Flow("gradients", "reduce_scatter", ranks, times * GRADIENT * elements)
+        yield Flow("gradients", "all_reduce", layout.config.replicate, GRADIENT * (elements // ranks))
+
+
+def _what(name: str, shape: torch.Size) -> str:
+    """The unit of `parallel.fsdp` that a parameter belongs to, as far as it makes a difference."""
+    if name in ("lm_head.weight", "model.norm.weight"):
+        return "head"
+    if name == "model.embed_tokens.weight":
+        return "embedding"
+    if len(shape) == 1 or name.endswith(".gate.weight"):
+        return "norms and gates"
+    return "experts" if ".experts." in name else "blocks"
+
+
+def _zero(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
+    """Stages 1 and 2. DeepSpeed sums gradients whole, on every rank, and then keeps a part of them; told not to use all-reduce, it
+    reduces each part to its owner with half the traffic."""
+    elements = sum(shape.numel() for shape in shapes.values())
+    to_owners = not _zero_option(layout, "use_multi_rank_bucket_allreduce", True)
+    times = micro_batches if layout.config.engine == "zero2" else 1
+    yield Flow("gradients", "reduce" if to_owners else "all_reduce", layout.world_size, times * GRADIENT * elements)
+    yield Flow("weights", "all_gather", layout.world_size, GRADIENT * elements)
+
+
+def _zero3(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
+    """Small parameters stay whole until the optimizer's step, and are gathered after it. The others are gathered for the forward
+    pass and for the backward pass and, since DeepSpeed frees a module's parameters when it has run, for recomputation too.
+
+    What is needed again within `stage3_max_reuse_distance` elements is not freed in between: of a model smaller than half of
+    that, nothing. The same holds for what the prefetch looks ahead to. A larger model saves less than that many elements.
+    """
+    kept = max(
+        _zero_option(layout, "stage3_max_reuse_distance", REUSED),
+        _zero_option(layout, "stage3_prefetch_bucket_size", PREFETCHED),
+    )
+    persistent = _zero_option(layout, "stage3_param_persistence_threshold", PERSISTENT)
+    near_the_turn = sum(shape.numel() for shape in shapes.values()) <= kept / 2
+    for name, shape in shapes.items():
+        elements = _ceil(shape.numel(), layout.world_size)
+        times = micro_batches * (1 if near_the_turn else 2 + _runs_again(layout, name))
+        yield Flow("weights", "all_gather", layout.world_size,
+                   GRADIENT * elements * (1 if shape.numel() <= persistent else times))  # fmt: skip
+        yield Flow("gradients", "reduce_scatter", layout.world_size, micro_batches * GRADIENT * elements)
+
+
+def _runs_again(layout: Layout, name: str) -> bool:
+    """A block runs again when the backward pass of its last module asks for what was not kept: that one's weights are there."""
+    in_a_block = name.startswith("model.layers.")
+    ends = name.endswith((".mlp.down_proj.weight", ".shared_head.norm.weight"))
+    return layout.config.recompute != "none" and in_a_block and not ends
+
+
+def _tokens(layout: Layout, config: ModelConfig, tokens: int, element_size: int) -> Iterator[Flow]:
+    trips = 6 if layout.config.recompute == "full" else 4
+    rows = trips * config.n_moe_layers * tokens * config.num_experts_per_tok
+    yield Flow("tokens", "all_to_all", layout.config.expert, rows * config.hidden_size * element_size)
+
+
+def _zero_option(layout: Layout, name: str, default: Any) -> Any:
+    return layout.config.deepspeed.get("zero_optimization", {}).get(name, default)
+
+
+def _ceil(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

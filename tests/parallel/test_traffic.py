@@ -1,0 +1,169 @@
+"""What travels in a step is what `parallel.traffic` says: counted, by kind of collective and number of ranks, to the byte."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.moe import Router, Routing
+from parallel.layout import Layout, ParallelConfig
+from parallel.traffic import Flow, sent, step_traffic
+from tests.parallel import harness
+from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
+from tests.parallel.traffic_counter import Call, TrafficCounter
+
+WARMUP = 2  # DDP orders its buckets, and DeepSpeed learns the order of the modules
+
+
+class Step(NamedTuple):
+    """What one rank did in a step."""
+
+    calls: list[Call]
+    leaving: int  # (token, expert) pairs of this rank whose expert lies on another, each counted in every forward pass
+
+
+def count(case: Case, config: ModelConfig = CONFIG) -> dict[int, Step]:
+    """As one rank: a step of one micro-batch and one of two."""
+    with patch.object(harness, "CONFIG", config):
+        engine = build(case)
+        away = PairsAway(engine.model, case.parallel.expert)
+        for step in range(WARMUP):
+            engine.step(micro_batches(case, step)[:1], SETTINGS)
+        counted = {}
+        for number in (1, 2):
+            away.pairs = 0
+            with TrafficCounter() as counter:
+                engine.step(micro_batches(case, WARMUP)[:number], SETTINGS)
+            counted[number] = Step(counter.calls, away.pairs)
+    return counted
+
+
+class PairsAway:
+    """Counts, in every forward pass of a router, the pairs whose expert is on another rank."""
+
+    def __init__(self, model: torch.nn.Module, ranks: int):
+        self.ranks, self.pairs = ranks, 0
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.register_forward_hook(self.note)
+
+    def note(self, router: Router, inputs: tuple[Tensor], routing: Routing) -> None:
+        owner = routing.expert_ids // (router.config.n_routed_experts // self.ranks)
+        self.pairs += int((owner != torch.distributed.get_rank() % self.ranks).sum())
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": options}}
+
+
+FREED = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 300}
+LAYOUTS = {
+    "ddp": (2, ParallelConfig()),
+    "fsdp": (4, ParallelConfig("fsdp")),
+    "fsdp, kept gathered": (4, ParallelConfig("fsdp", reshard_after_forward=False)),
+    "fsdp, recomputing": (2, ParallelConfig("fsdp", recompute="full")),
+    "HSDP": (4, ParallelConfig("fsdp", replicate=2)),
+    "HSDP, kept gathered": (4, ParallelConfig("fsdp", replicate=2, reshard_after_forward=False)),
+    "experts": (4, ParallelConfig("fsdp", expert=4)),
+    "experts and shards": (4, ParallelConfig("fsdp", expert=2)),
+    "experts, recomputing": (4, ParallelConfig("fsdp", expert=4, recompute="full")),
+    "experts, recomputing some": (4, ParallelConfig("fsdp", expert=2, replicate=2, recompute="selective")),
+    "zero1": (2, ParallelConfig("zero1")),
+    "zero2": (2, ParallelConfig("zero2")),
+    "zero2, reduced to owners": (2, ParallelConfig("zero2", **zero(use_multi_rank_bucket_allreduce=False))),
+    "zero3, small parameters whole": (2, ParallelConfig("zero3")),
+    "zero3, none freed before the turn": (2, ParallelConfig("zero3", **zero(stage3_param_persistence_threshold=0))),
+    "zero3": (2, ParallelConfig("zero3", **zero(**FREED))),
+    "zero3, recomputing": (2, ParallelConfig("zero3", recompute="full", **zero(**FREED))),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_count_is_the_formulas(workers, name):
+    world_size, config = LAYOUTS[name]
+    check(workers.run(world_size, count, Case(config_of(config, world_size))), config, world_size)
+
+
+def test_in_bf16_blocks_travel_in_two_bytes_and_the_rest_in_four(workers):
+    config = ParallelConfig("fsdp")
+    case = Case(config_of(config, 2), compute_dtype=torch.bfloat16)
+    check(workers.run(2, count, case), config, 2, element_size=2)
+
+
+def test_padding_of_uneven_shards_is_counted(workers):
+    """On 4 ranks 26 rows of the query latent become 28, 97 of the vocabulary 100, 6 experts 8."""
+    uneven = CONFIG.override(
+        {"q_lora_rank": 26, "vocab_size": 97, "n_routed_experts": 6, "n_group": 2, "topk_group": 1}
+    )
+    config = ParallelConfig("fsdp")
+    check(workers.run(4, count, Case(config_of(config, 4)), uneven), config, 4, uneven)
+
+
+def config_of(config: ParallelConfig, world_size: int) -> ParallelConfig:
+    """Two micro-batches in this rank's share of a step."""
+    return replace(config, micro_batch=SEQUENCES // world_size // 2)
+
+
+def check(
+    steps: list[dict[int, Step]],
+    config: ParallelConfig,
+    world_size: int,
+    model: ModelConfig = CONFIG,
+    element_size: int = 4,
+) -> None:
+    """Hold the steps of all ranks against the formula."""
+    layout = Layout(config, world_size, model)
+    for number in (1, 2):
+        tokens = number * SEQUENCES // world_size // 2 * LENGTH
+        flows = step_traffic(layout, model, tokens=tokens, micro_batches=number, element_size=element_size)
+        fixed = [flow for flow in flows if flow.collective != "all_to_all"]
+        for rank in range(world_size):
+            assert by_kind(weights_and_gradients(steps[rank][number].calls)) == by_kind(fixed)
+        check_tokens([step[number] for step in steps], flows, config, model, element_size)
+
+
+def check_tokens(
+    steps: list[Step], flows: list[Flow], config: ParallelConfig, model: ModelConfig, element_size: int
+) -> None:
+    """Rows sent to other ranks: to the byte those that routing sends away, and about those of the formula."""
+    found = sum(call.sent for step in steps for call in tokens_of(step.calls))
+    leaving = sum(step.leaving for step in steps)
+    if config.recompute != "none":
+        leaving //= 2  # the router runs twice, and gives out what it decided the first time
+    trips = 6 if config.recompute == "full" else 4
+    assert found == trips * leaving * model.hidden_size * element_size
+    expected = len(steps) * sum(flow.sent for flow in flows if flow.collective == "all_to_all")
+    assert found == pytest.approx(expected, rel=0.2)  # popular experts are where chance put them
+
+
+def by_kind(transfers: list[Any]) -> dict[tuple[str, int], int]:
+    """Bytes of whole tensors by (collective, ranks)."""
+    whole: Counter[tuple[str, int]] = Counter()
+    for transfer in transfers:
+        whole[transfer.collective, transfer.ranks] += transfer.whole
+    return dict(whole)
+
+
+def weights_and_gradients(calls: list[Call]) -> list[Call]:
+    return [call for call in calls if not is_bookkeeping(call) and call.collective != "all_to_all"]
+
+
+def tokens_of(calls: list[Call]) -> list[Call]:
+    return [call for call in calls if call.collective == "all_to_all" and not is_bookkeeping(call)]
+
+
+def is_bookkeeping(call: Call) -> bool:
+    """Targets, losses, expert counts and norms: in int64 or fp64, or a single number."""
+    return call.dtype in (torch.int64, torch.float64) or call.whole <= 8
+
+
+def test_a_ring_sends_what_the_text_books_say():
+    """4 ranks, 8 bytes: three quarters of the tensor for a gather or a scatter, twice that for both."""
+    assert sent("all_gather", 4, 8) == sent("reduce_scatter", 4, 8) == 6
+    assert sent("all_reduce", 4, 8) == 12
+    assert sent("all_reduce", 1, 8) == 0
