@@ -107,7 +107,7 @@ def test_a_layout_is_tried_on_a_number_of_processes_before_there_are_any(
         "",
         "rorqual: parallel.expert = 4: does not divide 6 processes; use parallel.expert=1 or 4 processes\n",
     )
-    assert main([*command, "schedule.batch_tokens=8192", "--processes", "3"]) == 2
+    assert main([*command, "schedule={tokens: 1e6, lr: 1e-3, batch_tokens: 4096}", "--processes", "3"]) == 2
     assert "a global batch of 16 sequences does not divide over 3 processes" in capsys.readouterr().err
 
 
