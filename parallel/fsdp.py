@@ -13,11 +13,12 @@ With `expert` the experts of a layer are first spread over ranks (`parallel.expe
 the ranks that have the same. The optimizer works on the local parts as plain tensors: Adam is elementwise, a shard needs no other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardDim
 
 from model.layers import RMSNorm
-from model.moe import Experts, Router
+from model.moe import MoE, Router
 from model.transformer import Output, Transformer
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
 from parallel.expert import spread_experts
@@ -134,7 +135,7 @@ class FSDPEngine(GlobalStep):
             unit.reshard()
 
 
-def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> Sequence[FSDPModule]:
+def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModule]:
     """Cut the model into the units that are gathered together, the root last: experts, blocks, embedding, and the rest."""
     compute = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -142,24 +143,40 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> Sequence[FSDPM
     if layout.config.offload == "all":
         common["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.model.layers:
-        for experts in (module for module in block.modules() if isinstance(module, Experts)):
-            if layout.config.expert > 1:
-                place = {"mesh": meshes.expert_shard, "shard_placement_fn": lambda _: ShardDim(1)}
-                fully_shard(experts, **{**common, **place}, mp_policy=compute)
+        if layout.config.expert > 1 and isinstance(block.mlp, MoE):
+            place = {"mesh": meshes.expert_shard, "shard_placement_fn": lambda _: ShardDim(1)}
+            fully_shard(block.mlp.experts, **{**common, **place}, mp_policy=compute)
         if model.compute_dtype is not torch.float32:
             fully_shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], **common, mp_policy=exact)
         fully_shard(block, **common, mp_policy=compute)
         register_fsdp_forward_method(block, "decode")
-    embedding = fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
-    embedding.set_unshard_in_backward(False)  # its gradient asks for the tokens alone
+    fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
     fully_shard(model, **{**common, "reshard_after_forward": False}, mp_policy=exact)
     for method in ("score", "decode", "decode_mtp"):
         register_fsdp_forward_method(model, method)
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
+    if layout.config.expert > 1:
+        _gather_ahead(model)
+    for unit in _units_of(model):
         unit.set_force_sum_reduction_for_comms(True)
         unit.set_gradient_divide_factor(1.0)
-    return units[::-1]
+    return _units_of(model)[::-1]
+
+
+def _gather_ahead(model: Transformer) -> None:
+    """Let each block have the next one gathered while it works, in both directions.
+
+    FSDP does so by itself as long as the host runs ahead of the device, which it cannot where it waits to learn how many tokens
+    will arrive (`parallel.expert`).
+    """
+    units = [_units_of(block) for block in model.model.layers]
+    for earlier, later in pairwise(units):
+        earlier[0].set_modules_to_forward_prefetch(later)
+        later[0].set_modules_to_backward_prefetch(earlier)
+
+
+def _units_of(module: nn.Module) -> list[FSDPModule]:
+    """The units in it, the largest first; those of one `fully_shard` of several modules appear once for each of them."""
+    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
 def _materialize(model: Transformer, device: torch.device, offload: bool) -> None:
