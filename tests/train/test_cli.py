@@ -109,6 +109,9 @@ def test_a_layout_is_tried_on_a_number_of_processes_before_there_are_any(
     )
     assert main([*command, "schedule={tokens: 1e6, lr: 1e-3, batch_tokens: 4096}", "--processes", "3"]) == 2
     assert "a global batch of 16 sequences does not divide over 3 processes" in capsys.readouterr().err
+    stage_3 = ["parallel={engine: zero2, deepspeed: {zero_optimization: {stage: 3}}}"]
+    assert main([*command, *stage_3, "--processes", "2"]) == 2
+    assert "parallel.deepspeed.zero_optimization.stage = 3: the recipe says 2" in capsys.readouterr().err
 
 
 def test_processes_are_started_by_a_launcher(capsys: pytest.CaptureFixture[str]) -> None:

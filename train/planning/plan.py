@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts
+from parallel.ds_config import ds_config
 from parallel.footprint import footprint
 from parallel.layout import Layout
 from train.config import Recipe
@@ -20,13 +21,17 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     lie what is offloaded and the average of the weights.
 
     Raises:
-        LayoutError: the layout does not fit the number of processes, the model, or a batch of the schedule.
+        LayoutError: the layout does not fit the number of processes, the model, or a batch of the schedule, or the user's ds_config
+            contradicts the recipe.
     """
     config = recipe.model_config_resolved()
     length = recipe.data.sequence_length
     layout = recipe.layout(world_size)
     for sequences in schedule.batches():
         layout.check_batch(sequences)
+    if layout.config.deepspeed:
+        on_gpu, compute = _device(recipe)
+        ds_config(layout.config, compute, recipe.optimizer.clip, torch.device("cuda" if on_gpu else "cpu"))
     counts = parameter_counts(config)
     per_token = flops_mfu(config, length)
     return {
@@ -47,16 +52,15 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
 def _memory(recipe: Recipe, layout: Layout, sequences: int) -> dict[str, int]:
     """Bytes of a process that are alive at once, in a step of so many sequences."""
     config, micro_batch = recipe.model_config_resolved(), recipe.parallel.micro_batch
-    on_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    element = {"fp32": 4, "bf16": 2, "fp16": 2}[recipe.precision.compute or ("bf16" if on_gpu else "fp32")]
+    on_gpu, compute = _device(recipe)
     moment = {"fp32": 4, "bf16": 2}[recipe.precision.moments]
     micro_batches = -(-sequences // (layout.world_size * micro_batch))
-    held = footprint(layout, config, element, moment, micro_batches)
+    held = footprint(layout, config, compute.itemsize, moment, micro_batches)
     activations = activation_bytes(
         config,
         min(micro_batch, sequences // layout.world_size),
         recipe.data.sequence_length,
-        element,
+        compute.itemsize,
         recipe.parallel.recompute,
         "cuda" if on_gpu else "cpu",
         casts_weights=layout.config.engine != "fsdp",  # which gathers them in the compute dtype
@@ -72,3 +76,10 @@ def _memory(recipe: Recipe, layout: Layout, sequences: int) -> dict[str, int]:
         "peak_bytes_per_rank": held.device + activations,
         "host_bytes_per_rank": held.host + average * (2 if on_gpu else 1),
     }
+
+
+def _device(recipe: Recipe) -> tuple[bool, torch.dtype]:
+    """Whether the run computes on a GPU, and in which dtype."""
+    on_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
+    compute = recipe.precision.compute or ("bf16" if on_gpu else "fp32")
+    return on_gpu, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[compute]
