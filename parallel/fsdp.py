@@ -150,7 +150,8 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModul
             fully_shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], **common, mp_policy=exact)
         fully_shard(block, **common, mp_policy=compute)
         register_fsdp_forward_method(block, "decode")
-    fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
+    embedding = fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
+    embedding.set_unshard_in_backward(False)  # its gradient asks for the tokens alone
     fully_shard(model, **{**common, "reshard_after_forward": False}, mp_policy=exact)
     for method in ("score", "decode", "decode_mtp"):
         register_fsdp_forward_method(model, method)
