@@ -15,8 +15,9 @@ there is no pointer file to go stale. What a kill leaves behind is swept before 
 Writing aside. An asynchronous save copies the state to host memory and returns; a thread of ours then runs the same code as a
 synchronous save. All its collectives go over a gloo group of its own: on the training's group they would interleave with
 the training's in an order that differs between ranks, and deadlock. DCP's `async_save` is not used, because sync, rename
-and marker have to follow its last byte in the same thread, and because it stages everything on every rank: a tensor that
-several ranks hold alike (DDP) is copied and written here by one of them, chosen so that the ranks write equal amounts.
+and marker have to follow its last byte in the same thread, and because it stages everything on every rank: what several
+ranks hold alike (DDP's tensors, the shards of HSDP's replicas) is copied and written here by one of them, chosen so that the ranks
+write equal amounts.
 
 Trust. `.metadata` is a pickle, the one file here that is unpickled: load only checkpoints that a run of your own wrote.
 Tensors are read by `torch.load(weights_only=True)`. Weights from elsewhere come in as safetensors, by the Hugging Face import.
@@ -31,7 +32,9 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from data.files import replace_file, sync
@@ -64,7 +68,7 @@ class Checkpoints:
         folder: `run.dir/checkpoints`, on a filesystem that all ranks see.
         keep: complete checkpoints that stay, the newest ones.
         keep_every_steps: checkpoints at multiples of this stay for ever.
-        asynchronous: `save` returns once the state is copied to host memory (of the size of the state, all ranks together).
+        asynchronous: `save` returns once each rank has copied to host memory what it shall write: all ranks together one state.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, state: State, run: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: State, run: Mapping[str, Any], copied: AbstractSet[str] = frozenset()) -> None:
         """Write `step-…` and, once it is complete, remove what `keep` does not keep.
 
         `state` may be changed as soon as this returns. A checkpoint of this step that is complete already is left as it is.
@@ -86,8 +90,9 @@ class Checkpoints:
         Args:
             step: optimizer steps taken.
             state: nested dicts of tensors: plain ones, alike on all ranks that hold them, or DTensors. A key may be
-                held by some ranks only (an average of the weights on rank 0).
+                held by some ranks only, if it is a plain tensor.
             run: what `run.json` shall hold.
+            copied: sections of `state` that were copied to host memory for this save; an asynchronous one keeps them as they are.
 
         Raises:
             CheckpointError: on all ranks alike; the disk is full or may not be written. The unfinished checkpoint is
@@ -99,7 +104,10 @@ class Checkpoints:
         if not self.asynchronous:
             self._write(step, tensors, run_json)
             return
-        snapshot = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        snapshot = {
+            name: tensor if name.partition(".")[0] in copied else tensor.detach().to("cpu", copy=True)
+            for name, tensor in tensors.items()
+        }
         # A daemon: when a rank dies of something else, the others must not wait for it at their exit.
         self._thread = threading.Thread(
             target=self._write_aside, args=(step, snapshot, run_json), name="checkpoint", daemon=True
@@ -160,20 +168,13 @@ class Checkpoints:
             raise
 
     def _share_out(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of what several ranks hold alike, the part that this rank shall write; DTensors all stay: they are parts already.
-
-        Tensors go, largest first, to the rank that holds them and has least to write.
-        """
-        plain = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-        held = self._ranks.gather(plain)
+        """Of what several ranks hold alike, plain tensors or the shards of replicas, the part that this rank shall write."""
+        shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        held = self._ranks.gather({name: tensor.nbytes for name, tensor in tensors.items() if name not in shards})
         sizes = {name: size for names in held for name, size in names.items()}
-        load = [0] * len(held)
-        others = set()
-        for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-            owner = min((rank for rank, names in enumerate(held) if name in names), key=load.__getitem__)
-            load[owner] += size
-            if owner != self._ranks.rank:
-                others.add(name)
+        holders = {name: [rank for rank, names in enumerate(held) if name in names] for name in sizes}
+        others = {name for name, writer in _writers(sizes, holders).items() if writer != self._ranks.rank}
+        others |= _shards_of_other_replicas(shards)
         return {name: tensor for name, tensor in tensors.items() if name not in others}
 
     def _prepare(self, temporary: Path, final: Path) -> bool:
@@ -367,6 +368,35 @@ def _explain(error: OSError, path: Path, size: int) -> str:
         f"checkpoint {path}: {reason}; the run must be able to write its folder; complete checkpoints are untouched; "
         f"make {path.parent} writable or set another run.dir"
     )
+
+
+def _writers(sizes: Mapping[str, int], holders: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Each tensor's writer among those that hold it: largest first, to the one that has least to write."""
+    load: Counter[int] = Counter()
+    writers = {}
+    for name in sorted(sizes, key=lambda name: (len(holders[name]) > 1, -sizes[name], name)):
+        writers[name] = min(holders[name], key=load.__getitem__)
+        load[writers[name]] += sizes[name]
+    return writers
+
+
+def _shards_of_other_replicas(shards: Mapping[str, DTensor]) -> set[str]:
+    """Names of the shards that another rank, which holds them too, shall write. Those ranks all find the same, without asking."""
+    alike: dict[
+        tuple[DeviceMesh, tuple[int, ...]], dict[str, int]
+    ] = {}  # by mesh and replicated dimensions: bytes here
+    for name, shard in shards.items():
+        replicated = tuple(dim for dim, placement in enumerate(shard.placements) if placement.is_replicate())
+        alike.setdefault((shard.device_mesh, replicated), {})[name] = shard.to_local().nbytes
+    others = set()
+    for (mesh, replicated), sizes in alike.items():
+        replica, replicas = 0, 1
+        for dim in replicated:
+            replica = replica * mesh.size(dim) + mesh.get_local_rank(dim)
+            replicas *= mesh.size(dim)
+        writers = _writers(sizes, dict.fromkeys(sizes, range(replicas)))
+        others |= {name for name, writer in writers.items() if writer != replica}
+    return others
 
 
 def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
@@ -103,7 +104,7 @@ def generate(
     eos: int | None = None,
     mtp: bool = False,
 ) -> Generation:
-    """Continue prompts of equal length.
+    """Continue prompts of equal length. Where there is a process group, all its ranks call it together.
 
     Args:
         tokens: [B, T] int64 prompts.
@@ -138,11 +139,19 @@ def generate(
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence. [B, V] → [B, 1]. Draws are made on the host, with the same numbers on any device."""
+    """The next token of each sequence. [B, V] → [B, 1]. Draws are made on the host, with the same numbers on any device.
+
+    Ranks that hold a model together all take the first one's choice: rounding may break a tie another way on another rank, and
+    one that ended earlier would leave the others waiting for it.
+    """
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    p = (logits.float() / temperature).softmax(-1).cpu()
-    return torch.multinomial(p, 1, generator=generator).to(logits.device)
+        new = logits.argmax(-1, keepdim=True)
+    else:
+        p = (logits.float() / temperature).softmax(-1).cpu()
+        new = torch.multinomial(p, 1, generator=generator).to(logits.device)
+    if dist.is_initialized():
+        dist.broadcast(new, src=0)
+    return new
 
 
 class _Speculation:

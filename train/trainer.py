@@ -213,6 +213,8 @@ class Trainer:
         return state
 
     def _save(self) -> None:
+        # An engine that gathers its moments gathers the average of the weights too.
+        copied = self.engine.copied | ({"ema"} if self.engine.copied else set())
         samples = self.tokens // self.recipe.data.sequence_length
         self.checkpoints.save(
             self.step,
@@ -234,6 +236,7 @@ class Trainer:
                 "versions": {name: version(name) for name in ("rorqual", "torch", "transformers")},
                 "law": self.recipe.schedule.law,
             },
+            copied,
         )
         self.last_save = time.monotonic()
 
