@@ -8,9 +8,10 @@
 
 Parameters are fp32 and the model casts them where it computes, as under the other engines, so that the answer is theirs;
 DeepSpeed's own bf16 and fp16 modes round gradients before they are summed. The norm, clipping and the decision to skip a step are
-`GlobalStep`'s; DeepSpeed reduces, keeps and updates. It averages over ranks, so the loss is multiplied by their number.
+`GlobalStep`'s; DeepSpeed reduces, keeps and updates.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -86,8 +87,10 @@ class ZeroEngine(GlobalStep):
         return self.engine(batch.tokens, batch.documents)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.engine.backward(loss)
         self.has_gradients = True
-        self.engine.backward(loss * self.world_size)
+        if is_last:  # DeepSpeed averages over ranks; on the loss this factor would cost fp16 its range
+            torch._foreach_mul_(list(self.gradients().values()), self.world_size)
 
     def gradients(self) -> dict[str, Tensor]:
         return self.partitions.gradients()
@@ -156,8 +159,9 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"parallel.engine: zero1, zero2 and zero3 need {error.name}, which is not installed; "
             "pip install 'deepspeed>=0.19.8', or use fsdp"
         ) from error
-    # It calls collectives by the names they had before torch 2.13; a warning each time.
+    # It calls collectives by the names they had before torch 2.13, and it has never heard of `AdamWBf16Moments`.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated\. Please use", FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # A shared-memory all-reduce for CPUs would be compiled at its first use, for more than a minute.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     _forget_earlier_engines(deepspeed)

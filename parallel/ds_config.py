@@ -21,7 +21,7 @@ TUNING = {
 ZERO_TUNING = {
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks",
     "log_trace_cache_warnings", "overlap_comm", "parameter_alignment", "reduce_bucket_size", "reduce_scatter",
-    "round_robin_gradients", "stage3_allgather_sequential", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_allgather_sequential", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold", "stage3_module_granularity_threshold", "stage3_param_persistence_threshold",
     "stage3_prefetch_bucket_size", "stage3_use_all_reduce_for_fetch_params", "sub_group_size",
     "use_multi_rank_bucket_allreduce",

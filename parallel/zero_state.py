@@ -1,13 +1,16 @@
 """Where DeepSpeed's ZeRO optimizers keep what, and how a parameter's pieces become whole again.
 
 ZeRO lays the fp32 weights out flat and cuts them into one part per rank; the optimizer knows only this rank's part, its gradient
-and its two moments. Stages 1 and 2 flatten whole parameter groups and cut them anywhere; stage 3 cuts each parameter into equal pieces.
+and its two moments. Stages 1 and 2 flatten whole groups of parameters and cut them anywhere, stage 3 cuts each into equal parts.
 
-    stage 1, 2    group     | p0 | p1        | p2   |pad      stage 3    p0 |0|1|   p1 |  0  |  1  |   p2 | 0 | 1|
-                  ranks     |     0     |     1     |         flat of rank 0: p0's piece, p1's piece, p2's piece
+    stage 1, 2    group     | p0 |    p1     |  p2  |pad      stage 3    p0 |0|1|   p1 |  0  |  1  |   p2 | 0 | 1|
+                  ranks     |      0      |      1      |     flat of rank 0: its part of p0, of p1, of p2
 
-A `Fragment` says where a piece lies. All fragments of all ranks follow from shapes and world size, so every rank knows them without
-asking. This is the only file that reaches into DeepSpeed's optimizers.
+A `Fragment` says where a part of a parameter lies. The fragments of all ranks follow from shapes and world size, so every rank
+knows them without asking. This is the only file that reaches into DeepSpeed's optimizers.
+
+DeepSpeed keeps flat parts a second time, for models of lower precision. Here both are fp32, and one is let go: 4 bytes a parameter
+over the ranks. Only with offloading there are two, one on the host for the optimizer and one to compute with.
 """
 
 from abc import ABC, abstractmethod
@@ -66,7 +69,7 @@ class Partitions(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Where weights are kept twice, make the other copy follow the one that was loaded. Collective."""
+        """After a change of weights from outside, let every copy follow. Collective."""
 
     def shape(self, name: str) -> torch.Size:
         """A parameter's whole shape, which a partitioned one does not show."""
@@ -104,6 +107,10 @@ class ReplicatedPartitions(Partitions):
             for parameter, offset in zip(parameters, offsets)
         }
         super().__init__(model, optimizer)
+        if not optimizer.cpu_offload:
+            for flat, parts in zip(self.flats, optimizer.parallel_partitioned_bit16_groups):
+                flat.data = parts[self.rank].data
+            optimizer._link_all_hp_params()
 
     def _cut(self, parameter: nn.Parameter) -> Iterator[Fragment]:
         index, begin = self._places[parameter]
@@ -147,6 +154,9 @@ class ShardedPartitions(Partitions):
         groups = optimizer.optimizer.param_groups
         self.groups = [groups[optimizer.sub_group_to_group_id[index]] for index in range(len(self.flats))]
         super().__init__(model, optimizer)
+        if not optimizer.offload_optimizer:
+            for flat, part in zip(self.flats, optimizer.fp16_partitioned_groups_flat):
+                flat.data = part.data
 
     def _cut(self, parameter: Any) -> Iterator[Fragment]:
         index, offset, part = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -204,7 +214,7 @@ class Owners:
         """This rank's pieces of every parameter → the whole tensors that it owns. Collective."""
         whole = {}
         for name, owner in self.of.items():
-            mine = pieces[name].to(self.device) if name in pieces else None
+            mine = pieces[name].flatten().to(self.device) if name in pieces else None
             if owner != self.partitions.rank:
                 self._exchange([dist.P2POp(dist.isend, mine, owner)] if mine is not None else [])
                 continue
