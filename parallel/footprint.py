@@ -17,7 +17,8 @@ With P elements in all, of 4 bytes as parameters and gradients and m as a moment
 
 fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With expert parallelism an expert's matrices lie on one of
 `expert` ranks and are cut over `expert_shard`, which is 1/s again, but a block is gathered with 1/expert of its experts. Offloading
-moves what is cut to the host, where DeepSpeed has a second copy of the parameters, and under stages 1 and 2 a third.
+moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under stages 1 and 2, of the gradients under 3;
+under 2 of the gradients too where a step has several micro-batches.
 
 Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
 """
@@ -108,7 +109,8 @@ def _zero12(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
         gradients = whole if layout.config.engine == "zero1" else part
         return Footprint(4 * whole, 4 * gradients, moments, gathered=0, host=0)
     gradients = whole if layout.config.engine == "zero1" else 0
-    return Footprint(4 * whole, 4 * gradients, 0, gathered=0, host=3 * 4 * part + moments)
+    copies = 4 if layout.config.engine == "zero2" and sizes.micro_batches > 1 else 3
+    return Footprint(4 * whole, 4 * gradients, 0, gathered=0, host=4 * copies * part + moments)
 
 
 def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
@@ -120,7 +122,7 @@ def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
     if layout.config.offload == "none":
         return Footprint(parameters, gradients, moments, gathered, host=0)
-    host = parameters + gradients + moments
+    host = parameters + 2 * gradients + moments
     if layout.config.offload == "optimizer":
         return Footprint(parameters, 0, 0, gathered, host)
     return Footprint(0, 0, 0, gathered, parameters + host)

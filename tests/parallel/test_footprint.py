@@ -1,6 +1,6 @@
 """The footprint of a layout against what the engines hold, and against arithmetic by hand where no machine is large enough."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ ZERO = ParallelConfig(micro_batch=2, deepspeed=SMALL_BUCKETS)
         (4, replace(FSDP, replicate=2, expert=2, reshard_after_forward=False)),
         (2, replace(FSDP, expert=2, offload="all")),
     ],
-    ids=str,
+    ids=["ddp", "uneven", "replicate, expert", "expert, offload"],
 )
 def test_ddp_and_fsdp_hold_what_is_counted(workers, world_size, parallel):
     counted = footprint(Layout(parallel, world_size, CONFIG), CONFIG)
@@ -56,6 +56,14 @@ def test_zero_holds_what_is_counted(workers, engine):
     held["gradients"] = max(held["gradients"], *(rank["accumulated"] for rank in ranks))
     for kind, slack in {"parameters": 0.001, "gradients": 0.1, "moments": 0.001}.items():
         assert held[kind] == pytest.approx(getattr(counted, kind), rel=slack), kind
+
+
+@pytest.mark.parametrize(("engine", "offload"), [("zero2", "optimizer"), ("zero3", "all")])
+def test_zero_holds_on_the_host_what_is_counted(workers, engine, offload):
+    parallel = replace(ZERO, engine=engine, offload=offload)
+    counted = footprint(Layout(parallel, 2, CONFIG), CONFIG, micro_batches=4)
+    held = [rank["host"] for rank in workers.run(2, measure, Case(parallel))]
+    assert max(held) == pytest.approx(counted.host, rel=0.02)  # as above
 
 
 @pytest.mark.parametrize(("reshard", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=str)
@@ -114,8 +122,8 @@ def test_v3_without_resharding_keeps_every_block_whole():
         ("fsdp", "none", 16 / 64, 0),
         ("zero1", "optimizer", 4 + 4, 20 / 64),
         ("zero2", "optimizer", 4, 20 / 64),
-        ("zero3", "optimizer", 4 / 64, 16 / 64),
-        ("zero3", "all", 0, 20 / 64),
+        ("zero3", "optimizer", 4 / 64, 20 / 64),
+        ("zero3", "all", 0, 24 / 64),
         ("fsdp", "all", 0, 16 / 64),
     ],
 )
@@ -153,6 +161,8 @@ def measure(case: Case) -> dict[str, int]:
 
     def note_and_update(lr: float) -> None:
         held["gradients"] = bytes_of([*engine.gradients().values(), *(p.grad for p in model.parameters())])
+        if case.parallel.deepspeed:
+            held["host"] = bytes_of(on_host(engine, case.parallel.offload))
         update(lr)
 
     def note_whole(*_: Any) -> None:
@@ -168,10 +178,22 @@ def measure(case: Case) -> dict[str, int]:
     updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
     held["parameters"] = bytes_of([*own, *updated, *model.buffers()])
-    held["moments"] = bytes_of(
-        tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()
-    )
+    held["moments"] = bytes_of(t for state in optimizer.state.values() for t in state.values() if t.dim())
+    if "host" in held:
+        held["host"] += held["moments"]
     return held
+
+
+def on_host(engine: Any, offload: str) -> Iterator[Tensor | None]:
+    """What DeepSpeed's optimizers put where it is offloaded to, but for the moments."""
+    optimizer = engine.engine.optimizer
+    for flat in engine.partitions.flats:
+        yield from (flat, flat.grad)
+    yield from getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    yield from getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+    yield getattr(optimizer, "grad_partitions_flat_buffer", None)
+    if offload == "all":
+        yield from (parameter.ds_tensor for parameter in engine.model.parameters())
 
 
 def bytes_of(tensors: Iterable[Tensor | None]) -> int:
