@@ -8,11 +8,11 @@ With P elements in all, of 4 bytes as parameters and gradients and m as a moment
 | `zero1` | 4P         | 4P        | 2mP/W   |                                                                            |
 | `zero2` | 4P         | 4P/W      | 2mP/W   |                                                                            |
 | `zero3` | 4P/W       | 4P/W      | 2mP/W   | parameters: 10⁹ elements¹, or the largest module                           |
-| `fsdp`  | 4P/s       | 4P/s      | 2mP/s   | parameters of the root and of two units², gradients of one; or all of both³ |
+| `fsdp`  | 4P/s       | 4P/s      | 2mP/s   | parameters of the head and of two units², gradients of one; or all of both³ |
 
 ¹ `stage3_max_live_parameters` as it is if nobody sets it.
-² The root is the head; a unit is the embedding or a block, of which one is at work and the next on its way. In the compute dtype,
-  but norms, gates, embedding and head in fp32.
+² A block, or the embedding, which is at work, and the next, which is on its way. In the compute dtype, but norms, gates, embedding
+  and head in fp32.
 ³ `reshard_after_forward: false`; all gradients only where a step has several micro-batches, which are summed before they travel.
 
 fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With expert parallelism an expert's matrices lie on one of
@@ -25,6 +25,7 @@ Counted is the fullest rank. Activations are not, nor buffers of the communicati
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -131,18 +132,27 @@ def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
 def _fsdp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     part = sum(_elements(layout, name, shape) for name, shape in shapes.items())
     units = gathered_units(layout, shapes, sizes.element)
-    whole = 4 * sum(unit.elements for unit in units.values())
-    root = units.pop("root")
-    largest = 4 * max(unit.elements for unit in units.values())
-    by_bytes = sorted(unit.bytes for unit in units.values())
-    if layout.config.reshard_after_forward:
-        gathered = root.bytes + sum(by_bytes[-2:]) + largest
-    else:
-        gathered = root.bytes + sum(by_bytes) + (whole if sizes.micro_batches > 1 else largest)
+    gathered = _at_work(units) if layout.config.reshard_after_forward else _all_at_once(units, sizes.micro_batches)
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
     if layout.config.offload == "none":
         return Footprint(parameters, gradients, moments, gathered, host=0)
     return Footprint(0, 0, 0, gathered, host=parameters + gradients + moments)
+
+
+def _at_work(units: Mapping[str, Unit]) -> int:
+    """The root, and the most that is whole beside it where the forward pass begins, in the backward pass between two blocks, and at
+    its end: parameters of what is at work and of what is next, gradients (fp32) of what is at work."""
+    embedding, blocks = units["embedding"], [unit for key, unit in units.items() if key.isdigit()]
+    begin = embedding.bytes + blocks[0].bytes
+    between = [earlier.bytes + later.bytes + 4 * later.elements for earlier, later in pairwise(blocks)]
+    end = blocks[0].bytes + 4 * max(blocks[0].elements, embedding.elements)
+    return units["root"].bytes + max(begin, *between, end)
+
+
+def _all_at_once(units: Mapping[str, Unit], micro_batches: int) -> int:
+    """All parameters, and the gradients of one unit, or of all where they are summed over micro-batches first."""
+    elements = [unit.elements for unit in units.values()]
+    return sum(unit.bytes for unit in units.values()) + 4 * (sum(elements) if micro_batches > 1 else max(elements))
 
 
 def _elements(layout: Layout, name: str, shape: torch.Size) -> int:
