@@ -97,8 +97,8 @@ def test_v3_on_1024_processes_of_fsdp_with_64_expert_ranks():
     head = 129280 * 7168
     attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
     dense = attention + 3 * 7168 * 18432  # more than attention, four experts and the shared one
-    # Head and embedding in fp32 and the first block in bf16, as the forward pass begins. In the end the embedding's gradient takes the
-    # embedding's place; between two dense blocks, 2 + 2 + 4 bytes of 0.58 B are less than 2 bytes of them and 4 of 0.93 B.
+    # Head and embedding in fp32 and the first block in bf16, as the forward pass begins. In the end the embedding's gradient takes
+    # the embedding's place; between two dense blocks, 2 + 2 + 4 bytes of 0.58 B are less than 2 bytes of them and 4 of 0.93 B.
     assert held.gathered == pytest.approx(4 * head + 4 * head + 2 * dense, rel=0.001)
 
 
