@@ -4,6 +4,7 @@ A child then starts in milliseconds instead of seconds, and finds this machine's
 """
 
 import importlib
+import os
 
 import torch
 import torch._dynamo  # DistributedDataParallel imports it when it is made
@@ -11,6 +12,7 @@ import torch.distributed.tensor
 
 from train.planning.devices import peak_flops
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find it too, and warn that it is nothing else
 for module in (
     "tests.workers",
     "tests.parallel.harness",
