@@ -42,6 +42,11 @@ class LiveBytes(TorchDispatchMode):
         """`peak` shall look at what happens from here on, on top of what is alive."""
         self.first_event = len(self.events)
 
+    @property
+    def now(self) -> int:
+        """Bytes that are alive, of all that has been noted."""
+        return sum(size for _, size in self.events)
+
     def peak(self, state: set[int]) -> Peak:
         """The largest sums since `start`, the second without the storages numbered in `state`; each at a moment of its own."""
         live = without_state = 0

@@ -127,6 +127,7 @@ def activation_bytes(
     recompute: Recompute = "none",
     device: Device = "cpu",
     casts_weights: bool = True,
+    spreads_experts: bool = False,
 ) -> int:
     """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
 
@@ -141,12 +142,15 @@ def activation_bytes(
         device: on a CPU attention pads values to the width of the keys and log sigmoid keeps a buffer; a GPU's kernels do
             neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
         casts_weights: false where the weights of blocks reach them in the compute dtype.
+        spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
     """
     c, a = config, element_size
     depths = c.num_nextn_predict_layers
     rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, a, device)]
     rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, a, device) + _mtp_exit(c))
     per_token = sum(row.bytes for row in rows if recompute in row.kept)
+    if spreads_experts:
+        per_token += c.n_moe_layers * sum(row.bytes for row in _travel(c, a) if recompute in row.kept)
     per_token += _norm(c.hidden_size)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
@@ -229,6 +233,15 @@ def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
         _Row("outputs of the experts", a * k * dim, PRODUCT),
         *_swiglu(a * c.n_shared_experts * c.moe_intermediate_size),
         _Row("output of the shared experts", a * dim, SELECTIVE),
+    ]
+
+
+def _travel(c: ModelConfig, a: int) -> list[_Row]:
+    k = c.num_experts_per_tok
+    return [
+        _Row("orders of the rows that arrived, there and back", 16 * k, NONE),
+        _Row("rows that arrived, by the rank they came from", a * k * c.hidden_size, SELECTIVE),
+        _Row("rows that came home", a * k * c.hidden_size, SELECTIVE),  # else they are the outputs of the experts
     ]
 
 

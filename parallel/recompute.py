@@ -6,6 +6,9 @@
 | `selective` | outputs of attention and matrix products, rows that travel | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
 | `full`      | the block's input                                          | the block                                       |
 
+With expert parallelism `selective` keeps rows as they arrive and as they come home, so that none travels twice: 2·K·D elements a
+token and layer beyond what one device keeps. Under `full` they travel again.
+
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
 """
