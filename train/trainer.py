@@ -85,6 +85,7 @@ class Trainer:
             asked_to_stop = stack.enter_context(_listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
+            run_log.say(self._layout_in_words())
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             for step, batches in [] if self._is_over else self._steps(stack):
@@ -311,6 +312,11 @@ class Trainer:
             if self.process.is_first:
                 with replace_file(folder / "report.json") as path:
                     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    def _layout_in_words(self) -> str:
+        keys = {"engine": self.layout.config.engine} | self.recipe.parallel.model_dump(exclude_defaults=True)
+        settings = ", ".join(f"{key} {value}" for key, value in keys.items())
+        return f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +52,14 @@ class Chain(NamedTuple):
     run: Run
     staged: dict[str, list[int]]  # for a copy of what an asynchronous save writes
     given: dict[str, list[int]]  # to the writer
+    again: dict[str, list[int]]  # for a copy of what the engine had copied for the save already
     read: dict[str, list[int]]  # of the checkpoint before
 
 
 @pytest.fixture(scope="module")
 def chain(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
-    chain = Chain(Run(tiny_store, folder / "run"), {}, {}, {})
+    chain = Chain(Run(tiny_store, folder / "run"), {}, {}, {}, {})
     for name, leg in LEGS.items():
         notes = folder / name
         notes.mkdir()
@@ -66,20 +67,27 @@ def chain(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Chain:
         processes = chain.run.start(*changes, processes=leg.processes, work=train_and_note, extra=(notes,))
         assert processes.wait() == [0] * leg.processes, chain.run.said
         ranks = [json.loads((notes / str(rank)).read_text()) for rank in range(leg.processes)]
-        for kind in ("staged", "given", "read"):
+        for kind in chain._fields[1:]:
             getattr(chain, kind)[name] = [noted[kind] for noted in ranks]
     return chain
 
 
 def train_and_note(arguments: list[str], notes: Path) -> int:
     """`rorqual train` that notes what this rank stages, writes and reads."""
-    noted = {"staged": 0, "given": 0, "read": 0}
-    write, load = Checkpoints._write_aside, Checkpoints.load
+    noted = {"staged": 0, "given": 0, "again": 0, "read": 0}
+    save, write, load = Checkpoints.save, Checkpoints._write_aside, Checkpoints.load
+    copies: set[int] = set()  # addresses of what the engine copied
+
+    def note_save(self: Checkpoints, step: int, state: Mapping[str, Any], run: Any, copied: Set[str]) -> None:
+        copies.update(tensor.data_ptr() for section in copied for tensor in state[section].values())
+        noted["again"] = sum(tensor.nbytes for section in copied for tensor in state[section].values())
+        save(self, step, state, run, copied)
 
     def note_write(self: Checkpoints, step: int, tensors: dict[str, Tensor], run_json: str) -> None:
         memory = {local(t).untyped_storage().data_ptr(): local(t).untyped_storage().nbytes() for t in tensors.values()}
         noted["staged"] = sum(memory.values())
         noted["given"] = sum(local(tensor).nbytes for tensor in tensors.values())
+        noted["again"] -= sum(size for address, size in memory.items() if address in copies)
         write(self, step, tensors, run_json)
 
     def note_load(self: Checkpoints, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def train_and_note(arguments: list[str], notes: Path) -> int:
         noted["read"] = sum(local(tensor).nbytes for section in sections for tensor in section)
         return load(self, path, state)
 
-    Checkpoints._write_aside, Checkpoints.load = note_write, note_load  # type: ignore[method-assign]
+    Checkpoints.save, Checkpoints._write_aside, Checkpoints.load = note_save, note_write, note_load  # type: ignore
     code = main(["train", *arguments])
     (notes / os.environ.get("RANK", "0")).write_text(json.dumps(noted))
     return code
@@ -138,6 +146,7 @@ def test_no_rank_copies_writes_or_reads_more_than_its_share(chain: Chain) -> Non
         share = size / leg.processes
         assert sum(chain.staged[name]) == sum(chain.given[name]) == size, name
         assert max(chain.given[name]) < 1.01 * share, name
+        assert set(chain.again[name]) == {0}, name
         # ZeRO-2 has the weights, a quarter of the state, on every rank; HSDP has all of it in every replica.
         copies = 0.75 + 0.25 * leg.processes if name == "zero2@2" else leg.parallel.get("replicate", 1)
         assert max(chain.read[name]) < 1.03 * copies * share, name
@@ -185,7 +194,8 @@ def test_training_goes_on_beside_a_save_and_a_kill_in_its_middle_loses_only_that
     assert processes.wait() == [-signal.SIGKILL] * leg.processes, run.said
     assert run.checkpoints() == [".step-00000004.tmp", "step-00000002"]
     assert run.train(*changes, "run.stop_at_step=8", processes=leg.processes) == [0] * leg.processes, run.said
-    assert f"continuing after step 2 of {STEPS}" in run.said
+    assert "layout: engine fsdp, expert 2 on 4 processes\n" in run.said
+    assert f"continuing after step 2 of {STEPS}\n" in run.said
     assert run.checkpoints() == ["step-00000004", "step-00000006", "step-00000008"]
     for line, same in zip(run.metrics(), whole.metrics()[:8], strict=True):
         assert line["loss"] == pytest.approx(same["loss"], rel=LOSS_TOLERANCE), line["step"]
