@@ -18,6 +18,7 @@ for module in (
     "tests.parallel.harness",
     "parallel.fsdp",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO engine imports it, and torch.compile with it
     "train.cli",
     "train.trainer",
     "transformers.models.auto.tokenization_auto",
