@@ -1,10 +1,10 @@
 """ZeRO (1910.02054) as DeepSpeed does it: optimizer state, gradients and parameters are cut over the ranks, a stage at a time.
 
-| engine  | a rank holds its part of               | and whole      | travels in a micro-batch      | and in a step        |
-|---------|----------------------------------------|----------------|-------------------------------|----------------------|
-| `zero1` | moments, a copy of the weights         | weights, gradients | nothing                   | gradients, weights   |
-| `zero2` | moments, a copy of the weights, gradients | weights     | gradients                     | weights              |
-| `zero3` | moments, weights, gradients            | what is in use | weights twice, gradients      | nothing              |
+| engine  | a rank has its part of      | and whole            | travels in a micro-batch           | and in a step      |
+|---------|-----------------------------|----------------------|------------------------------------|--------------------|
+| `zero1` | moments                     | weights, gradients   |                                    | gradients, weights |
+| `zero2` | moments, gradients          | weights              | gradients                          | weights            |
+| `zero3` | moments, gradients, weights | weights while in use | weights twice, gradients           |                    |
 
 Parameters are fp32 and the model casts them where it computes, as under the other engines, so that the answer is theirs;
 DeepSpeed's own bf16 and fp16 modes round gradients before they are summed. The norm, clipping and the decision to skip a step are

@@ -12,6 +12,7 @@ import torch
 from parallel.layout import LayoutError, ParallelConfig
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+OFFLOADS = ("offload_optimizer", "offload_param")
 AUTO = "auto"
 
 TUNING = {
@@ -42,11 +43,12 @@ def ds_config(
     Raises:
         LayoutError: the user's ds_config contradicts the recipe, or has a key that is not for it to say.
     """
-    pinned = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    sections = {"none": [], "optimizer": ["offload_optimizer"], "all": ["offload_optimizer", "offload_param"]}
-    zero: dict[str, Any] = {section: dict(pinned) for section in sections[config.offload]}
-    zero["stage"] = STAGES[config.engine]
-    zero["memory_efficient_linear"] = False  # it replaces torch.nn.functional.linear for the whole process
+    offloads = OFFLOADS[: {"none": 0, "optimizer": 1, "all": 2}[config.offload]]
+    zero: dict[str, Any] = {
+        "stage": STAGES[config.engine],
+        "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear for the whole process
+        **{section: {"device": "cpu", "pin_memory": device.type == "cuda"} for section in offloads},
+    }
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": 1,  # their number changes; the engine says which micro-batch is a step's last
@@ -59,22 +61,33 @@ def ds_config(
     said = dict(_said_by_recipe(config, compute_dtype, clip))
     for path, value in _leaves(config.deepspeed):
         key = ".".join(path)
-        if value == AUTO:
+        if value in (AUTO, None):
             continue
         if key in said:
             if value not in said[key].accepted:
                 raise LayoutError(f"parallel.deepspeed.{key} = {_show(value)}: {said[key]}")
-        elif path[0] in TUNING or (path[:1] == ("zero_optimization",) and path[1:2] and path[1] in ZERO_TUNING):
-            _put(derived, path, value)
-        elif len(path) == 3 and path[1] in ("offload_optimizer", "offload_param") and path[2] in OFFLOAD_TUNING:
-            if path[1] in zero:
-                _put(derived, path, value)
-        else:
+        elif not _tunes(path):
             raise LayoutError(
                 f"parallel.deepspeed.{key} = {_show(value)}: is not passed on to DeepSpeed; what passes is "
                 f"{', '.join(sorted(TUNING))}, and of zero_optimization {', '.join(sorted(ZERO_TUNING))}; drop it"
             )
+        else:
+            _put(derived, path, value)
+    for section in OFFLOADS[len(offloads) :]:
+        zero.pop(section, None)  # tuned, but not in use
     return derived
+
+
+def _tunes(path: tuple[str, ...]) -> bool:
+    """Whether a key says how DeepSpeed works, not what it computes."""
+    match path:
+        case ("zero_optimization", "offload_optimizer" | "offload_param", key):
+            return key in OFFLOAD_TUNING
+        case ("zero_optimization", key):
+            return key in ZERO_TUNING
+        case (section, *_):
+            return section in TUNING
+    return False
 
 
 class _Said(NamedTuple):

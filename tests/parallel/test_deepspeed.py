@@ -1,6 +1,7 @@
 """What is ZeRO's own: flat parts, host memory, a merged ds_config. The whole matrix is `test_parity`'s."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from model.transformer import Transformer
-from parallel.ds_config import ds_config
+from parallel.deepspeed import _import_deepspeed
+from parallel.ds_config import OFFLOAD_TUNING, ZERO_TUNING, ds_config
 from parallel.layout import LayoutError, ParallelConfig
 from tests.parallel.harness import (
     CONFIG,
@@ -231,6 +233,8 @@ def test_a_ds_config_that_agrees_or_only_tunes_is_merged():
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": 1000,
             "offload_optimizer": {"device": "cpu", "buffer_count": 8},
+            "offload_param": {"device": "none", "pin_memory": True},
+            "zenflow": None,
         },
         "comms_logger": {"enabled": True},
     }
@@ -246,3 +250,23 @@ def test_a_ds_config_that_agrees_or_only_tunes_is_merged():
     }
     assert merged["gradient_clipping"] == 0.0
     assert "bf16" not in merged and "optimizer" not in merged
+
+
+def test_every_key_that_passes_is_one_of_deepspeeds():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    def keys(config: Any) -> set[str]:
+        return {field.alias or name for name, field in config.model_fields.items()}
+
+    assert keys(DeepSpeedZeroConfig) >= ZERO_TUNING
+    assert keys(DeepSpeedZeroOffloadOptimizerConfig) | keys(DeepSpeedZeroOffloadParamConfig) >= OFFLOAD_TUNING
+
+
+def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(LayoutError, match=r"need deepspeed, which is not installed; pip install 'deepspeed>=0.19.8'"):
+        _import_deepspeed(torch.device("cpu"))
