@@ -33,7 +33,7 @@ import torch
 
 from model.config import ModelConfig
 from model.hf import state_shapes
-from parallel.layout import Layout
+from parallel.layout import Layout, cut_of
 
 Shapes = Mapping[str, torch.Size]
 
@@ -159,4 +159,5 @@ def _elements(layout: Layout, name: str, shape: torch.Size) -> int:
     """Of a parameter on the fullest rank."""
     if layout.config.expert > 1 and ".experts." in name:
         return shape.numel() // layout.shard
-    return ceil(shape[0] / layout.shard) * shape[1:].numel()
+    cut = cut_of(shape, layout.shard)
+    return ceil(shape[cut] / layout.shard) * shape.numel() // shape[cut]

@@ -34,7 +34,7 @@ from model.moe import MoE, Router
 from model.transformer import Output, Transformer
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
 from parallel.expert import spread_experts
-from parallel.layout import Layout
+from parallel.layout import Layout, cut_of
 from parallel.meshes import Meshes
 from parallel.moments import moments, restore
 from parallel.shards import Shard
@@ -140,6 +140,7 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModul
     compute = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     common: dict[str, Any] = {"reshard_after_forward": layout.config.reshard_after_forward, "mesh": meshes.dense}
+    cut: dict[str, Any] = {"shard_placement_fn": lambda parameter: ShardDim(cut_of(parameter.shape, layout.shard))}
     if layout.config.offload == "all":
         common["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in model.model.layers:
@@ -148,7 +149,7 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModul
             fully_shard(block.mlp.experts, **{**common, **place}, mp_policy=compute)
         if model.compute_dtype is not torch.float32:
             fully_shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], **common, mp_policy=exact)
-        fully_shard(block, **common, mp_policy=compute)
+        fully_shard(block, **common, **cut, mp_policy=compute)
         register_fsdp_forward_method(block, "decode")
     embedding = fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
     embedding.set_unshard_in_backward(False)  # its gradient asks for the tokens alone

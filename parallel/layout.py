@@ -216,3 +216,11 @@ def _problems_of_proof(c: ParallelConfig) -> Iterator[str]:
             f"parallel: {cell(c)} has no row in parallel/PARITY.md: nothing shows that its answer is right, "
             "and parallel.unproven=true runs it all the same"
         )
+
+
+def cut_of(shape: Sequence[int], ranks: int) -> int:
+    """The dimension along which FSDP cuts a parameter: rows, or an expert's rows where ranks divide these but not the experts.
+
+    Rows that ranks do not divide are padded: for 256 experts on 1,024 ranks three quarters of what is stored and sent.
+    """
+    return 1 if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0 else 0

@@ -38,7 +38,7 @@ import torch
 
 from model.config import ModelConfig
 from model.hf import state_shapes
-from parallel.layout import Layout
+from parallel.layout import Layout, cut_of
 
 BIAS = "e_score_correction_bias"  # of the routers: a buffer
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all"]
@@ -109,7 +109,8 @@ def _fsdp(layout: Layout, shapes: Shapes, micro_batches: int, element_size: int)
             ranks, elements = layout.expert_shard, shape.numel() // expert
         else:
             ranks = layout.shard
-            elements = _ceil(shape[0], ranks) * shape[1:].numel()
+            cut = cut_of(shape, ranks)
+            elements = _ceil(shape[cut], ranks) * shape.numel() // shape[cut]
         size = element_size if what in ("blocks", "experts") else GRADIENT
         in_backward = reshards and what not in ("embedding", "head")
         yield Flow(what, "all_gather", ranks, (1 + in_backward) * times * size * elements)

@@ -50,6 +50,7 @@ class Case:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute_dtype: torch.dtype = torch.float32
     experts: str = "grouped_mm"
+    model: ModelConfig = CONFIG
     poison: int | None = None  # the step whose gradient gets a NaN on the last rank
     fault: str | None = None  # one of tests.parallel.faults
 
@@ -70,10 +71,10 @@ def global_batch(step: int) -> Batch:
 def build(case: Case) -> Engine:
     """The engine of a case, as one rank of the current group."""
     with torch.device("meta"):
-        model = Transformer(CONFIG, compute_dtype=case.compute_dtype, mask_documents=True, experts=case.experts)
+        model = Transformer(case.model, compute_dtype=case.compute_dtype, mask_documents=True, experts=case.experts)
     apply_recompute(model, case.parallel.recompute)
     return build_engine(
-        Layout(case.parallel, dist.get_world_size(), CONFIG),
+        Layout(case.parallel, dist.get_world_size(), case.model),
         model,
         torch.device("cpu"),
         lambda model, write: initialize(model, 0, "cpu", write),

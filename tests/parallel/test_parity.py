@@ -19,7 +19,7 @@ import torch
 from parallel.layout import ParallelConfig, cell
 from parallel.proven import PROVEN, Cell
 from tests.parallel.faults import FAULTS
-from tests.parallel.harness import REFERENCE, SEQUENCES, Case, check_equal, errors, train
+from tests.parallel.harness import CONFIG, REFERENCE, SEQUENCES, Case, check_equal, errors, train
 
 TABLE = Path(__file__).parents[2] / "parallel" / "PARITY.md"
 ROW = re.compile(r"^\| `([^`]+)` \|", re.M)
@@ -108,6 +108,14 @@ def test_every_open_layout_gives_the_answer_of_one_process(workers, reference, t
 @pytest.mark.parametrize(("world_size", "config"), VARIANTS)
 def test_every_size_and_mode_gives_the_answer_of_one_process(workers, reference, world_size, config):
     check_equal(workers.run(world_size, train, Case(config))[0], reference)
+
+
+def test_experts_that_ranks_do_not_divide_are_cut_inside(workers):
+    """Six experts on four ranks: each rank has a quarter of every expert, none a whole one and padding."""
+    six = CONFIG.override({"n_routed_experts": 6, "n_group": 2, "topk_group": 1})
+    reference = workers.run(1, train, replace(REFERENCE, model=six))[0]
+    run = workers.run(4, train, Case(ParallelConfig("fsdp", micro_batch=3), model=six))[0]
+    check_equal(run, reference)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

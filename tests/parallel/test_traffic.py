@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from model.config import ModelConfig
 from model.moe import Router, Routing
 from parallel.layout import Layout, ParallelConfig
 from parallel.traffic import Flow, sent, step_traffic
-from tests.parallel import harness
 from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
 from tests.parallel.traffic_counter import Call, TrafficCounter
 
@@ -27,19 +25,18 @@ class Step(NamedTuple):
     leaving: int  # (token, expert) pairs of this rank whose expert lies on another, each counted in every forward pass
 
 
-def count(case: Case, config: ModelConfig = CONFIG) -> dict[int, Step]:
+def count(case: Case) -> dict[int, Step]:
     """As one rank: a step of one micro-batch and one of two."""
-    with patch.object(harness, "CONFIG", config):
-        engine = build(case)
-        away = PairsAway(engine.model, case.parallel.expert)
-        for step in range(WARMUP):
-            engine.step(micro_batches(case, step)[:1], SETTINGS)
-        counted = {}
-        for number in (1, 2):
-            away.pairs = 0
-            with TrafficCounter() as counter:
-                engine.step(micro_batches(case, WARMUP)[:number], SETTINGS)
-            counted[number] = Step(counter.calls, away.pairs)
+    engine = build(case)
+    away = PairsAway(engine.model, case.parallel.expert)
+    for step in range(WARMUP):
+        engine.step(micro_batches(case, step)[:1], SETTINGS)
+    counted = {}
+    for number in (1, 2):
+        away.pairs = 0
+        with TrafficCounter() as counter:
+            engine.step(micro_batches(case, WARMUP)[:number], SETTINGS)
+        counted[number] = Step(counter.calls, away.pairs)
     return counted
 
 
@@ -96,12 +93,12 @@ def test_in_bf16_blocks_travel_in_two_bytes_and_the_rest_in_four(workers):
 
 
 def test_padding_of_uneven_shards_is_counted(workers):
-    """On 4 ranks 26 rows of the query latent become 28, 97 of the vocabulary 100, 6 experts 8."""
+    """On 4 ranks 26 rows of the query latent become 28, 97 of the vocabulary 100; 6 experts are cut inside, without padding."""
     uneven = CONFIG.override(
         {"q_lora_rank": 26, "vocab_size": 97, "n_routed_experts": 6, "n_group": 2, "topk_group": 1}
     )
     config = ParallelConfig("fsdp")
-    check(workers.run(4, count, Case(config_of(config, 4)), uneven), config, 4, uneven)
+    check(workers.run(4, count, Case(config_of(config, 4), model=uneven)), config, 4, uneven)
 
 
 def config_of(config: ParallelConfig, world_size: int) -> ParallelConfig:
