@@ -2,9 +2,9 @@
 
     python benchmarks/recompute.py --shape benchmarks/shapes/reference.json --json FILE
 
-Each mode runs in processes of its own. With `--processes N` the experts of a layer lie on N ranks (fsdp + expert, gloo), each of
-which has the shape's whole batch. What is counted are the storages that operations touch (`live_bytes`), so the figures are the
-same on any machine; the time is CPU time, which a neighbour disturbs least, beside that of the mode `none`.
+With `--processes N` the experts of a layer lie on N ranks (fsdp + expert, gloo), each of which has the shape's whole batch.
+What is counted are the storages that operations touch (`live_bytes`), so the figures are the same on any machine; the time is
+CPU time, which a neighbour disturbs least, beside that of the mode `none`.
 """
 
 import argparse
@@ -61,8 +61,7 @@ def main() -> None:
 def compare(shape: Shape, processes: int, dtype: torch.dtype) -> dict[str, Any]:
     """The modes beside each other. Of several ranks the mean activations: the rows of one are what another did not get."""
     modes: dict[str, dict[str, Any]] = {}
-    for mode in get_args(Recompute):
-        ranks = run(shape, processes, dtype, mode)
+    for mode, ranks in run(shape, processes, dtype).items():
         counted = activation_bytes(
             shape.config, shape.batch, shape.sequence_length, dtype.itemsize, mode,
             casts_weights=processes == 1, spreads_experts=processes > 1,
@@ -82,17 +81,19 @@ def compare(shape: Shape, processes: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def run(shape: Shape, processes: int, dtype: torch.dtype, mode: Recompute) -> list[Measured]:
-    """What each rank measured."""
+def run(shape: Shape, processes: int, dtype: torch.dtype) -> dict[Recompute, list[Measured]]:
+    """What each rank measured, by mode."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(rank_main, (shape, processes, dtype, mode, folder), nprocs=processes)
-        return [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(processes)]
+        multiprocessing.spawn(rank_main, (shape, processes, dtype, folder), nprocs=processes)
+        ranks = [torch.load(Path(folder, str(rank)), weights_only=False) for rank in range(processes)]
+    return {mode: [found[mode] for found in ranks] for mode in get_args(Recompute)}
 
 
-def rank_main(rank: int, shape: Shape, processes: int, dtype: torch.dtype, mode: Recompute, folder: str) -> None:
+def rank_main(rank: int, shape: Shape, processes: int, dtype: torch.dtype, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
-    torch.save(measure(shape, dtype, mode), Path(folder, str(rank)))
+    found = {mode: measure(shape, dtype, mode) for mode in get_args(Recompute)}
+    torch.save(found, Path(folder, str(rank)))
     dist.destroy_process_group()
 
 
