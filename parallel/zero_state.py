@@ -121,6 +121,7 @@ class ReplicatedPartitions(Partitions):
 
     def gradients(self) -> dict[str, Tensor]:
         if self.optimizer.cpu_offload:
+            self.optimizer._wait_for_offload_copies()  # from a GPU they come while the host goes on
             return self._pieces([flat.grad for flat in self.flats if flat.grad is not None])
         return {
             self.names[parameter]: piece

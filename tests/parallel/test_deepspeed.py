@@ -108,7 +108,7 @@ def steps(case: Case, state: dict[str, Any] | None, first: int, last: int) -> di
     ],
 )
 def test_a_run_that_continues_is_the_same_bit_for_bit(workers, engine, options):
-    layout = case(engine, **options)
+    layout = case(engine, 8, **options)
     straight = workers.run(2, steps, layout, None, 0, STEPS)[0]
     half = workers.run(2, steps, layout, None, 0, 1)[0]
     resumed = workers.run(2, steps, layout, half["state"], 1, STEPS)[0]
@@ -196,7 +196,7 @@ def flatten(value: Any) -> list[torch.Tensor]:
 
 
 def test_a_sharded_model_can_be_read_between_steps(workers):
-    for worst, largest in workers.run(2, read_between_steps, case("zero3", 4)):
+    for worst, largest in workers.run(2, read_between_steps, case("zero3", 8)):
         assert worst <= TOLERANCE
         assert largest <= 300, "a parameter stayed whole after a step"
 
