@@ -135,7 +135,7 @@ class ReplicatedPartitions(Partitions):
     def drop_gradients(self) -> None:
         optimizer = self.optimizer
         optimizer.zero_grad()
-        optimizer.micro_step_id = -1
+        optimizer.micro_step_id = -1  # DeepSpeed's INITIAL_MICRO_STEP_ID: nothing accumulated
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
             optimizer._offload_accumulated_param_ids = set()
