@@ -127,8 +127,8 @@ class GlobalStep(ABC):
 
     def _norm(self, parts: Sequence[Tensor]) -> float:
         """‖g‖ over all ranks; from one reduction, so that it has the same bits on each of them."""
-        norms = torch._foreach_norm([part for part in parts if part.numel()])
-        square = torch.stack(norms).double().square().sum()
+        filled = [part for part in parts if part.numel()] or [torch.zeros(1, device=self.model.device)]
+        square = torch.stack(torch._foreach_norm(filled)).double().square().sum()
         if self.copies < dist.get_world_size():
             dist.all_reduce(square)
             square = square / self.copies

@@ -131,10 +131,12 @@ class Trainer:
             model = Transformer(config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents)
         apply_recompute(model, recipe.parallel.recompute)
         if recipe.run.compile is True:
-            if compute != "bf16" or recipe.parallel.recompute != "none":
+            parallel = recipe.parallel
+            if (compute, parallel.recompute, parallel.engine) != ("bf16", "none", "ddp"):
                 raise RecipeError(
-                    f"run.compile = true: torch compiles the grouped product in bf16 only, and no block that recomputes; here "
-                    f"precision.compute is {compute}, parallel.recompute {recipe.parallel.recompute}; change them or run.compile"
+                    "run.compile = true: torch compiles the grouped product in bf16 only, no block that recomputes, and blocks that "
+                    f"are whole (ddp); here precision.compute is {compute}, parallel.recompute {parallel.recompute}, "
+                    f"parallel.engine {parallel.engine}; change them or run.compile"
                 )
             for block in model.model.layers:
                 block.compile()
