@@ -134,8 +134,8 @@ class Trainer:
             parallel = recipe.parallel
             if (compute, parallel.recompute, parallel.engine) != ("bf16", "none", "ddp"):
                 raise RecipeError(
-                    "run.compile = true: torch compiles the grouped product in bf16 only, no block that recomputes, and blocks that "
-                    f"are whole (ddp); here precision.compute is {compute}, parallel.recompute {parallel.recompute}, "
+                    "run.compile = true: torch compiles the grouped product in bf16 only, no block that recomputes, and blocks "
+                    f"that are whole (ddp); here precision.compute is {compute}, parallel.recompute {parallel.recompute}, "
                     f"parallel.engine {parallel.engine}; change them or run.compile"
                 )
             for block in model.model.layers:
