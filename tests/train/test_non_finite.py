@@ -2,9 +2,12 @@
 
 import json
 import math
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from data.loader import Samples, StoreEntry
 from data.store import Store
@@ -27,8 +30,26 @@ def train_with_nan(arguments: list[str], first: int, last: int) -> int:
         return trainer.run()
 
 
-def test_a_nan_on_one_of_two_ranks_costs_one_step_and_touches_nothing(run: Run) -> None:
-    processes = run.start(*EVERY_STEP, processes=2, work=train_with_nan, extra=(5, 5))
+def train_with_nan_losses(arguments: list[str], step: int) -> int:
+    """Train with a NaN as the loss of the last rank in one step, under any engine."""
+    with process_group("cpu") as process:
+        trainer = Trainer(load_recipe(arguments[0], arguments[1:]), process)
+        engine: Any = trainer.engine
+        backward = engine.backward
+
+        def backward_of_nan(loss: Tensor, is_last: bool) -> None:
+            is_poisoned = trainer.step + 1 == step and process.rank == process.world_size - 1
+            backward(loss * math.nan if is_poisoned else loss, is_last)
+
+        engine.backward = backward_of_nan
+        return trainer.run()
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp parallel.expert=2", "zero2", "zero3"])
+def test_a_nan_on_one_of_two_ranks_costs_one_step_and_touches_nothing(run: Run, layout: str) -> None:
+    changes = (*EVERY_STEP, *f"parallel.engine={layout}".split())
+    work, extra = (train_with_nan, (5, 5)) if layout == "ddp" else (train_with_nan_losses, (5,))
+    processes = run.start(*changes, processes=2, work=work, extra=extra)
     assert processes.wait() == [0, 0], run.said
     metrics = run.metrics()
     assert [line["skipped"] for line in metrics] == [0] * 4 + [1] * 4
