@@ -237,11 +237,11 @@ def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
 
 
 def _travel(c: ModelConfig, a: int) -> list[_Row]:
+    """Beside the rows of `_experts`, whose outputs are kept where they come home."""
     k = c.num_experts_per_tok
     return [
         _Row("orders of the rows that arrived, there and back", 16 * k, NONE),
         _Row("rows that arrived, by the rank they came from", a * k * c.hidden_size, SELECTIVE),
-        _Row("rows that came home", a * k * c.hidden_size, SELECTIVE),  # else they are the outputs of the experts
     ]
 
 

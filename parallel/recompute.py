@@ -6,8 +6,8 @@
 | `selective` | outputs of attention and matrix products, rows that travel | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
 | `full`      | the block's input                                          | the block                                       |
 
-With expert parallelism `selective` keeps rows as they arrive and as they come home, so that none travels twice: 2·K·D elements a
-token and layer beyond what one device keeps. Under `full` they travel again.
+With expert parallelism `selective` keeps rows as they arrive, so that none travels twice: K·D elements a token and layer beyond
+what one device keeps. The outputs of the experts are kept where they come home. Under `full` rows travel again.
 
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
@@ -82,6 +82,9 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.is_kept(func, args):
+            if func is c10d.all_to_all_single.default and self.kept and self.kept[-1][0] is aten._grouped_mm.default:
+                # What experts hand out is kept where it comes home; here its shape will do.
+                self.kept[-1] = (aten._grouped_mm.default, tree_map_only(Tensor, _hollow, self.kept[-1][1]))
             self.kept.append((func, tree_map_only(Tensor, Tensor.detach, out)))
         return out
 
@@ -95,6 +98,11 @@ class _Recall(_Keep):
         kept_of, out = self.kept.popleft()
         assert kept_of is func, f"the backward pass ran {func} where the forward pass ran {kept_of}"
         return out
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, with one number in it."""
+    return tensor.new_zeros(()).expand_as(tensor)
 
 
 def _is_routing(func: Any, args: tuple[Any, ...]) -> bool:
