@@ -13,6 +13,7 @@ Routing decisions are kept in every mode, never recomputed: recomputed scores co
 go backward through another expert than forward.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -101,8 +102,8 @@ class _Recall(_Keep):
 
 
 def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype, with one number in it."""
-    return tensor.new_zeros(()).expand_as(tensor)
+    """A tensor of the same shape and dtype without content: NaN, should anyone read it after all."""
+    return tensor.new_full((), math.nan).expand_as(tensor)
 
 
 def _is_routing(func: Any, args: tuple[Any, ...]) -> bool:
