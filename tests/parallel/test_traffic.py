@@ -68,7 +68,7 @@ LAYOUTS = {
     "HSDP, kept gathered": (4, ParallelConfig("fsdp", replicate=2, reshard_after_forward=False)),
     "experts": (4, ParallelConfig("fsdp", expert=4)),
     "experts and shards": (4, ParallelConfig("fsdp", expert=2)),
-    "experts, recomputing": (4, ParallelConfig("fsdp", expert=4, recompute="full")),
+    "experts, recomputing": (2, ParallelConfig("fsdp", expert=2, recompute="full")),
     "experts, recomputing some": (4, ParallelConfig("fsdp", expert=2, replicate=2, recompute="selective")),
     "zero1": (2, ParallelConfig("zero1")),
     "zero2": (2, ParallelConfig("zero2")),
