@@ -41,7 +41,7 @@ class DDPEngine(GlobalStep):
         model.to_empty(device=device)
         fill(model, write_whole)
         super().__init__(model, clip)
-        self.copies = dist.get_world_size()
+        self.gradient_copies = dist.get_world_size()
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -48,7 +48,7 @@ class ZeroEngine(GlobalStep):
         LayoutError: deepspeed is not installed, or the user's ds_config contradicts the recipe.
     """
 
-    copies = 1
+    gradient_copies = 1
 
     def __init__(
         self,

@@ -47,8 +47,10 @@ class AllToAllDispatcher:
     class Handle(NamedTuple):
         local: LocalDispatcher.Handle  # this rank's rows, sorted by expert
         counts: Tensor  # [E] of this rank's tokens
-        arriving: Tensor  # [ranks, E_local] rows from each rank for each of this rank's experts
-        rows: Tensor  # [M, D] on their way
+        arriving: Tensor  # [E_local] rows for each of this rank's experts
+        order: Tensor  # [M] the row to take for each place, from (source rank, expert) to (expert, source rank)
+        inverse: Tensor  # [M]
+        on_their_way: Tensor  # [M, D]
         trip: "Trip"
 
     def __init__(self, experts: int, group: dist.ProcessGroup):
@@ -60,31 +62,21 @@ class AllToAllDispatcher:
         ranks = self.group.size()
         leaving = local.counts.view(ranks, -1)  # [ranks, E_local]
         arriving = _wait(_exchange(leaving, [1] * ranks, [1] * ranks, self.group))
-        send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()  # the one wait for the device
+        send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()  # the one wait for the device
         trip = Trip(self.group, send, receive)
         rows, _ = self.local.receive(local)  # [N·K, D]
-        return self.Handle(local, local.counts, arriving, _Depart.apply(rows, trip), trip)
+        on_their_way = _Depart.apply(rows, trip)
+        order, inverse = _orders(arriving, total=sum(receive))
+        return self.Handle(local, local.counts, arriving.sum(0), order, inverse, on_their_way, trip)
 
     def receive(self, handle: Handle) -> tuple[Tensor, Tensor]:
-        rows = _Arrive.apply(handle.rows, handle.trip)  # (source rank, expert)
-        order, inverse = self._orders(handle)
-        return _Permute.apply(rows, order, inverse), handle.arriving.sum(0)
+        rows = _Arrive.apply(handle.on_their_way, handle.trip)  # (source rank, expert)
+        return _Permute.apply(rows, handle.order, handle.inverse), handle.arriving
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
-        order, inverse = self._orders(handle)
         home = handle.trip.back()
-        rows = _Arrive.apply(_Depart.apply(_Permute.apply(expert_output, inverse, order), home), home)
-        return self.local.combine(rows, handle.local)
-
-    def _orders(self, handle: Handle) -> tuple[Tensor, Tensor]:
-        """The row to take for each place, from (source rank, expert) to (expert, source rank), and its inverse; both [M]."""
-        lengths = handle.arriving.T.flatten()  # of the runs of rows in their new order
-        starts = (handle.arriving.flatten().cumsum(0) - handle.arriving.flatten()).view_as(handle.arriving).T.flatten()
-        total = len(handle.rows)
-        shift = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths, output_size=total)
-        place = torch.arange(total, device=shift.device)
-        order = place + shift
-        return order, torch.empty_like(order).scatter_(0, order, place)
+        rows = _Permute.apply(expert_output, handle.inverse, handle.order)  # (source rank, expert)
+        return self.local.combine(_Arrive.apply(_Depart.apply(rows, home), home), handle.local)
 
 
 class Trip:
@@ -135,6 +127,31 @@ class _Arrive(torch.autograd.Function):
         return grad.new_zeros(()).expand_as(grad), None
 
 
+def _orders(arriving: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """How to sort rows from (source rank, expert) to (expert, source rank), and back.
+
+    Args:
+        arriving: [ranks, E_local] rows from each rank for each expert.
+        total: their sum, M, which the host knows.
+
+    Returns:
+        [M] the row to take for each place, and the inverse of that permutation.
+    """
+    flat = arriving.flatten()
+    starts = (flat.cumsum(0) - flat).view_as(arriving).T.flatten()  # of the runs of rows, in their new order
+    lengths = arriving.T.flatten()
+    shift = starts - (lengths.cumsum(0) - lengths)
+    place = torch.arange(total, device=arriving.device)
+    order = place + shift.repeat_interleave(lengths, output_size=total)
+    return order, torch.empty_like(order).scatter_(0, order, place)
+
+
+@torch.library.custom_op("rorqual::to_host", mutates_args=())
+def to_host(numbers: Tensor) -> Tensor:
+    """A copy in host memory. An operation of its own, so that recomputation can recall it and need not wait again."""
+    return numbers.to("cpu", copy=True)
+
+
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Rows on their way to the ranks of a group. The functional form, which `parallel.recompute` can keep."""
     return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive, send, group.group_name)
@@ -156,3 +173,6 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
+
+
+TO_HOST = torch.ops.rorqual.to_host.default

@@ -54,14 +54,15 @@ class FSDPEngine(GlobalStep):
         clip: float | None,
     ):
         super().__init__(model, clip)
-        self.copies = layout.config.replicate
+        self.gradient_copies = layout.config.replicate
         self.reshards = layout.config.reshard_after_forward
         meshes = Meshes(layout, device.type)
         if layout.config.expert > 1:
             spread_experts(model, meshes.expert)
         self.units = _shard(model, meshes, layout)
         _materialize(model, device, offload=layout.config.offload == "all")
-        self._reshard()  # FSDP settles where its shards lie when it first gathers
+        self.units[-1].unshard()  # FSDP settles where its shards lie when it first gathers
+        self._reshard()
         self.parameters = dict(model.named_parameters())
         self.shards = {name: _shard_of(name, p, meshes, layout) for name, p in self.parameters.items()}
         with torch.no_grad():
@@ -129,8 +130,7 @@ class FSDPEngine(GlobalStep):
         return ((name, shard.local) for name, shard in self.shards.items())
 
     def _reshard(self) -> None:
-        """Free what an evaluation left gathered."""
-        self.units[-1].unshard()
+        """Free what is gathered; an evaluation leaves something so."""
         for unit in self.units:
             unit.reshard()
 

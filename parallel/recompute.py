@@ -28,9 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from model.block import Block
 from model.flops import Recompute
 from model.transformer import Transformer
+from parallel.expert import TO_HOST
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable}
+ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable, TO_HOST}
 EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
 MATRIX_PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,

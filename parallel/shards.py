@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model.init import Draw
@@ -23,9 +24,13 @@ class Shard(NamedTuple):
     placements: tuple[Placement, ...]
 
     def as_whole(self, local: Tensor) -> DTensor:
-        """A tensor in the form of `local` (the part itself, its gradient, its moment) as its part of the whole; shares memory."""
+        """A tensor in the form of `local` (the part itself, its gradient, its moment) as its part of the whole.
+
+        It shares the memory of `local`, wherever that is. `DTensor.from_local` would bring what is offloaded to the mesh's device.
+        """
         stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+        spec = DTensorSpec(self.mesh, self.placements, TensorMeta(self.shape, stride, local.dtype))
+        return DTensor(local.detach(), spec, requires_grad=False)
 
     def write(self, expert: int | None, draw: Draw) -> None:
         """Keep this rank's part of a parameter's values, or of one expert's; values for other ranks are not drawn."""

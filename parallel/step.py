@@ -3,7 +3,7 @@
     1. n_k ← valid targets of head k in the global batch            (one reduction of 1 + D integers)
     2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n
     3. losses and expert counts of the global batch                  (one reduction for all layers, MTP included)
-    4. g   ← g · min(1, clip / ‖g‖);   a non-finite ‖g‖ ends the step here: nothing is updated
+    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   a non-finite ‖g‖ ends the step here: nothing is updated
     5. optimizer step at the given learning rate
     6. b   ← balance.update(b, counts, γ) for every router, MTP included
 
@@ -34,7 +34,7 @@ class GlobalStep(ABC):
         clip: largest global gradient norm; None does not clip.
     """
 
-    copies: int  # how many ranks hold each element of the gradient
+    gradient_copies: int  # how many ranks hold each element of the gradient
     copied: frozenset[str] = frozenset()
 
     def __init__(self, model: Transformer, clip: float | None):
@@ -92,12 +92,13 @@ class GlobalStep(ABC):
             self.backward(loss * self.loss_scale, is_last)
             outputs.append(output)
         losses, counts = _sum_of_global_batch(outputs, targets, settings.batch)
+        host_counts = counts.cpu()  # before the optimizer starts, or the host would wait for it
         grad_norm, non_finite = self._update(settings.lr)
         if not non_finite:
             for router, layer_counts in zip(self.routers, counts):
                 bias = router.e_score_correction_bias
                 bias.copy_(balance.update(bias, layer_counts, settings.gamma))
-        return StepResult(losses, grad_norm, counts.cpu(), non_finite)
+        return StepResult(losses, grad_norm, host_counts, non_finite)
 
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
@@ -128,16 +129,16 @@ class GlobalStep(ABC):
     def _norm(self, parts: Sequence[Tensor]) -> float:
         """‖g‖ over all ranks; from one reduction, so that it has the same bits on each of them."""
         filled = [part for part in parts if part.numel()] or [torch.zeros(1, device=self.model.device)]
-        square = torch.stack(torch._foreach_norm(filled)).double().square().sum()
-        if self.copies < dist.get_world_size():
+        square = torch.stack(torch._foreach_norm(filled)).double().square().sum().to(self.model.device)
+        if self.gradient_copies < dist.get_world_size():
             dist.all_reduce(square)
-            square = square / self.copies
+            square = square / self.gradient_copies
         return math.sqrt(float(square))
 
     def _non_finite(self, gradients: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Names of the parameters whose gradients are not finite on any rank."""
         found: list[list[str]] = [[name for name, part in gradients.items() if not part.isfinite().all()]]
-        if self.copies < dist.get_world_size():
+        if self.gradient_copies < dist.get_world_size():
             mine, found = found[0], [[]] * dist.get_world_size()
             dist.all_gather_object(found, mine)
         bad = {name for names in found for name in names}

@@ -38,7 +38,9 @@ NAMES = ("depth", "width", "tokens", "weights", "shape", "index", "total", "rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-parity", action="store_true", help="write parallel/PARITY.md from what the parity tests measure")
+    parser.addoption(
+        "--write-parity", action="store_true", help="write parallel/PARITY.md from what the parity tests measure"
+    )
 
 
 @pytest.fixture(scope="session")

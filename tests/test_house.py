@@ -47,7 +47,9 @@ def test_nothing_is_switched_by_an_environment_variable() -> None:
     """Only `train` reads any, and only what a launcher sets. To set one for a library is another matter."""
     for path in sources(*PACKAGES):
         for line in path.read_text("utf-8").splitlines():
-            if re.search(r"\benviron\b|getenv", line) and not re.search(r'os\.environ(\["\w+"\] = |\.setdefault\()', line):
+            if re.search(r"\benviron\b|getenv", line) and not re.search(
+                r'os\.environ(\["\w+"\] = |\.setdefault\()', line
+            ):
                 names = set(re.findall(r'"(\w+)"', line))
                 assert path.parent.name == "train" and names & LAUNCHERS, f"{path}: {line.strip()}"
 

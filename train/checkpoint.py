@@ -156,7 +156,9 @@ class Checkpoints:
         try:
             if self._ranks.first(lambda: self._prepare(temporary, final)):
                 return
-            metadata = dcp.save(tensors, storage_writer=SyncedWriter(temporary), process_group=self._group)
+            # DCP would copy from the GPU in streams of its own; in a thread that means the first GPU's, whatever this rank's is.
+            ahead: dict[str, Any] = {"per_thread_copy_ahead": 0} if self.asynchronous else {}
+            metadata = dcp.save(tensors, storage_writer=SyncedWriter(temporary, **ahead), process_group=self._group)
             written = {part.relative_path for part in (metadata.storage_data or {}).values()}
             self._ranks.first(lambda: self._publish(temporary, final, step, run_json, written))
         except BaseException as error:

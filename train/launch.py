@@ -57,6 +57,8 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Process]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if use_cuda:  # a group's first operation needs all of its ranks, which point to point does not ask; and a broken one shows now
+        dist.all_reduce(torch.zeros(1, device=where))
     try:
         yield Process(dist.get_rank(), dist.get_world_size(), local_rank, where)
     finally:

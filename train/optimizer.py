@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -101,31 +102,67 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None, "AdamW evaluates the loss once, before the step"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                start_state(self, group, parameter)
-            for bucket in _buckets([p for p in group["params"] if p.grad is not None]):
+            stepping = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in stepping:
+                start_state(self, group, parameter)["step"] += 1
+            for bucket in _buckets(piece for parameter in stepping for piece in self._pieces(parameter)):
                 self._update(group, bucket)
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _pieces(self, parameter: Tensor) -> Iterator[_Piece]:
+        """A parameter, flat, in pieces that fit a bucket. A rank's part of a whole model may be one parameter (ZeRO)."""
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        for weight, gradient, m, v in zip(*(tensor.reshape(-1).split(BUCKET_ELEMENTS) for tensor in whole)):
+            yield _Piece(weight, gradient, m, v, int(state["step"]))
+
+    def _update(self, group: dict[str, Any], pieces: list[_Piece]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
-        states = [self.state[p] for p in parameters]
-        gradients = [p.grad.float() for p in parameters if p.grad is not None]
-        m = [s["exp_avg"].float() for s in states]
-        v = [s["exp_avg_sq"].float() for s in states]
+        weights = [piece.weight for piece in pieces]
+        gradients = [piece.gradient.float() for piece in pieces]
+        m = [piece.exp_avg.float() for piece in pieces]
+        v = [piece.exp_avg_sq.float() for piece in pieces]
 
         torch._foreach_lerp_(m, gradients, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-        torch._foreach_copy_([s["exp_avg"] for s in states], m)
-        torch._foreach_copy_([s["exp_avg_sq"] for s in states], v)
+        torch._foreach_copy_([piece.exp_avg for piece in pieces], m)
+        torch._foreach_copy_([piece.exp_avg_sq for piece in pieces], v)
 
-        torch._foreach_add_([s["step"] for s in states], 1)
-        steps = [int(s["step"]) for s in states]
         torch._foreach_sqrt_(v)
-        torch._foreach_div_(v, [math.sqrt(1 - beta2**t) for t in steps])
+        torch._foreach_div_(v, [math.sqrt(1 - beta2**piece.step) for piece in pieces])
         torch._foreach_add_(v, group["eps"])
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(parameters, m, v, [-lr / (1 - beta1**t) for t in steps])
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(weights, m, v, [-lr / (1 - beta1**piece.step) for piece in pieces])
+
+
+# fp32 copies of m, v and g of one bucket: 768 MiB at most.
+BUCKET_ELEMENTS = 2**26
+
+
+class _Piece(NamedTuple):
+    """A flat piece of a parameter and what belongs to it."""
+
+    weight: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int  # that is being taken, counted from 1
+
+
+def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Cut a list into runs of at most BUCKET_ELEMENTS elements."""
+    bucket: list[_Piece] = []
+    elements = 0
+    for piece in pieces:
+        size = piece.weight.numel()
+        if bucket and elements + size > BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+        bucket.append(piece)
+        elements += size
+    if bucket:
+        yield bucket
 
 
 class HostEMA:
@@ -153,7 +190,8 @@ class HostEMA:
             for name, part in parts.items()
             if part.is_cuda
         }
-        self._thread = ThreadPoolExecutor(1, "ema") if self._buffers else None
+        devices = {part.device for part in parts.values() if part.is_cuda}  # one, of which a new thread would not know
+        self._thread = ThreadPoolExecutor(1, "ema", partial(torch.cuda.set_device, *devices)) if devices else None
         self._pending: Future[None] | None = None
 
     @torch.no_grad()
@@ -185,26 +223,6 @@ class HostEMA:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
-
-
-BUCKET_ELEMENTS = (
-    2**26
-)  # fp32 copies of m, v and g of one bucket: 768 MiB at most, unless one parameter alone is larger
-
-
-def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of at most BUCKET_ELEMENTS elements, each at least one parameter long."""
-    bucket: list[Tensor] = []
-    elements = 0
-    for parameter in parameters:
-        size = parameter.numel()
-        if bucket and elements + size > BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(parameter)
-        elements += size
-    if bucket:
-        yield bucket
 
 
 def _check_bf16_can_decay(betas: tuple[float, float]) -> None:

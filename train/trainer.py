@@ -216,6 +216,7 @@ class Trainer:
         return state
 
     def _save(self) -> None:
+        self.checkpoints.wait()  # or the host would hold this state beside the one that is being written
         # An engine that gathers its moments gathers the average of the weights too.
         copied = self.engine.copied | ({"ema"} if self.engine.copied else set())
         samples = self.tokens // self.recipe.data.sequence_length

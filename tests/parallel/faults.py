@@ -73,7 +73,7 @@ def losses_divided_by_the_micro_batches() -> AbstractContextManager[Any]:
 
 def the_norm_of_a_shard_for_the_norm_of_all() -> AbstractContextManager[Any]:
     return patch.object(
-        FSDPEngine, "copies", property(lambda self: dist.get_world_size(), lambda self, _: None), create=True
+        FSDPEngine, "gradient_copies", property(lambda self: dist.get_world_size(), lambda self, _: None), create=True
     )
 
 

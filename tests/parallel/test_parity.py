@@ -19,7 +19,7 @@ import torch
 from parallel.layout import ParallelConfig, cell
 from parallel.proven import PROVEN, Cell
 from tests.parallel.faults import FAULTS
-from tests.parallel.harness import CONFIG, REFERENCE, SEQUENCES, Case, check_equal, errors, train
+from tests.parallel.harness import CONFIG, REFERENCE, SEQUENCES, STEPS, Case, check_equal, errors, train
 
 TABLE = Path(__file__).parents[2] / "parallel" / "PARITY.md"
 ROW = re.compile(r"^\| `([^`]+)` \|", re.M)
@@ -116,6 +116,24 @@ def test_experts_that_ranks_do_not_divide_are_cut_inside(workers):
     reference = workers.run(1, train, replace(REFERENCE, model=six))[0]
     run = workers.run(4, train, Case(ParallelConfig("fsdp", micro_batch=3), model=six))[0]
     check_equal(run, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ParallelConfig("fsdp", micro_batch=4, expert=2, recompute="full"),
+        ParallelConfig("fsdp", micro_batch=4, expert=2, replicate=2, recompute="selective"),
+    ],
+    ids=["expert + full", "expert + replicate + selective"],
+)
+def test_half_precision_composes_with_experts_replicas_and_recomputation(workers, reference, config, dtype):
+    """Experts see the tokens of two ranks at once, whose gradients DDP rounds apart: the answer is fp32's to the rounding."""
+    run = workers.run(4, train, Case(config, compute_dtype=dtype))[0]
+    if dtype is torch.float16:
+        assert run["skipped"] == [False] * STEPS
+    worst = errors(run, reference)
+    assert worst["losses"] < 2**-9 and worst["norms"] < 2**-5, worst
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
