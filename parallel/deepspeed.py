@@ -9,6 +9,9 @@
 Parameters are fp32 and the model casts them where it computes, as under the other engines, so that the answer is theirs;
 DeepSpeed's own bf16 and fp16 modes round gradients before they are summed. The norm, clipping and the decision to skip a step are
 `GlobalStep`'s; DeepSpeed reduces, keeps and updates.
+
+With `expert`, under stages 1 and 2, the experts of a layer are first spread over ranks (`parallel.expert`); what lies on one of them
+is then cut over the ranks that have the same. Stage 3 would take different experts for one, and train wrong without a word.
 """
 
 import logging
@@ -24,12 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.attention import MultiHeadLatentAttention
-from model.init import Draw, write_whole
+from model.init import Draw
 from model.transformer import Output, Transformer
 from parallel.ds_config import ds_config
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
+from parallel.expert import spread_experts
 from parallel.layout import Layout, LayoutError
+from parallel.meshes import Meshes
+from parallel.shards import Shard
 from parallel.step import GlobalStep
+from parallel.zero_experts import announce_experts, expert_shards, write_own_experts
 from parallel.zero_state import Owners, Partitions, ReplicatedPartitions, ShardedPartitions
 
 
@@ -37,7 +44,7 @@ class ZeroEngine(GlobalStep):
     """The `Engine` of `parallel.engine: zero1 | zero2 | zero3`.
 
     Args:
-        layout: names the stage, what is offloaded, and the user's ds_config.
+        layout: names the stage, what is offloaded, how experts are spread, and the user's ds_config.
         model: on the meta device.
         device: where it shall compute.
         fill: gives it its first weights, the same on every rank.
@@ -63,14 +70,19 @@ class ZeroEngine(GlobalStep):
         deepspeed = _import_deepspeed(device)
         self.is_sharded = layout.config.engine == "zero3"
         self.world_size = dist.get_world_size()
+        self.meshes = Meshes(layout, device.type) if layout.config.expert > 1 else None
         if self.is_sharded:
             _shard_parameters(deepspeed, model, device, config)
             fill(model, _write_piece)
         else:
+            if self.meshes:
+                spread_experts(model, self.meshes.expert)
             model.to_empty(device=device)
-            fill(model, write_whole)
+            fill(model, partial(write_own_experts, self._experts(model)))
         super().__init__(model, clip)
         optimizer = make_optimizer(model.named_parameters())
+        if self.meshes:
+            announce_experts(model, optimizer, self.meshes)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.partitions: Partitions
         if self.is_sharded:
@@ -106,13 +118,10 @@ class ZeroEngine(GlobalStep):
         self.has_gradients = False
 
     def state(self) -> State:
-        parameters: Mapping[str, Tensor] = dict(self.model.named_parameters())
-        if self.is_sharded:
-            parameters = self.gather(self.parts())
         steps = {int(state["step"]) for state in self.partitions.optimizer_states()}
         assert len(steps) == 1, f"parts of the optimizer took {sorted(steps)} steps"
         return {
-            "parameters": parameters,
+            "parameters": self.gather(self.parts()) if self.is_sharded else self._parameters(),
             "buffers": dict(self.model.named_buffers()),
             "exp_avg": self.gather(self.partitions.moments("exp_avg")),
             "exp_avg_sq": self.gather(self.partitions.moments("exp_avg_sq")),
@@ -126,7 +135,7 @@ class ZeroEngine(GlobalStep):
         if self.is_sharded:
             self.spread(state["parameters"], self.parts())
         else:
-            own["parameters"] = dict(self.model.named_parameters())
+            own["parameters"] = self._parameters()
         for kind, tensors in own.items():
             for name, tensor in tensors.items():
                 if tensor is not state[kind][name]:
@@ -146,6 +155,14 @@ class ZeroEngine(GlobalStep):
 
     def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
         self.owners.spread(state, parts)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """Live and whole, but for experts on several ranks."""
+        experts = {name: shard.as_whole(shard.local) for name, shard in self._experts(self.model).items()}
+        return {**dict(self.model.named_parameters()), **experts}
+
+    def _experts(self, model: Transformer) -> dict[str, Shard]:
+        return expert_shards(model, self.meshes) if self.meshes else {}
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -177,6 +194,8 @@ def _forget_earlier_engines(deepspeed: Any) -> None:
     from deepspeed.utils import groups
 
     deepspeed.comm.comm.cdb = groups._WORLD_GROUP = None
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     parameter_offload.FWD_MODULE_STACK.clear()
     (counter,) = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     counter[0] = deepspeed.zero.Init.param_id = 0

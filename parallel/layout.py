@@ -170,10 +170,10 @@ def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
         if c.replicate != 1:
             has = "has a copy on every process" if c.engine == "ddp" else "has one copy, spread over all processes"
             yield f"parallel.replicate = {c.replicate}: belongs to fsdp; {c.engine} {has}"
-        if c.expert != 1:
-            yield f"parallel.expert = {c.expert}: only fsdp spreads experts over processes, {c.engine} does not"
         if not c.reshard_after_forward:
             yield f"parallel.reshard_after_forward = false: belongs to fsdp, not to {c.engine}"
+    if c.engine in ("ddp", "zero3") and c.expert != 1:
+        yield f"parallel.expert = {c.expert}: fsdp, zero1 and zero2 spread experts over processes, {c.engine} does not"
     if not c.engine.startswith("zero") and c.deepspeed:
         yield f"parallel.deepspeed = {{{', '.join(c.deepspeed)}}}: belongs to zero1, zero2 and zero3, not to {c.engine}"
     if c.engine == "ddp" and c.offload != "none":
@@ -200,6 +200,8 @@ def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -
         yield f"parallel.expert = {c.expert}: the model has no layer with experts"
     elif model.n_routed_experts % c.expert:
         yield f"parallel.expert = {c.expert}: does not divide model.n_routed_experts = {model.n_routed_experts}"
+    if c.engine != "fsdp":
+        return
     parts = world_size // c.replicate // c.expert
     for name, rows in (("hidden_size", model.hidden_size), ("moe_intermediate_size", 2 * model.moe_intermediate_size)):
         if rows % parts:

@@ -30,8 +30,8 @@ PROVEN = frozenset(
     {
         *_all_of("ddp", "recompute"),
         *_all_of("fsdp", "replicate", "expert", "recompute", "offload"),
-        *_all_of("zero1", "recompute", "offload"),
-        *_all_of("zero2", "recompute", "offload"),
+        *_all_of("zero1", "expert", "recompute", "offload"),
+        *_all_of("zero2", "expert", "recompute", "offload"),
         *_all_of("zero3", "recompute", "offload"),
     }
 )

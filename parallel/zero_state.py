@@ -6,6 +6,9 @@ and its two moments. Stages 1 and 2 flatten whole groups of parameters and cut t
     stage 1, 2    group     | p0 |    p1     |  p2  |pad      stage 3    p0 |0|1|   p1 |  0  |  1  |   p2 | 0 | 1|
                   ranks     |      0      |      1      |     flat of rank 0: its part of p0, of p1, of p2
 
+Where ranks have different experts, a stacked parameter [E, ·, ·] is cut twice: into the experts of each rank, and these among the
+ranks that have the same.
+
 A `Fragment` says where a part of a parameter lies. The fragments of all ranks follow from shapes and world size, so every rank
 knows them without asking. This is the only file that reaches into DeepSpeed's optimizers.
 
@@ -71,10 +74,9 @@ class Partitions(ABC):
     def publish(self) -> None:
         """After a change of weights from outside, let every copy follow. Collective."""
 
+    @abstractmethod
     def shape(self, name: str) -> torch.Size:
         """A parameter's whole shape, which a partitioned one does not show."""
-        parameter = self.parameters[name]
-        return getattr(parameter, "ds_shape", parameter.shape)
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's pieces of the fp32 weights, flat."""
@@ -108,16 +110,30 @@ class ReplicatedPartitions(Partitions):
         }
         super().__init__(model, optimizer)
         if not optimizer.cpu_offload:
-            for flat, parts in zip(self.flats, optimizer.parallel_partitioned_bit16_groups):
-                flat.data = parts[self.rank].data
+            groups = optimizer.real_dp_process_group
+            for flat, parts, group in zip(self.flats, optimizer.parallel_partitioned_bit16_groups, groups):
+                flat.data = parts[dist.get_rank(group)].data
             optimizer._link_all_hp_params()
 
     def _cut(self, parameter: nn.Parameter) -> Iterator[Fragment]:
         index, begin = self._places[parameter]
         end, part = begin + parameter.numel(), self.optimizer.partition_size[index]
-        for rank in range(begin // part, (end - 1) // part + 1):
-            low, high = max(begin, rank * part), min(end, (rank + 1) * part)
-            yield Fragment(rank, index, low - rank * part, low - begin, high - low)
+        ranks = self._expert_ranks(parameter)
+        for expert_rank in range(ranks):
+            first = expert_rank * parameter.numel()  # of the whole stack's elements
+            for place in range(begin // part, (end - 1) // part + 1):
+                low, high = max(begin, place * part), min(end, (place + 1) * part)
+                rank = place * ranks + expert_rank
+                yield Fragment(rank, index, low - place * part, first + low - begin, high - low)
+
+    def _expert_ranks(self, parameter: nn.Parameter) -> int:
+        """How many ranks have different experts of a stacked parameter; 1 for what is alike on all."""
+        index, _ = self._places[parameter]
+        return self.world_size // self.optimizer.partition_count[index]
+
+    def shape(self, name: str) -> torch.Size:
+        parameter = self.parameters[name]
+        return torch.Size([parameter.shape[0] * self._expert_ranks(parameter), *parameter.shape[1:]])
 
     def gradients(self) -> dict[str, Tensor]:
         if self.optimizer.cpu_offload:
@@ -165,6 +181,10 @@ class ShardedPartitions(Partitions):
             size = min(part, parameter.ds_numel - rank * part)
             if size > 0:
                 yield Fragment(rank, index, offset, rank * part, size)
+
+    def shape(self, name: str) -> torch.Size:
+        parameter: Any = self.parameters[name]
+        return parameter.ds_shape
 
     def gradients(self) -> dict[str, Tensor]:
         by_flat = self.optimizer.get_fp32_grad_partitions()

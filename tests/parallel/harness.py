@@ -151,12 +151,12 @@ def _part(tensor: Tensor) -> tuple[torch.Size, Box, Tensor]:
 def full_gradients(engine: Engine, case: Case) -> dict[str, Tensor]:
     """The gradients that the optimizer is about to see, whole, on rank 0. Collective."""
     named = engine.model.named_parameters()
+    if case.parallel.engine == "fsdp" or case.parallel.expert > 1:
+        return whole(engine.gather(engine.gradients()))
     if case.parallel.engine.startswith("zero"):
         from deepspeed.utils import safe_get_full_grad
 
         return {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
-    if case.parallel.engine == "fsdp":
-        return whole(engine.gather(engine.gradients()))
     return whole({name: parameter.grad for name, parameter in named})
 
 
