@@ -10,8 +10,8 @@ Parameters are fp32 and the model casts them where it computes, as under the oth
 DeepSpeed's own bf16 and fp16 modes round gradients before they are summed. The norm, clipping and the decision to skip a step are
 `GlobalStep`'s; DeepSpeed reduces, keeps and updates.
 
-With `expert`, under stages 1 and 2, the experts of a layer are first spread over ranks (`parallel.expert`); what lies on one of them
-is then cut over the ranks that have the same. Stage 3 would take different experts for one, and train wrong without a word.
+With `expert`, under stages 1 and 2, the experts of a layer are first spread over ranks (`parallel.expert`); what lies on one of
+them is then cut over the ranks that have the same. Stage 3 would take different experts for one, and train wrong without a word.
 """
 
 import logging

@@ -126,6 +126,9 @@ def _said_by_recipe(
     yield "optimizer.type", _Said(("AdamW", "Adam", "adamw", "adam"), "the section optimizer")
     yield "zero_allow_untested_optimizer", _Said((True,), "Rorqual")
     yield "zero_force_ds_cpu_optimizer", _Said((False,), "Rorqual")
+    if config.expert > 1:  # the paths for which DeepSpeed knows experts
+        for key in ("contiguous_gradients", "reduce_scatter"):
+            yield f"zero_optimization.{key}", _Said((True,), f"parallel.expert = {config.expert}")
     for key in ("optimizer.params.torch_adam", "optimizer.params.adam_w_mode"):
         yield key, _Said((True,), "the section optimizer")
     for key in ("optimizer.params.lr", "scheduler.type"):

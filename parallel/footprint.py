@@ -16,9 +16,9 @@ With P elements in all, of 4 bytes as parameters and gradients and m as a moment
 ³ `reshard_after_forward: false`; all gradients only where a step has several micro-batches, which are summed before they travel.
 
 fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With expert parallelism an expert's matrices lie on one of
-`expert` ranks and are cut over `expert_shard`, which is 1/s again, but a block is gathered with 1/expert of its experts. Offloading
-moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under stages 1 and 2, of the gradients under 3;
-under 2 of the gradients too where a step has several micro-batches.
+`expert` ranks and are cut over `expert_shard`, which is 1/s again, but a block is gathered with 1/expert of its experts; so is what
+zero1 and zero2 keep whole. Offloading moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under
+stages 1 and 2, of the gradients under 3; under 2 of the gradients too where a step has several micro-batches.
 
 Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
 """
@@ -79,11 +79,16 @@ def gathered_units(layout: Layout, shapes: Shapes, element_size: int) -> dict[st
     for name, shape in shapes.items():
         parts = name.split(".")
         key = parts[2] if parts[1] == "layers" else "embedding" if parts[1] == "embed_tokens" else "root"
-        elements = shape.numel() // (layout.config.expert if ".experts." in name else 1)
+        elements = _apart(layout, name, shape)
         is_exact = "norm" in name or name.endswith(".gate.weight") or not key.isdigit()
         unit = units[key]
         units[key] = Unit(unit.elements + elements, unit.bytes + elements * (4 if is_exact else element_size))
     return units
+
+
+def _apart(layout: Layout, name: str, shape: torch.Size) -> int:
+    """Elements of a parameter that its expert rank has."""
+    return shape.numel() // (layout.config.expert if ".experts." in name else 1)
 
 
 class Unit(NamedTuple):
@@ -103,8 +108,8 @@ def _ddp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
 
 
 def _zero12(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
-    whole = sum(shape.numel() for shape in shapes.values())
-    part = ceil(whole / layout.world_size)
+    part = ceil(sum(shape.numel() for shape in shapes.values()) / layout.world_size)
+    whole = sum(_apart(layout, name, shape) for name, shape in shapes.items())
     moments = 2 * sizes.moment * part
     if layout.config.offload == "none":
         gradients = whole if layout.config.engine == "zero1" else part

@@ -95,9 +95,9 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
     """Up to three sets of changes that make a configuration work, as they would be written in a recipe, and a number of processes
     on which it works as it is.
 
-    Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over; what gives
-    something up or adds something comes last. Of those that change the same fields the best two are named, and none that changes
-    more fields than the best.
+    Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over, first one of
+    the same library; what gives something up or adds something comes last. Of those that change the same fields the best two are
+    named, and none that changes more fields than the best.
     """
     changes = list(_changes_that_work(config, world_size, model))
     changes.sort(key=lambda new: sum(_cost(name, getattr(config, name), value) for name, value in new.items()))
@@ -140,7 +140,8 @@ def _cost(name: str, old: Any, new: Any) -> float:
     """How far a change takes a configuration from what was asked for."""
     if name == "engine":
         order = get_args(EngineName)
-        return 3 + 0.1 * abs(order.index(old) - order.index(new))
+        changes_library = old.startswith("zero") != new.startswith("zero")
+        return 3 + changes_library + 0.1 * abs(order.index(old) - order.index(new))
     moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate") else 2
     default = getattr(ParallelConfig(), name)
     return 10 if new == default else 10 + moved if old == default else moved
@@ -173,7 +174,7 @@ def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
         if not c.reshard_after_forward:
             yield f"parallel.reshard_after_forward = false: belongs to fsdp, not to {c.engine}"
     if c.engine in ("ddp", "zero3") and c.expert != 1:
-        yield f"parallel.expert = {c.expert}: fsdp, zero1 and zero2 spread experts over processes, {c.engine} does not"
+        yield f"parallel.expert = {c.expert}: fsdp, zero1 and zero2 spread experts, {c.engine} does not"
     if not c.engine.startswith("zero") and c.deepspeed:
         yield f"parallel.deepspeed = {{{', '.join(c.deepspeed)}}}: belongs to zero1, zero2 and zero3, not to {c.engine}"
     if c.engine == "ddp" and c.offload != "none":

@@ -18,7 +18,8 @@ them its experts; r replicas:
     zero2                     4P                                                            m·4P
     zero3                     m·2·4P; recomputing, about m·3·4P           m·4P
 
-    with expert parallelism   X becomes X/e, gathered and scattered over s/e ranks, and tokens travel over e ranks:
+    with expert parallelism   X becomes X/e, gathered, scattered and reduced over s/e ranks (s: all under zero1 and zero2), and
+                              tokens travel over e ranks:
                               all-to-all  trips · layers with experts · tokens · K · D · a
                               trips: there and back, forward and backward: 4; 6 where `full` recomputation sends again
 
@@ -132,11 +133,14 @@ def _what(name: str, shape: torch.Size) -> str:
 def _zero(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
     """Stages 1 and 2. DeepSpeed sums gradients whole, on every rank, and then keeps a part of them; told not to use all-reduce, it
     reduces each part to its owner with half the traffic."""
-    elements = sum(shape.numel() for shape in shapes.values())
     to_owners = not _zero_option(layout, "use_multi_rank_bucket_allreduce", True)
     times = micro_batches if layout.config.engine == "zero2" else 1
-    yield Flow("gradients", "reduce" if to_owners else "all_reduce", layout.world_size, times * GRADIENT * elements)
-    yield Flow("weights", "all_gather", layout.world_size, GRADIENT * elements)
+    for name, shape in shapes.items():
+        lies_apart = _what(name, shape) == "experts" and layout.config.expert > 1
+        ranks = layout.expert_shard if lies_apart else layout.world_size
+        size = GRADIENT * shape.numel() // (layout.config.expert if lies_apart else 1)
+        yield Flow("gradients", "reduce" if to_owners else "all_reduce", ranks, times * size)
+        yield Flow("weights", "all_gather", ranks, size)
 
 
 def _zero3(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:

@@ -31,9 +31,7 @@ def expert_shards(model: Transformer, meshes: Meshes) -> dict[str, Shard]:
     }  # fmt: skip
 
 
-def write_own_experts(
-    shards: dict[str, Shard], name: str, parameter: Tensor, expert: int | None, draw: Draw
-) -> None:
+def write_own_experts(shards: dict[str, Shard], name: str, parameter: Tensor, expert: int | None, draw: Draw) -> None:
     """`model.init.write_whole` where experts are spread over ranks."""
     if name in shards:
         shards[name].write(expert, draw)

@@ -145,7 +145,7 @@ class ParallelSection(Section):
 
     engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"  # fsdp is FSDP2, zero is DeepSpeed's
     replicate: PositiveCount = 1  # fsdp: copies of the model, each sharded over its part of the processes (HSDP)
-    expert: PositiveCount = 1  # fsdp: processes that share the experts of a layer; tokens travel among them
+    expert: PositiveCount = 1  # processes that share the experts of a layer; tokens travel among them
     pipeline: Annotated[PositiveCount, only_built(1)] = 1
     context: Annotated[PositiveCount, only_built(1)] = 1
     micro_batch: PositiveCount = 1  # sequences in one forward pass of one process

@@ -141,6 +141,14 @@ def whole(section: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return full
 
 
+@torch.no_grad()
+def fill(section: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Whole values into a section of an engine's state, in place, as a checkpoint is read."""
+    for name, tensor in section.items():
+        _, box, part = _part(tensor)
+        part.copy_(values[name][box])
+
+
 def _part(tensor: Tensor) -> tuple[torch.Size, Box, Tensor]:
     """The shape of the whole, where this rank's part lies in it, and the part."""
     if not isinstance(tensor, DTensor):
@@ -192,7 +200,9 @@ def errors(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, fl
     for kind, found, expected in pairs:
         assert found.keys() == expected.keys()
         gaps = [float((found[n] - t).abs().max() / t.abs().max()) for n, t in expected.items()]
-        worst[kind] = max([worst.get(kind, 0.0), *gaps])
+        worst[kind] = float(
+            torch.tensor([worst.get(kind, 0.0), *gaps]).max()
+        )  # NaN where a part is missing, unlike `max`
     return worst
 
 

@@ -22,6 +22,7 @@ from tests.parallel.harness import (
     build,
     check_equal,
     errors,
+    fill,
     global_batch,
     micro_batches,
     train,
@@ -43,6 +44,7 @@ def reference(workers):
 
 
 TUNED = {"parameter_alignment": True, "overlap_comm": True}
+TO_OWNERS = {"use_multi_rank_bucket_allreduce": False}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,7 @@ TUNED = {"parameter_alignment": True, "overlap_comm": True}
         (4, "zero3", 4, {"recompute": "selective"}),
         (2, "zero1", 3, {"deepspeed": {"zero_optimization": {**SMALL, **TUNED}}}),
         pytest.param(2, "zero2", 3, {"deepspeed": {"zero_optimization": {**SMALL, **TUNED}}}, marks=pytest.mark.slow),
+        (4, "zero2", 3, {"expert": 2, "deepspeed": {"zero_optimization": {**SMALL, **TUNED, **TO_OWNERS}}}),
         pytest.param(2, "zero2", 3, {"offload": "optimizer"}, marks=pytest.mark.slow),
         pytest.param(2, "zero3", 3, {"offload": "optimizer", "recompute": "full"}, marks=pytest.mark.slow),
         (2, "zero3", 3, {"offload": "all", "deepspeed": {"zero_optimization": {"sub_group_size": 20000}}}),
@@ -67,6 +70,7 @@ def test_every_stage_gives_the_reference_answer(workers, reference, world_size, 
     [
         ("zero2", {}),
         ("zero2", {"offload": "optimizer"}),
+        ("zero2", {"expert": 2}),
         ("zero3", {}),
         pytest.param("zero1", {}, marks=pytest.mark.slow),
         pytest.param("zero3", {"offload": "all"}, marks=pytest.mark.slow),
@@ -88,9 +92,7 @@ def steps(case: Case, state: dict[str, Any] | None, first: int, last: int) -> di
     if state is not None:
         own = engine.state()  # as a checkpoint would be read: into what the engine hands out
         for kind in ("parameters", "buffers", "exp_avg", "exp_avg_sq"):
-            for name, tensor in own[kind].items():
-                with torch.no_grad():
-                    tensor.copy_(state[kind][name])
+            fill(own[kind], state[kind])
         engine.load({**own, "steps": state["steps"], "loss_scale": state["loss_scale"]})
     results = [engine.step(micro_batches(case, step), SETTINGS) for step in range(first, last)]
     end = engine.state()
@@ -102,6 +104,7 @@ def steps(case: Case, state: dict[str, Any] | None, first: int, last: int) -> di
     ("engine", "options"),
     [
         ("zero1", {}),
+        ("zero1", {"expert": 2}),
         ("zero3", {}),
         pytest.param("zero2", {"offload": "optimizer"}, marks=pytest.mark.slow),
         pytest.param("zero3", {"offload": "all"}, marks=pytest.mark.slow),
@@ -121,10 +124,10 @@ def test_a_run_that_continues_is_the_same_bit_for_bit(workers, engine, options):
 
 def test_a_run_continues_under_any_other_stage_and_world_size(workers):
     """A step each, against DDP all the way."""
-    chain = [(1, "ddp", 16), (4, "zero3", 4), (2, "zero1", 3), (4, "zero2", 1), (1, "ddp", 16)]
+    chain = [(1, "ddp", 16, 1), (4, "zero3", 4, 1), (2, "zero1", 3, 2), (4, "zero2", 1, 2), (1, "ddp", 16, 1)]
     state, losses = None, []
-    for step, (world_size, engine, micro_batch) in enumerate(chain):
-        layout = case(engine, micro_batch, deepspeed=CUT if engine != "ddp" else {})
+    for step, (world_size, engine, micro_batch, expert) in enumerate(chain):
+        layout = case(engine, micro_batch, deepspeed=CUT if engine != "ddp" else {}, expert=expert)
         end = workers.run(world_size, steps, layout, state, step, step + 1)[0]
         state, losses = end["state"], losses + end["losses"]
     straight = workers.run(1, steps, case("ddp", 16, deepspeed={}), None, 0, len(chain))[0]
@@ -133,6 +136,33 @@ def test_a_run_continues_under_any_other_stage_and_world_size(workers):
         for name, tensor in straight["state"][kind].items():
             worst = (state[kind][name] - tensor).abs().max() / tensor.abs().max()
             assert worst <= 10 * TOLERANCE, f"{kind} of {name}: {worst:.1e}"
+
+
+def test_a_state_with_spread_experts_is_the_state_of_any_other_layout(workers):
+    spread = case("zero2", 4, expert=2)
+    state = workers.run(4, steps, spread, None, 0, 1)[0]["state"]
+    for world_size, layout in [(1, case("ddp", 16, deepspeed={})), (4, spread), (2, case("zero1", 8, expert=2))]:
+        found = workers.run(world_size, steps, layout, state, 0, 0)[0]["state"]
+        assert int(found["steps"]) == 1
+        for kind in ("parameters", "buffers", "exp_avg", "exp_avg_sq"):
+            for name, tensor in state[kind].items():
+                assert torch.equal(found[kind][name], tensor), f"{kind} of {name}"
+
+
+def average(layout: Case) -> bool:
+    """Whether a tensor that is laid out as this rank's parts of the weights leaves whole, and comes back."""
+    engine = build(layout)
+    twice = {name: 2 * part for name, part in engine.parts().items()}
+    gathered, back = engine.gather(twice), {name: torch.zeros_like(part) for name, part in twice.items()}
+    engine.spread(gathered, back)
+    weights, found = whole(engine.state()["parameters"]), whole(gathered)
+    return all(torch.equal(found[name], 2 * weight) for name, weight in weights.items()) and all(
+        torch.equal(back[name], part) for name, part in twice.items()
+    )
+
+
+def test_an_average_of_spread_experts_leaves_and_comes_back(workers):
+    assert workers.run(4, average, case("zero1", expert=2)) == [True] * 4
 
 
 def owned(layout: Case) -> int:
@@ -207,6 +237,7 @@ def test_a_sharded_model_can_be_read_between_steps(workers):
         ("zero2", {"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3: the recipe says 2 (parallel.engine"),
         ("zero2", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "says none (parallel.offload = none)"),
         ("zero3", {"zero_optimization": {"offload_param": {"device": "nvme"}}}, "says none (parallel.offload = none)"),
+        ("zero2", {"zero_optimization": {"reduce_scatter": False}}, "the recipe says true (parallel.expert = 2)"),
         ("zero1", {"gradient_clipping": 0.1}, "the recipe says 1.0 (optimizer.clip)"),
         ("zero1", {"fp16": {"enabled": True}}, "the recipe says false (precision.compute = bfloat16)"),
         ("zero1", {"train_batch_size": 64}, "is said by schedule.batch_tokens; drop it"),
@@ -216,7 +247,7 @@ def test_a_sharded_model_can_be_read_between_steps(workers):
 )  # fmt: skip
 def test_a_ds_config_that_contradicts_the_recipe_is_refused(engine, own, message):
     with pytest.raises(LayoutError, match=r"^parallel\.deepspeed\.") as error:
-        ds_config(ParallelConfig(engine=engine, deepspeed=own), torch.bfloat16, 1.0, torch.device("cpu"))
+        ds_config(ParallelConfig(engine=engine, expert=2, deepspeed=own), torch.bfloat16, 1.0, torch.device("cpu"))
     assert message in str(error.value)
 
 

@@ -46,10 +46,10 @@ def test_ddp_and_fsdp_hold_what_is_counted(workers, world_size, parallel):
         assert counted.parameters == biases(CONFIG) and counted.gradients == counted.moments == 0
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
-def test_zero_holds_what_is_counted(workers, engine):
+@pytest.mark.parametrize(("engine", "expert"), [("zero1", 1), ("zero2", 1), ("zero3", 1), ("zero1", 2), ("zero2", 2)])
+def test_zero_holds_what_is_counted(workers, engine, expert):
     """Stages 1 and 2 pad their flat parts, and keep a gradient whole that two ranks share; stage 1 all, between micro-batches."""
-    parallel = replace(ZERO, engine=engine)
+    parallel = replace(ZERO, engine=engine, expert=expert)
     counted = footprint(Layout(parallel, 2, CONFIG), CONFIG)
     ranks = workers.run(2, measure, Case(parallel))
     held = fullest(ranks)

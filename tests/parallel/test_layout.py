@@ -59,12 +59,13 @@ def refusal(world_size: int, model: ModelConfig | None = V2_LITE, **parallel: An
             {"expert": 2},
             24,
             "expert = 2: each expert is spread over 12 processes, which do not divide model.hidden_size = 2048; "
-            "use parallel.expert=1 or parallel.replicate=3 or parallel.replicate=6",
+            "use parallel.engine=zero2 or parallel.engine=zero1 or parallel.expert=1",
         ),
         (
             {"expert": 5},
             60,
-            "expert = 5: does not divide model.n_routed_experts = 64; use parallel.expert=1",
+            "expert = 5: does not divide model.n_routed_experts = 64; use parallel.engine=zero2 parallel.expert=4 or "
+            "parallel.engine=zero1 parallel.expert=4 or parallel.expert=1",
         ),
         # the engine
         (
@@ -74,20 +75,22 @@ def refusal(world_size: int, model: ModelConfig | None = V2_LITE, **parallel: An
             "parallel.engine=zero3 or parallel.engine=zero2",
         ),
         (
-            {"engine": "zero1", "expert": 2},
+            {"engine": "zero3", "expert": 2},
             8,
-            "expert = 2: only fsdp spreads experts over processes, zero1 does not; use parallel.engine=fsdp or parallel.expert=1",
+            "expert = 2: fsdp, zero1 and zero2 spread experts, zero3 does not; use parallel.engine=zero2 or "
+            "parallel.engine=zero1 or parallel.expert=1",
         ),
         (
             {"engine": "ddp", "expert": 4},
             8,
-            "expert = 4: only fsdp spreads experts over processes, ddp does not; use parallel.engine=fsdp or parallel.expert=1",
+            "expert = 4: fsdp, zero1 and zero2 spread experts, ddp does not; use parallel.engine=fsdp or "
+            "parallel.engine=zero1 or parallel.expert=1",
         ),
         (
             {"engine": "ddp", "expert": 3},
             8,
-            "expert = 3: only fsdp spreads experts over processes, ddp does not; use parallel.engine=fsdp parallel.expert=4 or "
-            "parallel.engine=fsdp parallel.expert=2 or parallel.expert=1",
+            "expert = 3: fsdp, zero1 and zero2 spread experts, ddp does not; use parallel.engine=fsdp "
+            "parallel.expert=4 or parallel.engine=fsdp parallel.expert=2 or parallel.expert=1",
         ),
         (
             {"engine": "ddp", "replicate": 2},
@@ -157,7 +160,8 @@ def test_a_layout_without_a_row_in_parity_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(layout_module, "PROVEN", PROVEN - {Cell("fsdp", frozenset({"expert", "offload"}))})
     assert refusal(8, engine="fsdp", expert=2, offload="all") == (
         "parallel: fsdp + expert + offload has no row in parallel/PARITY.md: nothing shows that its answer is right, and "
-        "parallel.unproven=true runs it all the same; use parallel.expert=1 or parallel.offload=none or parallel.replicate=2"
+        "parallel.unproven=true runs it all the same; use parallel.engine=zero2 parallel.offload=optimizer or "
+        "parallel.engine=zero1 parallel.offload=optimizer or parallel.expert=1"
     )
     Layout(ParallelConfig(engine="fsdp", expert=2, offload="all", unproven=True), 8, V2_LITE)
 
@@ -204,7 +208,9 @@ def test_every_accepted_layout_gives_each_rank_one_place_and_every_part_an_equal
             ]
             assert places == list(range(world_size))
             if c.expert > 1:
+                assert c.engine in ("fsdp", "zero1", "zero2")
                 assert SMALL.n_routed_experts % c.expert == 0
+            if c.expert > 1 and c.engine == "fsdp":
                 assert (
                     SMALL.hidden_size % layout.expert_shard
                     == 2 * SMALL.moe_intermediate_size % layout.expert_shard

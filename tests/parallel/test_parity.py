@@ -65,6 +65,8 @@ VARIANTS = [
     (4, ParallelConfig("ddp", micro_batch=3, recompute="selective")),
     (4, ParallelConfig("zero1", micro_batch=3, recompute="full")),
     (4, ParallelConfig("zero2", micro_batch=3, recompute="selective")),
+    (4, ParallelConfig("zero2", micro_batch=3, expert=4, recompute="full")),
+    (8, ParallelConfig("zero1", micro_batch=1, expert=2, recompute="full", offload="optimizer")),
     (4, replace(ZERO3, recompute="selective")),
     (4, replace(ZERO3, offload="optimizer")),
 ]
@@ -100,7 +102,12 @@ def test_every_open_layout_gives_the_answer_of_one_process(workers, reference, t
     shown = [f"{worst[kind]:.0e}" for kind in ("losses", "norms", "gradients")]
     shown.append(f"{max(worst['exp_avg'], worst['exp_avg_sq']):.0e}")
     shown.append(f"{runs[0]['margin']:.0e}")
-    columns = [f"`{open_cell}`", size if config.engine == "fsdp" else str(world_size), config.recompute, *shown]
+    columns = [
+        f"`{open_cell}`",
+        size if config.engine == "fsdp" or config.expert > 1 else str(world_size),
+        config.recompute,
+        *shown,
+    ]
     table[str(open_cell)] = "| " + " | ".join(columns) + " |"
 
 

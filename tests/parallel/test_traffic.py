@@ -73,6 +73,8 @@ LAYOUTS = {
     "experts, recomputing some": (4, ParallelConfig("fsdp", expert=2, replicate=2, recompute="selective")),
     "zero1": (2, ParallelConfig("zero1")),
     "zero2": (2, ParallelConfig("zero2")),
+    "zero1, experts": (4, ParallelConfig("zero1", expert=2)),
+    "zero2, experts": (4, ParallelConfig("zero2", expert=2)),
     "zero2, reduced to owners": (2, ParallelConfig("zero2", **zero(use_multi_rank_bucket_allreduce=False))),
     "zero3, small parameters whole": (2, ParallelConfig("zero3")),
     "zero3, none freed before the turn": (2, ParallelConfig("zero3", **zero(stage3_param_persistence_threshold=0))),

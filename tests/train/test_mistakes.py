@@ -59,7 +59,7 @@ def content(run: Run) -> dict[str, bytes]:
         ("schedule.tokens=many", "schedule.tokens = 'many': must be a whole number, at least 1; write it like 100, 1_000 or 1e7"),
         ("schedule.lr=auto", "schedule.lr = 'auto': give a number such as 4e-4; not built yet"),
         ("parallel.pipeline=2", "parallel.pipeline = 2: use 1; not built yet"),
-        ("parallel.expert=2", "parallel.expert = 2: only fsdp spreads experts over processes, ddp does not; use parallel.expert=1"),
+        ("parallel.expert=2", "parallel.expert = 2: fsdp, zero1 and zero2 spread experts, ddp does not; use parallel.expert=1"),
         ("parallel.deepspeed=ds.json", "parallel.deepspeed = 'ds.json': cannot be read (No such file or directory); give"),
         ("model.hidden_size=0", "hidden_size"),
         ("data.sequence_length=128", "data.sequence_length = 128: is more than model.max_position_embeddings = 64; lower it"),

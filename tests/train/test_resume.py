@@ -40,9 +40,16 @@ def test_half_the_steps_and_half_in_a_new_process_are_all_in_one_to_the_bit(
         (4, ("parallel.engine=ddp",)),
         (4, ("parallel.engine=fsdp", "parallel.expert=2", "precision.moments=bf16")),
         (2, ("parallel.engine=zero1", "precision.moments=bf16")),
+        (4, ("parallel.engine=zero2", "parallel.expert=2", "precision.moments=bf16")),
         (2, ("parallel.engine=zero3", "parallel.offload=all")),
     ],
-    ids=["ddp@4", "fsdp+expert@4-bf16-moments", "zero1@2-bf16-moments", "zero3+offload@2"],
+    ids=[
+        "ddp@4",
+        "fsdp+expert@4-bf16-moments",
+        "zero1@2-bf16-moments",
+        "zero2+expert@4-bf16-moments",
+        "zero3+offload@2",
+    ],
 )
 def test_several_processes_continue_to_the_bit_too(
     tiny_store: Store, tmp_path: Path, processes: int, layout: tuple[str, ...]
