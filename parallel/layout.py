@@ -95,8 +95,8 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
     """Up to three sets of changes that make a configuration work, as they would be written in a recipe, and a number of processes
     on which it works as it is.
 
-    Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over, first one of
-    the same library; what gives something up or adds something comes last. Of those that change the same fields the best two are
+    Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over, first one
+    of the same library; what gives something up or adds something comes last. Of those that change the same fields the best two are
     named, and none that changes more fields than the best.
     """
     changes = list(_changes_that_work(config, world_size, model))

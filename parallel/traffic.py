@@ -136,9 +136,9 @@ def _zero(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
     to_owners = not _zero_option(layout, "use_multi_rank_bucket_allreduce", True)
     times = micro_batches if layout.config.engine == "zero2" else 1
     for name, shape in shapes.items():
-        lies_apart = _what(name, shape) == "experts" and layout.config.expert > 1
-        ranks = layout.expert_shard if lies_apart else layout.world_size
-        size = GRADIENT * shape.numel() // (layout.config.expert if lies_apart else 1)
+        is_expert = _what(name, shape) == "experts"
+        ranks, apart = (layout.expert_shard, layout.config.expert) if is_expert else (layout.world_size, 1)
+        size = GRADIENT * shape.numel() // apart
         yield Flow("gradients", "reduce" if to_owners else "all_reduce", ranks, times * size)
         yield Flow("weights", "all_gather", ranks, size)
 
