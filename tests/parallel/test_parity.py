@@ -131,8 +131,9 @@ def test_experts_that_ranks_do_not_divide_are_cut_inside(workers):
     [
         ParallelConfig("fsdp", micro_batch=4, expert=2, recompute="full"),
         ParallelConfig("fsdp", micro_batch=4, expert=2, replicate=2, recompute="selective"),
+        ParallelConfig("zero2", micro_batch=4, expert=2, recompute="selective"),
     ],
-    ids=["expert + full", "expert + replicate + selective"],
+    ids=["expert + full", "expert + replicate + selective", "zero2 + expert + selective"],
 )
 def test_half_precision_composes_with_experts_replicas_and_recomputation(workers, reference, config, dtype):
     """Experts see the tokens of two ranks at once, whose gradients DDP rounds apart: the answer is fp32's to the rounding."""
