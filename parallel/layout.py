@@ -96,8 +96,8 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
     on which it works as it is.
 
     Preferred are few changes that keep what was asked for: a number moves by a small factor, another engine takes over, first one
-    of the same library; what gives something up or adds something comes last. Of those that change the same fields the best two are
-    named, and none that changes more fields than the best.
+    of the same library (DeepSpeed, or PyTorch alone); what gives something up or adds something comes last. Of those that change
+    the same fields the best two are named, and none that changes more fields than the best.
     """
     changes = list(_changes_that_work(config, world_size, model))
     changes.sort(key=lambda new: sum(_cost(name, getattr(config, name), value) for name, value in new.items()))
@@ -141,7 +141,7 @@ def _cost(name: str, old: Any, new: Any) -> float:
     if name == "engine":
         order = get_args(EngineName)
         changes_library = old.startswith("zero") != new.startswith("zero")
-        return 3 + changes_library + 0.1 * abs(order.index(old) - order.index(new))
+        return 3 + 6 * changes_library + 0.1 * abs(order.index(old) - order.index(new))
     moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate") else 2
     default = getattr(ParallelConfig(), name)
     return 10 if new == default else 10 + moved if old == default else moved

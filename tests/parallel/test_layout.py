@@ -64,8 +64,7 @@ def refusal(world_size: int, model: ModelConfig | None = V2_LITE, **parallel: An
         (
             {"expert": 5},
             60,
-            "expert = 5: does not divide model.n_routed_experts = 64; use parallel.engine=zero2 parallel.expert=4 or "
-            "parallel.engine=zero1 parallel.expert=4 or parallel.expert=1",
+            "expert = 5: does not divide model.n_routed_experts = 64; use parallel.expert=1",
         ),
         # the engine
         (
@@ -106,8 +105,8 @@ def refusal(world_size: int, model: ModelConfig | None = V2_LITE, **parallel: An
         (
             {"engine": "ddp", "offload": "optimizer"},
             8,
-            "offload = optimizer: ddp keeps everything on its device; use parallel.engine=zero1 or parallel.engine=zero2 or "
-            "parallel.offload=none",
+            "offload = optimizer: ddp keeps everything on its device; use parallel.engine=fsdp parallel.offload=all or "
+            "parallel.engine=zero1 or parallel.engine=zero2",
         ),
         (
             {"engine": "zero1", "offload": "all"},
@@ -160,8 +159,7 @@ def test_a_layout_without_a_row_in_parity_runs_only_when_asked_for(monkeypatch):
     monkeypatch.setattr(layout_module, "PROVEN", PROVEN - {Cell("fsdp", frozenset({"expert", "offload"}))})
     assert refusal(8, engine="fsdp", expert=2, offload="all") == (
         "parallel: fsdp + expert + offload has no row in parallel/PARITY.md: nothing shows that its answer is right, and "
-        "parallel.unproven=true runs it all the same; use parallel.engine=zero2 parallel.offload=optimizer or "
-        "parallel.engine=zero1 parallel.offload=optimizer or parallel.expert=1"
+        "parallel.unproven=true runs it all the same; use parallel.expert=1 or parallel.offload=none or parallel.replicate=2"
     )
     Layout(ParallelConfig(engine="fsdp", expert=2, offload="all", unproven=True), 8, V2_LITE)
 
