@@ -129,12 +129,15 @@ def micro_batches(case: Case, step: int) -> list[Batch]:
 
 def whole(section: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A section of an engine's state with every tensor whole, on rank 0. Collective; infinite where ranks disagree."""
-    parts: list[dict[str, tuple[torch.Size, Box, Tensor]]] = [{}] * dist.get_world_size()
-    mine = {name: _part(tensor.detach()) for name, tensor in section.items()}
+    parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    mine = {
+        name: (*place, part.numpy()) for name, (*place, part) in ((n, _part(t.detach())) for n, t in section.items())
+    }
     dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
     full: dict[str, Tensor] = {}
     for held in parts:
-        for name, (shape, box, part) in held.items():
+        for name, (shape, box, array) in held.items():  # tensors take far longer to pickle
+            part = torch.from_numpy(array)
             place = full.setdefault(name, torch.full(shape, math.nan))[box]
             agree = place.isnan().all() or torch.equal(place, part)
             place.copy_(part if agree else torch.full_like(part, math.inf))
