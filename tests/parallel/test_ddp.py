@@ -14,7 +14,7 @@ def reference(workers):
 
 @pytest.mark.parametrize(
     ("world_size", "micro_batch", "recompute"),
-    [(1, 16, "none"), (1, 3, "none"), (2, 8, "none"), (2, 3, "selective"), (4, 4, "full"), (4, 1, "none")],
+    [(1, 3, "none"), (2, 8, "selective"), (4, 1, "none")],
 )
 def test_every_layout_gives_the_reference_answer(workers, reference, world_size, micro_batch, recompute):
     case = Case(ParallelConfig(micro_batch=micro_batch, recompute=recompute))

@@ -54,6 +54,12 @@ def layout_of(open_cell: Cell, recompute: str | None = None) -> tuple[int, Paral
     return world_size, config
 
 
+# Offload and recomputation together: the two are proved apart in every run, together with --thorough.
+CELLS = [
+    pytest.param(c, marks=[pytest.mark.slow] if {"offload", "recompute"} <= c.axes else [])
+    for c in sorted(PROVEN, key=str)
+]
+
 # What the cells do not say: the other recomputation mode, gathered parameters kept, other sizes of each axis.
 VARIANTS = [
     (1, ParallelConfig("fsdp", micro_batch=5)),
@@ -91,7 +97,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
         TABLE.write_text(head + "\n".join(rows[layout] for layout in sorted(rows)) + "\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("open_cell", sorted(PROVEN, key=str), ids=str)
+@pytest.mark.parametrize("open_cell", CELLS, ids=str)
 def test_every_open_layout_gives_the_answer_of_one_process(workers, reference, table, open_cell):
     world_size, config = layout_of(open_cell)
     runs = workers.run(world_size, train, Case(config))
@@ -144,7 +150,7 @@ def test_half_precision_composes_with_experts_replicas_and_recomputation(workers
     assert worst["losses"] < 2**-9 and worst["norms"] < 2**-5, worst
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bf16_differs_from_fp32_by_its_rounding_and_not_by_the_engine(workers, reference, world_size):
     """All engines cast at the same places and add in fp32: what bf16 changes, it changes alike under each of them.
 
