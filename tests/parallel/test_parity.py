@@ -131,7 +131,9 @@ def test_experts_that_ranks_do_not_divide_are_cut_inside(workers):
     check_equal(run, reference)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
 @pytest.mark.parametrize(
     "config",
     [

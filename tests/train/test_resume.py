@@ -40,7 +40,9 @@ def test_half_the_steps_and_half_in_a_new_process_are_all_in_one_to_the_bit(
         (4, ("parallel.engine=ddp",)),
         (4, ("parallel.engine=fsdp", "parallel.expert=2", "precision.moments=bf16")),
         (2, ("parallel.engine=zero1", "precision.moments=bf16")),
-        (4, ("parallel.engine=zero2", "parallel.expert=2", "precision.moments=bf16")),
+        pytest.param(
+            *(4, ("parallel.engine=zero2", "parallel.expert=2", "precision.moments=bf16")), marks=pytest.mark.slow
+        ),
         (2, ("parallel.engine=zero3", "parallel.offload=all")),
     ],
     ids=[
