@@ -174,7 +174,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     except ModuleNotFoundError as error:
         raise LayoutError(
             f"parallel.engine: zero1, zero2 and zero3 need {error.name}, which is not installed; "
-            "pip install 'deepspeed>=0.19.8', or use fsdp"
+            "pip install 'deepspeed>=0.19.8,<0.20', or use fsdp"
         ) from error
     # It calls collectives by the names they had before torch 2.13, and it has never heard of `AdamWBf16Moments`.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated\. Please use", FutureWarning)

@@ -67,10 +67,15 @@ def footprint(
     """
     tensors = state_shapes(config)
     biases = sum(4 * tensor.numel() for name, tensor in tensors.items() if name.endswith(BIAS))
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(BIAS)}
+    shapes = parameter_shapes(config)
     count = {"ddp": _ddp, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3, "fsdp": _fsdp}[layout.config.engine]
     held = count(layout, shapes, _Sizes(element_size, moment_size, micro_batches))
     return held._replace(parameters=held.parameters + biases)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Shapes of the parameters, without the buffers."""
+    return {name: tensor.shape for name, tensor in state_shapes(config).items() if not name.endswith(BIAS)}
 
 
 def gathered_units(layout: Layout, shapes: Shapes, element_size: int) -> dict[str, "Unit"]:

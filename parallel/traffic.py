@@ -38,10 +38,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from model.config import ModelConfig
-from model.hf import state_shapes
+from parallel.footprint import Shapes, parameter_shapes
 from parallel.layout import Layout, cut_of
 
-BIAS = "e_score_correction_bias"  # of the routers: a buffer
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all"]
 GRADIENT = 4  # bytes of an element of a gradient, and of a master weight
 
@@ -78,7 +77,7 @@ def step_traffic(
         micro_batches: of one rank in the step.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
     """
-    shapes = {name: tensor.shape for name, tensor in state_shapes(config).items() if not name.endswith(BIAS)}
+    shapes = parameter_shapes(config)
     if layout.config.engine == "ddp":
         flows = _ddp(layout, shapes)
     elif layout.config.engine == "fsdp":
@@ -91,9 +90,6 @@ def step_traffic(
     for flow in [*flows, *_tokens(layout, config, tokens, element_size)]:
         whole[flow[:3]] += flow.whole
     return [Flow(*key, size) for key, size in whole.items() if key[2] > 1]
-
-
-Shapes = dict[str, torch.Size]
 
 
 def _ddp(layout: Layout, shapes: Shapes) -> Iterator[Flow]:
