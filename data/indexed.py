@@ -104,6 +104,14 @@ class Indexed:
             return len(self.tokens)
         return int(self.pointers[number]) // self.tokens.dtype.itemsize
 
+    def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Number of the document of each token in [start, stop): [stop − start]."""
+        itemsize = self.tokens.dtype.itemsize
+        first, last = self.pointers.searchsorted((start * itemsize, (stop - 1) * itemsize), side="right") - 1
+        edges = self.pointers[first : last + 2] // itemsize  # where these documents, and the one after them, start
+        edges = np.clip(np.append(edges, stop)[: last - first + 2], start, stop)
+        return np.repeat(np.arange(first, last + 1, dtype=np.int32), np.diff(edges))
+
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
     """`count` items of a file as an array; an empty one cannot be mapped and needs no file."""

@@ -76,7 +76,7 @@ class Samples:
                 windows = _windows(source, sequence_length, self.width)
                 if windows == 0:
                     raise DataError(
-                        f"data.sequence_length = {sequence_length}: source {name} of {store.path} has {len(source.tokens)} tokens, "
+                        f"data.sequence_length = {sequence_length}: source {name} of {store.path} has {len(source)} tokens, "
                         f"one sample needs {self.width}; lower it, or prepare more text"
                     )
                 self._sources[name] = source
@@ -258,7 +258,7 @@ def validation_batches(
 
 def _windows(source: SourceTokens, sequence_length: int, width: int) -> int:
     """Whole windows in a source: the last one needs D_mtp + 1 tokens after its T."""
-    return max((len(source.tokens) - (width - sequence_length)) // sequence_length, 0)
+    return max((len(source) - (width - sequence_length)) // sequence_length, 0)
 
 
 def _fill(
@@ -273,7 +273,7 @@ def _fill(
     width = tokens.shape[1]
     for row, window in zip(rows.tolist(), windows.tolist()):
         start = window * stride
-        tokens[row] = source.tokens[start : start + width]
+        tokens[row] = source.read(start, start + width)
         documents[row] = source.documents_of(start, start + width)
 
 

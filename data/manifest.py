@@ -35,6 +35,9 @@ class SplitRecord(Record):
 
     documents: int
     tokens: int
+    pieces: list[
+        str
+    ]  # names of its `.bin`/`.idx` pairs without their endings, in order: ["train"], or ["train-00000", …]
     sources: list[SourceSpan]
 
 
@@ -49,7 +52,7 @@ class Manifest(Record):
     """`manifest.json`. It holds no times, so that equal text, recipe and library versions give an equal manifest."""
 
     format: Literal["rorqual-store"] = "rorqual-store"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     dtype: str  # numpy name of a token on disk
     vocab_size: int  # number of ids of the tokenizer, special tokens included
     eos_token_id: int  # ends every document

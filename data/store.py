@@ -21,36 +21,126 @@ from data.tokenizer import decode, fingerprint, token_bytes
 CHUNK = 1 << 24  # bytes or tokens looked at in one go by what reads a whole store
 
 
+class Split:
+    """All documents of `train` or `validation`: one indexed file, or several that follow one another."""
+
+    def __init__(self, pieces: list[Indexed]) -> None:
+        self._pieces = pieces
+        self._first_documents = np.cumsum([0] + [len(piece.sizes) for piece in pieces])  # [pieces + 1]
+        self._first_tokens = np.cumsum([0] + [len(piece.tokens) for piece in pieces])  # [pieces + 1]
+
+    @property
+    def document_count(self) -> int:
+        return int(self._first_documents[-1])
+
+    @property
+    def token_count(self) -> int:
+        return int(self._first_tokens[-1])
+
+    def document(self, number: int) -> Tokens:
+        """Token ids [length] of one document."""
+        piece = self._piece_of(number)
+        return self._pieces[piece].document(number - int(self._first_documents[piece]))
+
+    def start(self, number: int) -> int:
+        """Position of a document's first token; the number of tokens for `number` = documents."""
+        if number == self.document_count:
+            return self.token_count
+        piece = self._piece_of(number)
+        return int(self._first_tokens[piece]) + self._pieces[piece].start(number - int(self._first_documents[piece]))
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of the packed documents: a view of the file, or a copy where several files are crossed."""
+        first, last = self._pieces_of(start, stop)
+        offset = int(self._first_tokens[first])
+        if first == last:
+            return self._pieces[first].tokens[start - offset : stop - offset]
+        parts = (self._part(self._pieces[piece].tokens, piece, start, stop) for piece in range(first, last + 1))
+        return np.concatenate(list(parts))
+
+    def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Number of the document of each token in [start, stop): [stop − start]."""
+        first, last = self._pieces_of(start, stop)
+        parts = []
+        for piece in range(first, last + 1):
+            offset = int(self._first_tokens[piece])
+            begin, end = max(start - offset, 0), min(stop - offset, len(self._pieces[piece].tokens))
+            numbers = self._pieces[piece].documents_of(begin, end)
+            parts.append(numbers + np.int32(self._first_documents[piece]))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def lengths(self, first: int, last: int) -> npt.NDArray[np.int32]:
+        """Tokens of the documents first … last−1 [last − first]."""
+        parts = [np.zeros(0, np.int32)]
+        for piece, indexed in enumerate(self._pieces):
+            parts.append(self._part(indexed.sizes, piece, first, last, self._first_documents))
+        return np.concatenate(parts)
+
+    def chunks(self, size: int) -> Iterator[Tokens]:
+        """All tokens, at most `size` of them at a time."""
+        for piece in self._pieces:
+            for start in range(0, len(piece.tokens), size):
+                yield piece.tokens[start : start + size]
+
+    @property
+    def pieces(self) -> list[Indexed]:
+        return self._pieces
+
+    def _piece_of(self, document: int) -> int:
+        return int(self._first_documents.searchsorted(document, side="right")) - 1
+
+    def _pieces_of(self, start: int, stop: int) -> tuple[int, int]:
+        """First and last piece that hold tokens of [start, stop)."""
+        first, last = self._first_tokens.searchsorted((start, max(stop - 1, start)), side="right") - 1
+        return int(first), int(last)
+
+    def _part(
+        self,
+        values: npt.NDArray[Any],
+        piece: int,
+        start: int,
+        stop: int,
+        edges: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[Any]:
+        """What of [start, stop), counted over all pieces, lies in this piece's `values`."""
+        offset = int((self._first_tokens if edges is None else edges)[piece])
+        return values[max(start - offset, 0) : max(stop - offset, 0)]
+
+
 @dataclass(frozen=True)
 class SourceTokens:
-    """One source of one split as a stream of packed tokens."""
+    """One source of one split as a stream of packed tokens, documents one after the other, each ended by the end-of-sentence token."""
 
     span: SourceSpan
-    tokens: Tokens  # [tokens] ids, documents one after the other, each ended by the end-of-sentence token
-    starts: npt.NDArray[np.int64]  # [documents] byte at which each document starts in the .bin
+    split: Split
+    first_token: int  # where in the split the source begins
 
     @property
     def name(self) -> str:
         return self.span.name
 
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self.span.tokens
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of the source, without a copy where they lie in one file."""
+        return self.split.read(self.first_token + start, self.first_token + stop)
+
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Number within this source of the document of each token in [start, stop): [stop − start]."""
-        itemsize = self.tokens.dtype.itemsize
-        base = int(self.starts[0])
-        first, last = (
-            self.starts.searchsorted((base + start * itemsize, base + (stop - 1) * itemsize), side="right") - 1
-        )
-        edges = (
-            self.starts[first : last + 2] - base
-        ) // itemsize  # where these documents, and the one after them, start
-        edges = np.clip(np.append(edges, stop)[: last - first + 2], start, stop)
-        return np.repeat(np.arange(first, last + 1, dtype=np.int32), np.diff(edges))
+        numbers = self.split.documents_of(self.first_token + start, self.first_token + stop)
+        return numbers - np.int32(self.span.first_document)
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document [documents]."""
+        return self.split.lengths(self.span.first_document, self.span.first_document + self.span.documents)
 
 
 class Store:
     """A finished token store. `Store.open` is the way to get one."""
 
-    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, Indexed]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, Split]) -> None:
         self.path = path
         self.manifest = manifest
         self._splits = splits
@@ -66,16 +156,13 @@ class Store:
         manifest = Manifest.read(folder)
         for name, record in manifest.files.items():
             _check_size(folder / name, record)
-        splits = {split: Indexed.open(folder / split) for split in SPLITS}
-        for split, indexed in splits.items():
-            documents, dtype = manifest.splits[split].documents, indexed.tokens.dtype.name
-            if len(indexed.sizes) != documents:
+        splits = {}
+        for name, split_record in manifest.splits.items():
+            pieces = [_open_piece(folder / prefix, manifest.dtype) for prefix in split_record.pieces]
+            splits[name] = Split(pieces)
+            if (found := splits[name].document_count) != split_record.documents:
                 raise DataError(
-                    f"{folder / split}.idx: {len(indexed.sizes)} documents; the manifest says {documents}; {REMEDY}"
-                )
-            if documents and dtype != manifest.dtype:
-                raise DataError(
-                    f"{folder / split}.idx: tokens are {dtype}; the manifest says {manifest.dtype}; {REMEDY}"
+                    f"{folder}: {name} has {found} documents; the manifest says {split_record.documents}; {REMEDY}"
                 )
         return cls(folder, manifest, splits)
 
@@ -97,7 +184,7 @@ class Store:
     def _token_bytes(self) -> npt.NDArray[np.int64]:
         return token_bytes(self.tokenizer_folder)
 
-    def split(self, name: str) -> Indexed:
+    def split(self, name: str) -> Split:
         """All documents of `train` or `validation`."""
         if name not in self._splits:
             raise DataError(f"split = {name!r}: the splits are {', '.join(SPLITS)}; choose one of them")
@@ -105,23 +192,19 @@ class Store:
 
     def sources(self, split: str) -> list[SourceTokens]:
         """The sources of a split in the order of the recipe."""
-        indexed = self.split(split)
-        found = []
-        for span in self.manifest.splits[split].sources:
-            stop = span.first_document + span.documents
-            tokens = indexed.tokens[indexed.start(span.first_document) : indexed.start(stop)]
-            found.append(SourceTokens(span, tokens, indexed.pointers[span.first_document : stop]))
-        return found
+        tokens = self.split(split)
+        spans = self.manifest.splits[split].sources
+        return [SourceTokens(span, tokens, tokens.start(span.first_document)) for span in spans]
 
 
 def inspect_document(store: Store, split: str, number: int) -> str:
     """Text of document `number` of a split, without its end-of-sentence token."""
-    indexed = store.split(split)
-    if not 0 <= number < len(indexed.sizes):
+    documents = store.split(split).document_count
+    if not 0 <= number < documents:
         raise DataError(
-            f"document = {number}: {split} of {store.path} has {len(indexed.sizes)} documents; choose 0 to {len(indexed.sizes) - 1}"
+            f"document = {number}: {split} of {store.path} has {documents} documents; choose 0 to {documents - 1}"
         )
-    return decode(store.tokenizer_folder, indexed.document(number)[:-1].tolist())
+    return decode(store.tokenizer_folder, store.split(split).document(number)[:-1].tolist())
 
 
 def store_stats(store: Store) -> dict[str, Any]:
@@ -167,22 +250,13 @@ def verify_store(path: Path | str) -> dict[str, Any]:
             f"the manifest says {manifest.tokenizer_fingerprint[:12]}…; {REMEDY}"
         )
     for split in SPLITS:
-        indexed = store.split(split)
-        for start in range(0, len(indexed.tokens), CHUNK):
-            chunk = indexed.tokens[start : start + CHUNK]
-            if chunk.min() < 0 or chunk.max() >= store.vocab_size:
-                raise DataError(
-                    f"{store.path / split}.bin: token id {int(chunk.max())}; ids are 0 to {store.vocab_size - 1}; {REMEDY}"
-                )
-        last = (indexed.pointers // indexed.tokens.dtype.itemsize + indexed.sizes - 1).astype(np.int64)
-        if (wrong := np.flatnonzero(indexed.tokens[last] != manifest.eos_token_id)).size:
-            raise DataError(
-                f"{store.path / split}.bin: document {wrong[0]} does not end with token {manifest.eos_token_id}; {REMEDY}"
-            )
+        for prefix, piece in zip(manifest.splits[split].pieces, store.split(split).pieces):
+            _verify_piece(store, prefix, piece)
         for source in store.sources(split):
-            if len(source.tokens) != source.span.tokens:
+            stop = store.split(split).start(source.span.first_document + source.span.documents)
+            if (found := stop - source.first_token) != source.span.tokens:
                 raise DataError(
-                    f"{store.path / split}.bin: source {source.name} has {len(source.tokens)} tokens; "
+                    f"{store.path}: source {source.name} of {split} has {found} tokens; "
                     f"the manifest says {source.span.tokens}; {REMEDY}"
                 )
     records = manifest.splits.values()
@@ -191,6 +265,20 @@ def verify_store(path: Path | str) -> dict[str, Any]:
         "documents": sum(r.documents for r in records),
         "tokens": sum(r.tokens for r in records),
     }
+
+
+def _verify_piece(store: Store, prefix: str, piece: Indexed) -> None:
+    """Ids within the vocabulary, and every document ended."""
+    for start in range(0, len(piece.tokens), CHUNK):
+        chunk = piece.tokens[start : start + CHUNK]
+        if chunk.min() < 0 or chunk.max() >= store.vocab_size:
+            raise DataError(
+                f"{store.path / prefix}.bin: token id {int(chunk.max())}; ids are 0 to {store.vocab_size - 1}; {REMEDY}"
+            )
+    end = store.manifest.eos_token_id
+    last = (piece.pointers // piece.tokens.dtype.itemsize + piece.sizes - 1).astype(np.int64)
+    if (wrong := np.flatnonzero(piece.tokens[last] != end)).size:
+        raise DataError(f"{store.path / prefix}.bin: document {wrong[0]} does not end with token {end}; {REMEDY}")
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
@@ -213,6 +301,13 @@ def hash_file(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _open_piece(prefix: Path, dtype: str) -> Indexed:
+    piece = Indexed.open(prefix)
+    if len(piece.sizes) and piece.tokens.dtype.name != dtype:
+        raise DataError(f"{prefix}.idx: tokens are {piece.tokens.dtype.name}; the manifest says {dtype}; {REMEDY}")
+    return piece
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

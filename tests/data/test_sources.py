@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from pydantic import TypeAdapter
 
-from data import markdown
+from data.sources import markdown
 from data.errors import DataError
 from data.sources import Source, read_documents
 

@@ -299,5 +299,7 @@ def test_every_key_that_passes_is_one_of_deepspeeds():
 
 def test_without_deepspeed_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(LayoutError, match=r"need deepspeed, which is not installed; pip install 'deepspeed>=0.19.8,<0.20'"):
+    with pytest.raises(
+        LayoutError, match=r"need deepspeed, which is not installed; pip install 'deepspeed>=0.19.8,<0.20'"
+    ):
         _import_deepspeed(torch.device("cpu"))

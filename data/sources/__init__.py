@@ -23,7 +23,7 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field
 
-from data import markdown
+from data.sources import markdown
 from data.errors import DataError
 from data.manifest import Record
 

@@ -330,7 +330,7 @@ def _write_split(split: str, spills: list[_Spill], staging: Path, seed: int) -> 
     write_indexed(staging / split, documents, spills[0].dtype)
     for spill in spills:
         spill.paths[split].unlink()
-    return SplitRecord(documents=first, tokens=sum(span.tokens for span in spans), sources=spans)
+    return SplitRecord(documents=first, tokens=sum(span.tokens for span in spans), pieces=[split], sources=spans)
 
 
 def _shuffled(spill: _Spill, split: str, seed: int) -> Iterator[Tokens]:
