@@ -109,7 +109,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SourceTokens:
-    """One source of one split as a stream of packed tokens, documents one after the other, each ended by the end-of-sentence token."""
+    """One source of one split as a stream of packed tokens: documents one after the other, each ended by the same token."""
 
     span: SourceSpan
     split: Split
@@ -154,8 +154,8 @@ class Store:
         """
         folder = Path(path)
         manifest = Manifest.read(folder)
-        for name, record in manifest.files.items():
-            _check_size(folder / name, record)
+        for file, record in manifest.files.items():
+            _check_size(folder / file, record)
         splits = {}
         for name, split_record in manifest.splits.items():
             pieces = [_open_piece(folder / prefix, manifest.dtype) for prefix in split_record.pieces]

@@ -23,9 +23,9 @@ from typing import IO, Annotated, Any, Literal
 
 from pydantic import Field
 
-from data.sources import markdown
 from data.errors import DataError
 from data.manifest import Record
+from data.sources import markdown
 
 
 class SourceBase(Record):

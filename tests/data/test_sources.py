@@ -8,9 +8,8 @@ import zipfile
 import pytest
 from pydantic import TypeAdapter
 
-from data.sources import markdown
 from data.errors import DataError
-from data.sources import Source, read_documents
+from data.sources import Source, markdown, read_documents
 
 
 def read(cache=None, **fields):
