@@ -254,9 +254,9 @@ def verify_store(path: Path | str) -> dict[str, Any]:
             _verify_piece(store, prefix, piece)
         for source in store.sources(split):
             stop = store.split(split).start(source.span.first_document + source.span.documents)
-            if (found := stop - source.first_token) != source.span.tokens:
+            if (counted := stop - source.first_token) != source.span.tokens:
                 raise DataError(
-                    f"{store.path}: source {source.name} of {split} has {found} tokens; "
+                    f"{store.path}: source {source.name} of {split} has {counted} tokens; "
                     f"the manifest says {source.span.tokens}; {REMEDY}"
                 )
     records = manifest.splits.values()
