@@ -24,7 +24,8 @@ from data.errors import DataError
 from data.files import replace_file
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-SPECIAL_TOKENS = (BOS, EOS, PAD, "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")  # ids 0 … 5
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"  # fill-in-the-middle
+SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)  # ids 0 … 5
 
 # The three cuts of DeepSeek-V3's tokenizer.json, in order.
 DIGITS = r"\p{N}{1,3}"

@@ -1,0 +1,207 @@
+"""What happens to a document between its text and its tokens, by DeepSeek-V3 §4.1.
+
+Fill-in-the-middle: a share `fim_rate` of the documents is cut at two places and written prefix, suffix, middle,
+
+    <｜fim▁begin｜> prefix <｜fim▁hole｜> suffix <｜fim▁end｜> middle <｜end▁of▁sentence｜>
+
+so that a model learns to fill a hole from both its sides. The two cuts are uniform over the characters of the text (Bavarian et
+al., arXiv:2207.14255, §3), and each part is tokenized by itself.
+
+Split tokens: the pre-tokenizer joins punctuation with the line breaks after it. A prompt that ends between the two shows a model
+what it has never been trained on (token boundary bias). So a share `split_joined_rate` of these tokens is written as the
+tokens of their two halves. DeepSeek-V3 does not say what share.
+
+Every draw is a function of the seed, the hash of the document's text and a position: tokens do not depend on which documents
+are encoded together, nor on their order.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from data.errors import DataError
+from data.indexed import Tokens, token_dtype
+from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, eos_token_id, load_tokenizer, vocab_size
+
+BATCH_CHARACTERS = 1 << 18  # text that the tokenizers library is given at a time
+
+
+class Encoder:
+    """A tokenizer folder with the two transformations: texts in, token ids of whole documents out.
+
+    Args:
+        folder: a Hugging Face tokenizer folder.
+        fim_rate: share of the documents in fill-in-the-middle form.
+        split_joined_rate: share of the tokens of punctuation and line breaks that are split.
+        seed: of both.
+
+    Raises:
+        DataError: `fim_rate` is above 0 and the tokenizer has no tokens for it.
+    """
+
+    def __init__(self, folder: Path, fim_rate: float = 0.0, split_joined_rate: float = 0.0, seed: int = 0) -> None:
+        self.dtype = token_dtype(vocab_size(folder))
+        self._tokenizer = load_tokenizer(folder)
+        self._end = eos_token_id(folder)
+        self._marks = _fim_marks(folder, self._tokenizer, fim_rate) if fim_rate else ()
+        self._joined = JoinedTokens.of(self._tokenizer, vocab_size(folder)) if split_joined_rate else None
+        self._fim_rate, self._split_rate, self._seed = fim_rate, split_joined_rate, seed
+
+    def encode(self, texts: Sequence[str], hashes: Sequence[bytes], plain: Sequence[bool]) -> list[Tokens]:
+        """Token ids [length] of each document, its end-of-sentence token included.
+
+        Args:
+            texts: the documents.
+            hashes: of their texts, as `data.documents.text_hash` gives them; they decide what is drawn.
+            plain: the documents that are left as they are, such as those of validation.
+        """
+        documents: list[Tokens] = []
+        for start, stop in _batches(texts):
+            documents += self._encode_batch(texts[start:stop], hashes[start:stop], plain[start:stop])
+        return documents
+
+    def _encode_batch(self, texts: Sequence[str], hashes: Sequence[bytes], plain: Sequence[bool]) -> list[Tokens]:
+        parts: list[str] = []
+        first = [0]  # part of each document, and the number of parts
+        for text, digest, left in zip(texts, hashes, plain):
+            cuts = None if left or not self._fim_rate else fim_cuts(text, digest, self._fim_rate, self._seed)
+            parts += (text,) if cuts is None else (text[: cuts[0]], text[cuts[1] :], text[cuts[0] : cuts[1]])
+            first.append(len(parts))
+        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)]
+        for start, stop in pairwise(first):
+            if stop - start == 3:
+                for part, mark in zip(range(start, stop), self._marks):
+                    ids[part].insert(0, mark)
+            ids[stop - 1].append(self._end)
+        counts = np.add.reduceat([len(part) for part in ids], first[:-1])  # [documents] tokens of each
+        tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(counts.sum()))
+        if self._joined is not None:
+            keys = [0 if left else _draws("split", self._seed, digest)[0] for digest, left in zip(hashes, plain)]
+            rates = np.where(plain, 0.0, self._split_rate)
+            tokens, counts = self._joined.split(tokens, counts, np.array(keys, np.uint64), rates)
+        return np.split(tokens, np.cumsum(counts)[:-1])
+
+
+def fim_cuts(text: str, digest: bytes, rate: float, seed: int) -> tuple[int, int] | None:
+    """Where the middle of a document begins and ends, in characters; None for a document that stays as it is.
+
+    Args:
+        digest: hash of the text.
+        rate: share of the documents that are cut.
+    """
+    chosen, one, other = _draws("fim", seed, digest)
+    if chosen >= rate * 2**64:
+        return None
+    first, last = sorted(number * (len(text) + 1) >> 64 for number in (one, other))
+    return first, last
+
+
+@dataclass(frozen=True)
+class JoinedTokens:
+    """The tokens of a vocabulary that are punctuation and the line breaks after it, and what each is split into."""
+
+    halves: dict[int, list[int]]  # of a token: the ids of its punctuation, then those of its line breaks
+    lengths: npt.NDArray[np.int64]  # [V] number of these ids; 1 for every other token
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, size: int) -> "JoinedTokens":
+        """Look through a vocabulary of `size` ids."""
+        halves: dict[int, list[int]] = {}
+        for number, text in enumerate(tokenizer.decode_batch([[number] for number in range(size)])):
+            punctuation = text.rstrip("\r\n")
+            if len(punctuation) in (0, len(text)) or not _is_punctuation(punctuation):
+                continue
+            ids = [
+                number
+                for half in (punctuation, text[len(punctuation) :])
+                for number in tokenizer.encode(half, add_special_tokens=False).ids
+            ]
+            if tokenizer.decode([number, *ids]) == tokenizer.decode([number, number]):
+                halves[number] = ids
+        lengths = np.ones(size, np.int64)
+        lengths[list(halves)] = [len(ids) for ids in halves.values()]
+        return cls(halves, lengths)
+
+    def split(
+        self,
+        tokens: Tokens,
+        counts: npt.NDArray[np.int64],
+        keys: npt.NDArray[np.uint64],
+        rates: npt.NDArray[np.float64],
+    ) -> tuple[Tokens, npt.NDArray[np.int64]]:
+        """Split some of these tokens in documents that follow one another.
+
+        Args:
+            tokens: [tokens] of all documents.
+            counts: [documents] tokens of each.
+            keys: [documents] what decides, together with the position in the document, which tokens are split.
+            rates: [documents] share of the tokens that are.
+
+        Returns:
+            tokens and counts after it.
+        """
+        found = np.flatnonzero(self.lengths[tokens] > 1)
+        ends = np.cumsum(counts)
+        document = ends.searchsorted(found, side="right")
+        place = found - (ends - counts)[document]
+        chosen = _scramble(keys[document] + (place.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+        found = found[(chosen >> np.uint64(11)) * 2.0**-53 < rates[document]]
+        longer = np.ones(len(tokens), np.int64)
+        longer[found] = self.lengths[tokens[found]]
+        result = np.repeat(tokens, longer)
+        starts = found + np.cumsum(longer[found] - 1) - (longer[found] - 1)  # where the halves go
+        for start, number in zip(starts.tolist(), tokens[found].tolist()):
+            result[start : start + len(self.halves[number])] = self.halves[number]
+        return result, np.add.reduceat(longer, ends - counts)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64 (Steele, Lea and Flood, 2014)
+
+
+def _scramble(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64: every input bit reaches every output bit."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def _draws(purpose: str, seed: int, digest: bytes) -> list[int]:
+    """Three numbers below 2^64 that hang on the purpose, the seed and a document's hash."""
+    drawn = blake2b(digest, digest_size=24, key=f"{purpose} {seed}".encode()).digest()
+    return [int.from_bytes(drawn[start : start + 8], "little") for start in (0, 8, 16)]
+
+
+def _is_punctuation(text: str) -> bool:
+    """Punctuation and symbols, with a space before them or without; U+FFFD stands for a part of a character."""
+    return all(unicodedata.category(character)[0] in "PS" for character in text.removeprefix(" ")) and not (
+        text in ("", " ") or "\ufffd" in text
+    )
+
+
+def _fim_marks(folder: Path, tokenizer: Tokenizer, rate: float) -> tuple[int, ...]:
+    """Ids of what stands before prefix, suffix and middle."""
+    marks = (FIM_BEGIN, FIM_HOLE, FIM_END)
+    ids = {mark: number for mark in marks if (number := tokenizer.token_to_id(mark)) is not None}
+    if missing := [mark for mark in marks if mark not in ids]:
+        raise DataError(
+            f"fim_rate = {rate}: the tokenizer {folder} has no token {missing[0]}; "
+            "set fim_rate: 0, or take a tokenizer with the three tokens of fill-in-the-middle"
+        )
+    return tuple(ids.values())
+
+
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Ranges of texts of about BATCH_CHARACTERS."""
+    start = size = 0
+    for stop, text in enumerate(texts, 1):
+        size += len(text)
+        if size >= BATCH_CHARACTERS or stop == len(texts):
+            yield start, stop
+            start, size = stop, 0
