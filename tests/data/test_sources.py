@@ -40,11 +40,11 @@ def test_another_field_may_hold_the_text(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "x"', r"a.jsonl:3: no JSON \(.*\); a line must be a JSON object; mend or remove the line"),
+        (b'{"text": "x"', r"a.jsonl:3: no JSON \(.*\); a line must be a JSON object; 1 of 3 records"),
         (b'["x"]', r"a.jsonl:3: a JSON list; a line must be a JSON object with a field 'text'"),
-        (b'{"txt": "x"}', r"a.jsonl:3: text: missing; fields here are txt; set text_field or mend the line"),
+        (b'{"txt": "x"}', r"a.jsonl:3: text: missing; fields here are txt; set text_field; 1 of 3"),
         (b'{"text": 5}', r"a.jsonl:3: text = '5': must be a string"),
-        (b'{"text": "\xff"}', r"a.jsonl:3: not UTF-8"),
+        (b'{"text": "\xff"}', r"a.jsonl:3: byte 10 of the line is not UTF-8"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):

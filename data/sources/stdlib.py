@@ -1,0 +1,50 @@
+"""The source of the Python that runs: text that is everywhere and needs no download."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from data.documents import Document
+from data.sources.base import Input, SourceBase
+
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+}
+
+
+class StandardLibrary(SourceBase):
+    """The source files of the Python that runs, one document each, without tests and generated tables."""
+
+    kind: Literal["stdlib"]
+    # Files are taken by the hash of their name until the next would pass it.
+    max_bytes: int | None = Field(default=None, ge=1)
+
+    def inputs(self, cache: Path) -> list[Input]:
+        return [Input("the standard library")]
+
+    def records(self, item: Input, cache: Path) -> Iterator[Document]:
+        root = Path(sysconfig.get_path("stdlib"))
+        names = [path.relative_to(root) for path in root.rglob("*.py")]
+        names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts)]
+        taken = 0
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
+            content = (root / name).read_bytes()
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+            if self.max_bytes is not None and taken + len(content) > self.max_bytes:
+                return
+            taken += len(content)
+            yield Document(text, f"stdlib:{name.as_posix()}", self.language)

@@ -1,0 +1,129 @@
+"""Wikitext as plain text: what a reader of the page would read in its body, with the headings.
+
+Templates, tables, references, pictures and categories leave nothing; formulas stay as LaTeX between dollars. The parser is
+mwparserfromhell; it expands no templates, so that words which only a template prints are lost.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+DROPPED_NAMESPACES = frozenset({"file", "image", "media", "category"})  # MediaWiki knows these in every language
+# Elements whose content is no running text.
+DROPPED_TAGS = {
+    *("ref", "references", "table", "gallery", "timeline", "imagemap", "templatestyles", "style", "script"),
+    *("score", "hiero", "graph", "mapframe", "maplink", "inputbox", "categorytree", "section", "indicator"),
+}
+FORMULAS = {"math", "chem", "ce"}
+
+INTERLANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
+HEADING = re.compile(r"^\x02(\d)(.*)$")  # as `_render` marks it, until the empty sections are gone
+SWITCH = re.compile(r"__[A-Z]+__")  # __NOTOC__
+EMPTY_BRACKETS = re.compile(r"[ \t]*[(（](?:[\s,;:，；：]|\bor\b)*[)）]")  # what a template leaves that stood in them
+
+
+def plain(wikitext: str, dropped_namespaces: frozenset[str] = DROPPED_NAMESPACES) -> str:
+    """The text of a page, paragraphs parted by blank lines. Headings without text of their own are left out.
+
+    Args:
+        dropped_namespaces: lower-case names; links into these are no text, e.g. "datei" in a German wiki.
+
+    Raises:
+        ValueError, RecursionError: the wikitext cannot be parsed.
+    """
+    import mwparserfromhell
+
+    try:
+        code = mwparserfromhell.parse(wikitext.replace("\x02", ""))
+    except mwparserfromhell.parser.ParserError as error:
+        raise ValueError(str(error)) from None
+    text = SWITCH.sub("", "".join(_render(code, dropped_namespaces)))
+    text = EMPTY_BRACKETS.sub("", text)
+    return "\n".join(_tidy(text.split("\n")))
+
+
+def _render(code: Any, dropped: frozenset[str]) -> Iterator[str]:
+    from mwparserfromhell import nodes
+
+    for node in code.nodes if code is not None else ():
+        match node:
+            case nodes.Text():
+                yield node.value
+            case nodes.Wikilink():
+                yield from _link(node, dropped)
+            case nodes.ExternalLink():
+                if not node.brackets:
+                    yield str(node.url)
+                elif node.title is not None:
+                    yield from _render(node.title, dropped)
+            case nodes.HTMLEntity():
+                yield _entity(node)
+            case nodes.Heading():
+                title = "".join(_render(node.title, dropped)).strip()
+                yield f"\n\x02{node.level}{title}\n"
+            case nodes.Tag():
+                yield from _tag(node, dropped)
+            case _:  # templates, their arguments, comments
+                pass
+
+
+def _link(link: Any, dropped: frozenset[str]) -> Iterator[str]:
+    target = str(link.title).strip()
+    prefix = target.partition(":")[0].strip().lower() if ":" in target else ""
+    if prefix in dropped or (link.text is None and INTERLANGUAGE.fullmatch(prefix)):
+        return
+    if link.text is None:
+        yield target.removeprefix(":")
+    else:
+        yield from _render(link.text, dropped)
+
+
+def _tag(tag: Any, dropped: frozenset[str]) -> Iterator[str]:
+    name = str(tag.tag).strip().lower()
+    if name in DROPPED_TAGS:
+        return
+    if name in FORMULAS:
+        yield f"${str(tag.contents).strip()}$"
+    elif name == "li" and tag.wiki_markup:
+        yield "- "
+    elif name == "br":
+        yield "\n"
+    elif name in ("p", "div", "blockquote", "center", "pre", "syntaxhighlight", "source", "poem"):
+        yield "\n"
+        yield from _render(tag.contents, dropped)
+        yield "\n"
+    else:
+        yield from _render(tag.contents, dropped)
+
+
+def _entity(entity: Any) -> str:
+    try:
+        character: str = entity.normalize()
+    except (ValueError, OverflowError):  # a number that is no character
+        return ""
+    return " " if character == "\xa0" else character
+
+
+def _tidy(lines: list[str]) -> Iterator[str]:
+    """Lines without empty sections, without the white space and list marks that stood around what was left out."""
+    waiting: list[tuple[int, str]] = []  # headings, outermost first, that have no text yet
+    blank = begun = False
+    for line in lines:
+        if heading := HEADING.match(line):
+            level = int(heading[1])
+            waiting = [*(above for above in waiting if above[0] < level), (level, heading[2].strip())]
+            continue
+        line = re.sub(r"[ \t]+", " ", line).strip()
+        line = re.sub(r"^(?:- ?)+(?=\S)", "- ", line)
+        line = re.sub(r" ([,.;:])(?=\s|$)", r"\1", line)
+        if not line.strip("-*:;#|!{} "):
+            blank = True
+            continue
+        for _, title in waiting:
+            yield from ["", title] if begun else [title]
+            begun = blank = True
+        waiting = []
+        if blank and begun:
+            yield ""
+        yield line
+        begun, blank = True, False
