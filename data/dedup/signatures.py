@@ -22,9 +22,7 @@ from data.manifest import Record
 
 # Scripts written without spaces; each of their characters is a word.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-SHINGLES_AT_ONCE = (
-    4096  # n-grams whose hashes are in memory: bands · rows · 8 bytes each, and temporaries of the same size
-)
+SHINGLES_AT_ONCE = 4096  # n-grams; the hashes of each take 8 bytes a row and band, twice for a moment
 
 
 class MinHash(Record):
@@ -59,14 +57,13 @@ class Signer:
             import regex
             import xxhash
             from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+
+            settings = MinhashConfig(n_grams=config.ngram, num_buckets=config.bands, hashes_per_bucket=config.rows)
+            self._minhash = MinhashDedupSignature("memory://", settings)  # its folder; nothing is written into it
         except ImportError as error:
             raise DataError(
-                f"dedup.minhash: needs {error.name}; pip install 'rorqual[data]', or minhash: null"
+                f"dedup.minhash: needs datatrove ({error}); pip install 'rorqual[data]', or set minhash: null"
             ) from None
-        settings = MinhashConfig(n_grams=config.ngram, num_buckets=config.bands, hashes_per_bucket=config.rows)
-        self._minhash = MinhashDedupSignature(
-            "memory://", settings
-        )  # a folder for its own pipeline; nothing is written here
         self._minhash.word_tokenizer = _Words(regex.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+"))
         self._hash = xxhash.xxh64_intdigest
 
