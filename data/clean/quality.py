@@ -1,0 +1,227 @@
+"""The quality rules of Gopher, C4 and FineWeb, as datatrove implements them, with the thresholds of the papers.
+
+datatrove's filters decide; what is here names their settings, says to which languages they apply, and keeps away what they cannot
+take. The papers set their thresholds on English, so a filter looks at documents of its `languages` and at those whose language is
+not known; the others pass it untouched. Words are cut as the document's language needs it (spaCy; jieba for Chinese).
+
+FineWeb ran gopher_repetition, gopher_quality, c4 with `terminal_punctuation: false`, then fineweb. Two steps that follow each other
+share a document's words where the first left its text alone.
+"""
+
+import logging
+import re
+from abc import abstractmethod
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from data.clean.packages import import_package
+from data.clean.step import Step, StepRecord
+from data.documents import Document, Rejected
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+
+# spaCy takes such a run off one character at a time, each time searching the rest: 0.1 s for a thousand, hours for a million.
+SYMBOL_RUN = re.compile(r"(?:[^\w\s]|_|['’][sS]){1000}")
+
+Share = Annotated[float, Field(gt=0, le=1)]
+NGrams = dict[Annotated[int, Field(ge=1)], Share]
+
+
+class QualityRecord(StepRecord):
+    """A filter of datatrove, and the languages whose documents it looks at. A threshold of `null` switches its rule off."""
+
+    languages: list[str] = Field(
+        default=["en"], min_length=1
+    )  # a document without a language counts as the first of them
+
+    def build(self) -> Step:
+        """Import datatrove, and the words of each language.
+
+        Raises:
+            DataError: a package is missing, or datatrove knows no words for one of the languages.
+        """
+        where = f"steps: {self.kind}"  # type: ignore[attr-defined]
+        words = import_package("datatrove.utils.text", "datatrove", where).split_into_words
+        logging.getLogger("jieba").setLevel(logging.WARNING)  # tells of its dictionary on stderr
+        for language in self.languages:
+            try:
+                words("word", language)
+            except ValueError:
+                raise DataError(
+                    f"{where}: languages: {language!r}: datatrove has no words for it; leave it out"
+                ) from None
+            except ImportError as error:
+                raise DataError(f"{where}: languages: {language!r}: {error}") from None
+        prefix = self.kind.partition("_")[0] + "_"  # type: ignore[attr-defined]
+        return _Quality({language: self.filter(language) for language in self.languages}, prefix)
+
+    @abstractmethod
+    def filter(self, language: str) -> "BaseFilter":
+        """datatrove's filter with these settings."""
+
+
+class _Quality:
+    """Asks the filter of the document's language."""
+
+    def __init__(self, filters: dict[str, "BaseFilter"], prefix: str) -> None:
+        self._filters = filters
+        self._default = next(iter(filters))
+        self._prefix = prefix  # that datatrove's reasons repeat
+
+    def apply(self, document: Document) -> Document | Rejected:
+        """The document as the filter leaves it, or the reason that datatrove gives, or "empty" or "symbol_run"."""
+        judge = self._filters.get(document.language or self._default)
+        if judge is None:
+            return document
+        if SYMBOL_RUN.search(document.text):
+            return Rejected("symbol_run")
+        theirs = _theirs()(text=document.text, id=document.where)
+        verdict = judge.filter(theirs)
+        if isinstance(verdict, tuple):
+            return Rejected(verdict[1].removeprefix(self._prefix))
+        if not theirs.text:
+            return Rejected("empty")
+        return document if theirs.text == document.text else replace(document, text=theirs.text)
+
+
+@cache
+def _theirs() -> Any:
+    from datatrove.data import Document as TheirDocument
+
+    return TheirDocument
+
+
+class GopherQuality(QualityRecord):
+    """Quality rules of MassiveText (Gopher, Rae et al. 2021, §A1.1)."""
+
+    kind: Literal["gopher_quality"] = "gopher_quality"
+    min_words: int = Field(default=50, ge=1)  # words with something else than punctuation
+    max_words: int | None = Field(default=100_000, ge=1)
+    min_mean_word_length: float | None = Field(default=3, gt=0)  # characters
+    max_mean_word_length: float | None = Field(default=10, gt=0)
+    max_symbols_per_word: float | None = Field(default=0.1, gt=0)  # "#", and "..." with "…"
+    max_bullet_lines: Share | None = 0.9  # of the lines, that begin with • or -
+    max_ellipsis_lines: Share | None = 0.3  # of the lines, that end with an ellipsis
+    min_alphabetic_words: Share | None = 0.8  # of the words, with a letter
+    min_stop_words: int | None = Field(default=2, ge=1)  # different ones of `stop_words`
+    stop_words: list[str] = Field(default=["the", "be", "to", "of", "and", "that", "have", "with"])
+
+    def filter(self, language: str) -> "BaseFilter":
+        from datatrove.pipeline.filters import GopherQualityFilter
+
+        return GopherQualityFilter(
+            min_doc_words=self.min_words,
+            max_doc_words=self.max_words,
+            min_avg_word_length=self.min_mean_word_length,
+            max_avg_word_length=self.max_mean_word_length,
+            max_symbol_word_ratio=self.max_symbols_per_word,
+            max_bullet_lines_ratio=self.max_bullet_lines,
+            max_ellipsis_lines_ratio=self.max_ellipsis_lines,
+            max_non_alpha_words_ratio=self.min_alphabetic_words,
+            min_stop_words=self.min_stop_words,
+            stop_words=self.stop_words,
+            language=language,
+        )
+
+
+class GopherRepetition(QualityRecord):
+    """Repetition rules of MassiveText (Gopher, Rae et al. 2021, Table A1): shares of a document that repeat the rest of it."""
+
+    kind: Literal["gopher_repetition"] = "gopher_repetition"
+    max_duplicate_lines: Share | None = 0.3  # of the lines
+    max_duplicate_paragraphs: Share | None = 0.3  # of the paragraphs
+    max_duplicate_line_characters: Share | None = 0.2  # of the characters, as all below
+    max_duplicate_paragraph_characters: Share | None = 0.2
+    max_top_ngram: NGrams = Field(default={2: 0.2, 3: 0.18, 4: 0.16})  # n → in the most frequent n-gram
+    # n → in n-grams that came before
+    max_duplicate_ngrams: NGrams = Field(default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1})
+
+    def filter(self, language: str) -> "BaseFilter":
+        from datatrove.pipeline.filters import GopherRepetitionFilter
+
+        return GopherRepetitionFilter(
+            dup_line_frac=self.max_duplicate_lines,
+            dup_para_frac=self.max_duplicate_paragraphs,
+            dup_line_char_frac=self.max_duplicate_line_characters,
+            dup_para_char_frac=self.max_duplicate_paragraph_characters,
+            top_n_grams=tuple(sorted(self.max_top_ngram.items())),
+            dup_n_grams=tuple(sorted(self.max_duplicate_ngrams.items())),
+            language=language,
+        )
+
+
+class C4(QualityRecord):
+    """Rules of C4 (Raffel et al. 2020, §2.2) without its list of bad words: they drop lines, and then documents.
+
+    The numbers of sentences and words are those of datatrove, which FineWeb used; C4's published code has 3 and 5.
+    """
+
+    kind: Literal["c4"] = "c4"
+    by_line: bool = True  # as C4; false: sentence by sentence
+    remove_citations: bool = True  # "[1]", "[edit]", "[citation needed]"
+    terminal_punctuation: bool = True  # drop lines that do not end with . ? ! " or '; FineWeb: false
+    min_sentences: int | None = Field(default=5, ge=1)  # in the lines that stay
+    min_line_words: int | None = Field(default=3, ge=1)  # drop shorter lines
+    max_word_length: int | None = Field(
+        default=1000, ge=1
+    )  # drop lines with a longer word; of C4's code, not the paper
+    reject_lorem_ipsum: bool = True  # documents with "lorem ipsum"
+    drop_javascript: bool = True  # lines with "javascript"
+    reject_curly_brackets: bool = True  # documents with {
+    drop_policies: bool = True  # lines on cookies, privacy and terms of use; of C4's code, not the paper
+
+    def filter(self, language: str) -> "BaseFilter":
+        from datatrove.pipeline.filters import C4QualityFilter
+
+        return C4QualityFilter(
+            split_paragraph=self.by_line,
+            remove_citations=self.remove_citations,
+            filter_no_terminal_punct=self.terminal_punctuation,
+            min_num_sentences=self.min_sentences or -1,
+            min_words_per_line=self.min_line_words or -1,
+            max_word_length=self.max_word_length or -1,
+            filter_lorem_ipsum=self.reject_lorem_ipsum,
+            filter_javascript=self.drop_javascript,
+            filter_curly_bracket=self.reject_curly_brackets,
+            filter_policy=self.drop_policies,
+            language=language,
+        )
+
+
+class FineWeb(QualityRecord):
+    """FineWeb's own rules (Penedo et al. 2024, §3.6), with the values of the code that made it.
+
+    The paper gives 0.1 for `max_duplicate_line_characters`, and no `max_line_breaks_per_word`.
+    """
+
+    kind: Literal["fineweb"] = "fineweb"
+    min_punctuated_lines: float = Field(
+        default=0.12, ge=0, le=1
+    )  # of the lines, that end with a mark that ends sentences; 0: off
+    unpunctuated: bool = False  # true: a document without any such line stays
+    stop_characters: list[str] | None = None  # None: datatrove's, of many scripts
+    max_short_lines: float = Field(default=0.67, ge=0, le=1)  # of the lines; 1: off
+    short_line: int = Field(default=30, ge=0)  # characters that a short line has at most
+    max_duplicate_line_characters: float = Field(
+        default=0.01, ge=0, le=1
+    )  # of the characters, in lines that came before; 1: off
+    max_line_breaks_per_word: float = Field(default=0.3, ge=0)
+
+    def filter(self, language: str) -> "BaseFilter":
+        from datatrove.pipeline.filters import FineWebQualityFilter
+
+        return FineWebQualityFilter(
+            line_punct_thr=self.min_punctuated_lines,
+            line_punct_exclude_zero=self.unpunctuated,
+            stop_chars=None if self.stop_characters is None else tuple(self.stop_characters),
+            short_line_thr=self.max_short_lines,
+            short_line_length=self.short_line,
+            char_duplicates_ratio=self.max_duplicate_line_characters,
+            new_line_ratio=self.max_line_breaks_per_word,
+            language=language,
+        )
