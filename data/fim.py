@@ -15,12 +15,14 @@ Every draw is a function of the seed, the hash of the document's text and a posi
 are encoded together, nor on their order.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,10 @@ from data.errors import DataError
 from data.indexed import Tokens, token_dtype
 from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, eos_token_id, load_tokenizer, vocab_size
 
-BATCH_CHARACTERS = 1 << 18  # text that the tokenizers library is given at a time
+# Text that the tokenizers library is given at a time: it takes about 130 bytes of memory for each byte of text.
+MOST_CHARACTERS = 1 << 18
+LINE_START = re.compile(r".*\n(?=[^\W_])", re.DOTALL)  # matches up to the last one
+WORD_START = re.compile(r".*[^\W\d_](?= [^\W\d_])", re.DOTALL)
 
 
 class Encoder:
@@ -62,31 +67,58 @@ class Encoder:
             hashes: of their texts, as `data.documents.text_hash` gives them; they decide what is drawn.
             plain: the documents that are left as they are, such as those of validation.
         """
-        documents: list[Tokens] = []
-        for start, stop in _batches(texts):
-            documents += self._encode_batch(texts[start:stop], hashes[start:stop], plain[start:stop])
-        return documents
-
-    def _encode_batch(self, texts: Sequence[str], hashes: Sequence[bytes], plain: Sequence[bool]) -> list[Tokens]:
-        parts: list[str] = []
-        first = [0]  # part of each document, and the number of parts
+        runs: list[_Run] = []
+        first = [0]  # run of each document, and the number of runs
         for text, digest, left in zip(texts, hashes, plain):
-            cuts = None if left or not self._fim_rate else fim_cuts(text, digest, self._fim_rate, self._seed)
-            parts += (text,) if cuts is None else (text[: cuts[0]], text[cuts[1] :], text[cuts[0] : cuts[1]])
-            first.append(len(parts))
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)]
-        for start, stop in pairwise(first):
-            if stop - start == 3:
-                for part, mark in zip(range(start, stop), self._marks):
-                    ids[part].insert(0, mark)
-            ids[stop - 1].append(self._end)
-        counts = np.add.reduceat([len(part) for part in ids], first[:-1])  # [documents] tokens of each
+            runs += self._runs(text, digest, left)
+            first.append(len(runs))
+        tokens = [ids for batch in _batches(runs) for ids in self._encode_runs(batch)]
+        return [
+            tokens[start] if stop == start + 1 else np.concatenate(tokens[start:stop])
+            for start, stop in pairwise(first)
+        ]
+
+    def _runs(self, text: str, digest: bytes, left: bool) -> Iterator["_Run"]:
+        """A document as runs: its parts in the order in which they are written, long ones in slices."""
+        cuts = None if left or not self._fim_rate else fim_cuts(text, digest, self._fim_rate, self._seed)
+        if cuts is None:
+            parts: Sequence[str] = (text,)
+        else:
+            parts = (text[: cuts[0]], text[cuts[1] :], text[cuts[0] : cuts[1]])
+        marks = () if cuts is None else self._marks
+        for number, part in enumerate(parts):
+            for start, stop in _slices(part):
+                yield _Run(
+                    part[start:stop],
+                    marks[number : number + 1] if start == 0 else (),
+                    (self._end,) if stop == len(part) and number == len(parts) - 1 else (),
+                    0 if self._joined is None else _draws("split", self._seed, digest, number, start)[0],
+                    0.0 if left else self._split_rate,
+                )
+
+    def _encode_runs(self, runs: Sequence["_Run"]) -> list[Tokens]:
+        """Token ids [length] of each run."""
+        encodings = self._tokenizer.encode_batch_fast([run.text for run in runs], add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        for tokens_of_run, run in zip(ids, runs):
+            tokens_of_run[:0] = run.before
+            tokens_of_run += run.after
+        counts = np.array([len(each) for each in ids])
         tokens = np.fromiter(chain.from_iterable(ids), self.dtype, int(counts.sum()))
         if self._joined is not None:
-            keys = [0 if left else _draws("split", self._seed, digest)[0] for digest, left in zip(hashes, plain)]
-            rates = np.where(plain, 0.0, self._split_rate)
-            tokens, counts = self._joined.split(tokens, counts, np.array(keys, np.uint64), rates)
+            keys, rates = np.array([run.key for run in runs], np.uint64), np.array([run.split_rate for run in runs])
+            tokens, counts = self._joined.split(tokens, counts, keys, rates)
         return np.split(tokens, np.cumsum(counts)[:-1])
+
+
+class _Run(NamedTuple):
+    """A stretch of a document that is tokenized by itself."""
+
+    text: str
+    before: Sequence[int]  # special tokens in front of it
+    after: Sequence[int]
+    key: int  # decides which of its joined tokens are split
+    split_rate: float
 
 
 def fim_cuts(text: str, digest: bytes, rate: float, seed: int) -> tuple[int, int] | None:
@@ -136,30 +168,33 @@ class JoinedTokens:
         keys: npt.NDArray[np.uint64],
         rates: npt.NDArray[np.float64],
     ) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Split some of these tokens in documents that follow one another.
+        """Split some of these tokens in runs that follow one another.
 
         Args:
-            tokens: [tokens] of all documents.
-            counts: [documents] tokens of each.
-            keys: [documents] what decides, together with the position in the document, which tokens are split.
-            rates: [documents] share of the tokens that are.
+            tokens: [tokens] of all runs.
+            counts: [runs] tokens of each.
+            keys: [runs] what decides, together with the position in the run, which tokens are split.
+            rates: [runs] share of the tokens that are.
 
         Returns:
             tokens and counts after it.
         """
         found = np.flatnonzero(self.lengths[tokens] > 1)
         ends = np.cumsum(counts)
-        document = ends.searchsorted(found, side="right")
-        place = found - (ends - counts)[document]
-        chosen = _scramble(keys[document] + (place.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-        found = found[(chosen >> np.uint64(11)) * 2.0**-53 < rates[document]]
+        run = ends.searchsorted(found, side="right")
+        place = (found - (ends - counts)[run]).astype(np.uint64)
+        chosen = _scramble(keys[run] + (place + np.uint64(1)) * GOLDEN)
+        kept = (chosen >> np.uint64(11)) * 2.0**-53 < rates[run]
+        found, run = found[kept], run[kept]
+        numbers = tokens[found]
+        added = self.lengths[numbers] - 1
         longer = np.ones(len(tokens), np.int64)
-        longer[found] = self.lengths[tokens[found]]
+        longer[found] += added
         result = np.repeat(tokens, longer)
-        starts = found + np.cumsum(longer[found] - 1) - (longer[found] - 1)  # where the halves go
-        for start, number in zip(starts.tolist(), tokens[found].tolist()):
+        starts = found + np.cumsum(added) - added  # where the halves go
+        for start, number in zip(starts.tolist(), numbers.tolist()):
             result[start : start + len(self.halves[number])] = self.halves[number]
-        return result, np.add.reduceat(longer, ends - counts)
+        return result, counts + np.bincount(run, added, len(counts)).astype(np.int64)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64 (Steele, Lea and Flood, 2014)
@@ -172,9 +207,9 @@ def _scramble(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return numbers ^ (numbers >> np.uint64(31))
 
 
-def _draws(purpose: str, seed: int, digest: bytes) -> list[int]:
-    """Three numbers below 2^64 that hang on the purpose, the seed and a document's hash."""
-    drawn = blake2b(digest, digest_size=24, key=f"{purpose} {seed}".encode()).digest()
+def _draws(purpose: str, seed: int, digest: bytes, *place: int) -> list[int]:
+    """Three numbers below 2^64 that hang on the purpose, the seed, a document's hash and a place in it."""
+    drawn = blake2b(repr((purpose, seed, *place)).encode() + digest, digest_size=24).digest()
     return [int.from_bytes(drawn[start : start + 8], "little") for start in (0, 8, 16)]
 
 
@@ -197,11 +232,27 @@ def _fim_marks(folder: Path, tokenizer: Tokenizer, rate: float) -> tuple[int, ..
     return tuple(ids.values())
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Ranges of texts of about BATCH_CHARACTERS."""
+def _batches(runs: Sequence[_Run]) -> Iterator[Sequence[_Run]]:
+    """Groups of runs of about MOST_CHARACTERS."""
     start = size = 0
-    for stop, text in enumerate(texts, 1):
-        size += len(text)
-        if size >= BATCH_CHARACTERS or stop == len(texts):
-            yield start, stop
+    for stop, run in enumerate(runs, 1):
+        size += len(run.text)
+        if size >= MOST_CHARACTERS or stop == len(runs):
+            yield runs[start:stop]
             start, size = stop, 0
+
+
+def _slices(text: str) -> Iterator[tuple[int, int]]:
+    """Ranges of a text of at most MOST_CHARACTERS, where it can be cut without a change to its tokens.
+
+    Such a place is between a line break and a letter or digit; failing that, in front of the space before a word. The second
+    half of the range is looked through. Text without either is cut where the range ends.
+    """
+    start = 0
+    while len(text) - start > MOST_CHARACTERS:
+        window = (start + MOST_CHARACTERS // 2, start + MOST_CHARACTERS)
+        found = LINE_START.match(text, *window) or WORD_START.match(text, *window)
+        stop = found.end() if found else window[1]
+        yield start, stop
+        start = stop
+    yield start, len(text)

@@ -43,12 +43,12 @@ def encoded(folder, texts, plain=None, **rates):
 
 
 def test_a_document_is_written_prefix_suffix_middle(folder):
-    # Seed 3 draws the cuts 4 and 8 of this text's 13 characters: "fn m" | "ain(" | ") {}\n".
+    # Seed 0 draws the cuts 5 and 11 of this text's 13 characters: "fn ma" | "in() {" | "}\n".
     text = "fn main() {}\n"
-    assert fim_cuts(text, text_hash(text), rate=1.0, seed=3) == (4, 8)
-    ids = encoded(folder, [text], fim_rate=1.0, seed=3)[0]
-    assert decode(folder, ids) == f"{FIM_BEGIN}fn m{FIM_HOLE}) {{}}\n{FIM_END}ain({EOS}"
-    prefix, suffix, middle = encode(folder, ["fn m", ") {}\n", "ain("])
+    assert fim_cuts(text, text_hash(text), rate=1.0, seed=0) == (5, 11)
+    ids = encoded(folder, [text], fim_rate=1.0)[0]
+    assert decode(folder, ids) == f"{FIM_BEGIN}fn ma{FIM_HOLE}}}\n{FIM_END}in() {{{EOS}"
+    prefix, suffix, middle = encode(folder, ["fn ma", "}\n", "in() {"])
     assert ids.tolist() == [4, *prefix, 3, *suffix, 5, *middle, 1]
 
 
@@ -102,7 +102,7 @@ def test_tokens_do_not_depend_on_what_is_encoded_with_them(folder):
     together = encoded(folder, texts, **rates)
     alone = [encoded(folder, [text], **rates)[0] for text in texts]
     backwards = encoded(folder, texts[::-1], **rates)[::-1]
-    large = encoded(folder, [*texts, "x" * 300_000, *texts], **rates)[-80:]  # more than one batch of the library
+    large = encoded(folder, [*texts, "x " * 150_000, *texts], **rates)[-80:]  # more than one batch of the library
     for others in (alone, backwards, large):
         assert all(np.array_equal(one, other) for one, other in zip(together, others))
 
@@ -130,12 +130,20 @@ def test_a_token_is_split_between_its_punctuation_and_its_line_breaks(folder):
         assert ids == [
             number for half in (punctuation, text[len(punctuation) :]) for number in encode(folder, [half])[0]
         ]
-    # One document "x y x" of a vocabulary of 4, where y = 2 falls into 0 and 3; its second occurrence does too.
+    # Two runs, [1 2 1] and [2 2], of a vocabulary of 4, where 2 falls into 0, 3 and 3.
     toy = JoinedTokens({2: [0, 3, 3]}, np.array([1, 1, 3, 1]))
-    tokens, counts = toy.split(
-        np.array([1, 2, 1, 2, 2], np.uint16), np.array([3, 2]), np.zeros(2, np.uint64), np.array([1.0, 1.0])
-    )
+    tokens, counts = toy.split(np.array([1, 2, 1, 2, 2]), np.array([3, 2]), np.zeros(2, np.uint64), np.ones(2))
     assert tokens.tolist() == [1, 0, 3, 3, 1, 0, 3, 3, 0, 3, 3] and counts.tolist() == [5, 6]
+
+
+def test_a_long_text_is_sliced_where_its_tokens_do_not_change(folder, monkeypatch):
+    monkeypatch.setattr("data.fim.MOST_CHARACTERS", 2000)
+    lines = "\n\n".join(some_text(300))
+    words = " ".join(["whale", "été", "крот"] * 1000)
+    for text in (lines, words):
+        assert encoded(folder, [text])[0].tolist() == [*encode(folder, [text])[0], 1]
+    endless = "¶!" * 3000 + "🐋"
+    assert decode(folder, encoded(folder, [endless])[0]) == endless + EOS
 
 
 def test_a_tokenizer_without_the_tokens_of_fim_is_refused(folder, tmp_path):
