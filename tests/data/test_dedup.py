@@ -18,8 +18,8 @@ from data.shards import write_shard
 
 FINEWEB = Dedup(minhash=MinHash())
 SEA = (
-    "whale sea deep song winter north ice krill wave light boat storm gull shore salt wind harbour dive breath fluke fin calf pod net "
-    "rope sail moon tide current plankton stone sand blue grey cold far near under over old young slow great"
+    "whale sea deep song winter north ice krill wave light boat storm gull shore salt wind harbour dive breath fluke fin calf pod "
+    "net rope sail moon tide current plankton stone sand blue grey cold far near under over old young slow great"
 )
 
 
