@@ -35,7 +35,7 @@ class Unreadable(Record):
     """The records of one source that gave no document."""
 
     reasons: dict[str, int]
-    examples: list[UnreadableRecord] = []
+    examples: list[UnreadableRecord] = Field(default_factory=list)
 
 
 class RejectedDocument(Record):
@@ -84,7 +84,7 @@ class Report(Record):
     tokens: dict[str, dict[str, Tokens]]  # source → split
     reference: str | None = None  # name of the reference tokenizer
     packing: dict[int, Packing] = Field(default_factory=dict)  # sequence length
-    examples: list[RejectedDocument] = []
+    examples: list[RejectedDocument] = Field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write `report.json` into a store's folder."""
