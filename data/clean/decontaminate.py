@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from data.clean.step import Step, StepRecord
+from data.compressed import DAMAGE, damaged, opened
 from data.documents import Document, Rejected
 from data.errors import DataError
-from data.sources.compressed import DAMAGE, damaged, opened
 
-# A letter or digit run with its accents; Chinese characters and kana, which no space parts, one by one.
+# Letters and digits with their accents; Chinese characters and kana, which no space parts, one by one.
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{_ALONE}]|(?:[^\W_{_ALONE}]|[\u0300-\u036f])+")
+_LETTERS = rf"[^\W_{_ALONE}]"
+WORD = re.compile(rf"[{_ALONE}]|{_LETTERS}+(?:[\u0300-\u036f]+{_LETTERS}*)*")
 WORD_LENGTH = 100  # characters that tell a word from others
 RADIX = 0x9E3779B97F4A7C15  # odd, so that multiplying loses nothing mod 2⁶⁴
 
