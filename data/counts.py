@@ -11,3 +11,6 @@ class Count(Record):
 
     def __add__(self, other: "Count") -> "Count":
         return Count(documents=self.documents + other.documents, bytes=self.bytes + other.bytes)
+
+    def __sub__(self, other: "Count") -> "Count":
+        return Count(documents=self.documents - other.documents, bytes=self.bytes - other.bytes)

@@ -60,6 +60,7 @@ class Manifest(Record):
     splits: dict[str, SplitRecord]
     files: dict[str, FileRecord]
     steps: list[dict[str, Any]]  # how the store was made, in order
+    versions: dict[str, str]  # of the libraries that made it
     recipe: dict[str, Any]
 
     def write(self, folder: Path) -> None:

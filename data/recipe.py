@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from data.clean import StepConfig
+from data.dedup.signatures import Dedup
 from data.errors import DataError
 from data.manifest import Record
 from data.sources import Source
@@ -34,8 +36,21 @@ class DataRecipe(Record):
 
     sources: list[Source] = Field(min_length=1)
     tokenizer: Annotated[Trained | Given, Field(discriminator="kind")] = Trained(kind="bpe")
+    steps: tuple[StepConfig, ...] = ()  # cleaning of the sources that have no steps of their own
+    dedup: Dedup = Dedup()
+    reference_tokenizer: Path | None = None  # a folder; the report compares bytes per token with its
+    fim_rate: float = Field(
+        default=0.0, ge=0, le=1
+    )  # share of the train documents in fill-in-the-middle form; DeepSeek-V3: 0.1
+    split_joined_rate: float = Field(
+        default=0.0, ge=0, le=1
+    )  # share of tokens of punctuation and line breaks that are split
     validation: float = Field(default=0.01, ge=0, le=1)  # share of the documents, by a hash of their text; 1: all
-    seed: int = 0  # of the order of documents on disk
+    seed: int = 0  # of the order of documents on disk, and of what is drawn in them
+    shard_bytes: int = Field(
+        default=32 << 20, ge=1
+    )  # text that one item of work holds; the store does not depend on it
+    tokens_per_file: int = Field(default=1 << 31, ge=1)  # a split with more lies in several files
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DataRecipe":

@@ -156,6 +156,8 @@ class Store:
         manifest = Manifest.read(folder)
         for file, record in manifest.files.items():
             _check_size(folder / file, record)
+            if file.startswith("tokenizer/"):  # small, and the ids mean nothing without it
+                _check_hash(folder / file, record)
         splits = {}
         for name, split_record in manifest.splits.items():
             pieces = [_open_piece(folder / prefix, manifest.dtype) for prefix in split_record.pieces]
@@ -239,11 +241,7 @@ def verify_store(path: Path | str) -> dict[str, Any]:
     store = Store.open(path)
     manifest = store.manifest
     for name, record in manifest.files.items():
-        found = hash_file(store.path / name)
-        if found != record.sha256:
-            raise DataError(
-                f"{store.path / name}: sha256 {found[:12]}…; the manifest says {record.sha256[:12]}…; {REMEDY}"
-            )
+        _check_hash(store.path / name, record)
     if (found := fingerprint(store.tokenizer_folder)) != manifest.tokenizer_fingerprint:
         raise DataError(
             f"{store.tokenizer_folder}: fingerprint {found[:12]}…; "
@@ -282,12 +280,17 @@ def _verify_piece(store: Store, prefix: str, piece: Indexed) -> None:
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file of a store but its manifest, by name relative to the folder."""
+    """Size and hash of every file below a folder but a manifest, by its name relative to the folder."""
     return {
-        str(path.relative_to(folder)): FileRecord(bytes=path.stat().st_size, sha256=hash_file(path))
-        for path in sorted(_files(folder))
-        if path.name != FILE_NAME
+        str(path.relative_to(folder)): file_record(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != FILE_NAME
     }
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def hash_file(path: Path) -> str:
@@ -297,10 +300,6 @@ def hash_file(path: Path) -> str:
         while block := file.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
 
 
 def _open_piece(prefix: Path, dtype: str) -> Indexed:
@@ -315,3 +314,8 @@ def _check_size(path: Path, record: FileRecord) -> None:
         raise DataError(f"{path}: missing; the manifest lists it; {REMEDY}")
     if path.stat().st_size != record.bytes:
         raise DataError(f"{path}: {path.stat().st_size} bytes; the manifest says {record.bytes}; {REMEDY}")
+
+
+def _check_hash(path: Path, record: FileRecord) -> None:
+    if (found := hash_file(path)) != record.sha256:
+        raise DataError(f"{path}: sha256 {found[:12]}…; the manifest says {record.sha256[:12]}…; {REMEDY}")

@@ -21,6 +21,8 @@ for module in (
     "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO engine imports it, and torch.compile with it
     "train.cli",
     "train.trainer",
+    "data.prepare",
+    "datatrove.pipeline.dedup.minhash",
     "transformers.models.auto.tokenization_auto",
 ):
     importlib.import_module(module)

@@ -49,6 +49,7 @@ Weights = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_FOLDER", hel
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Count for so many processes; default: as many as the launcher started, or 1.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that do the work; default: one a core.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -217,12 +218,15 @@ def generate(
 def prepare(
     recipe: DataRecipeName,
     out: Annotated[Path, typer.Option(help="The store to write.")],
-    workers: Annotated[int | None, typer.Option(help="Processes that tokenize; default: one a core.")] = None,
+    workers: Workers = None,
+    task: Annotated[int, typer.Option(help="Which of several tasks this is that share the work; from 0.")] = 0,
+    tasks: Annotated[int, typer.Option(help="How many tasks share the work.")] = 1,
 ) -> None:
-    """Read sources, train or take a tokenizer, and write a token store."""
+    """Read sources, clean and deduplicate, train or take a tokenizer, and write a token store; continues what was interrupted."""
     from data.prepare import prepare as run
+    from data.prepare.work import Share
 
-    run(recipe, out, workers or len(os.sched_getaffinity(0)))
+    run(recipe, out, workers or len(os.sched_getaffinity(0)), Share(task, tasks))
 
 
 @data.command()
@@ -246,22 +250,30 @@ def inspect(
 
 
 @data.command()
-def stats(store: StorePath) -> None:
-    """Documents, tokens and bytes of every split and source, as JSON."""
+def stats(
+    store: StorePath,
+    html: Annotated[Path | None, typer.Option(help="Write the report of its preparation as a page.")] = None,
+) -> None:
+    """Documents, tokens and bytes of every split and source, as JSON; how they became what they are, as a page."""
+    from data.report import read_report, write_report
     from data.store import Store, store_stats
 
-    print(json.dumps(store_stats(Store.open(store)), indent=1))
+    opened = Store.open(store)
+    print(json.dumps(store_stats(opened), indent=1))
+    if html is not None:
+        write_report(read_report(opened.path), html)
 
 
 @tokenizer.command("train")
 def tokenizer_train(
     recipe: DataRecipeName,
     out: Annotated[Path, typer.Option(help="The Hugging Face tokenizer folder to write.")],
+    workers: Workers = None,
 ) -> None:
     """Train a tokenizer on the sources of a data recipe."""
     from data.prepare import train_tokenizer
 
-    train_tokenizer(recipe, out)
+    train_tokenizer(recipe, out, workers or len(os.sched_getaffinity(0)))
     print(out)
 
 

@@ -94,9 +94,10 @@ class _Decontaminate:
         found = []
         for n, known in self._index.items():
             ngrams = _ngram_hashes(words, n)
-            place = np.searchsorted(known, ngrams)
-            hits = known[np.minimum(place, len(known) - 1)] == ngrams
-            found += [(first, first + n) for first in np.flatnonzero(hits).tolist()]
+            order = np.argsort(ngrams)  # sorted, they are looked up in half the time
+            place = np.searchsorted(known, ngrams[order])
+            hits = order[known[np.minimum(place, len(known) - 1)] == ngrams[order]]
+            found += [(first, first + n) for first in hits.tolist()]
         return found
 
 

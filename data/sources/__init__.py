@@ -6,7 +6,8 @@ held. A record within that bound is held as bytes, as a Python string and as the
 10 times where a string of mostly ASCII holds a character beyond U+FFFF, since Python then spends 4 bytes on each character.
 What the formats add:
 
-    parquet      one page of each column, and a batch of rows that is 4 MiB on the row group's average
+    parquet      one page of each column (1 MiB, or as much as 1,024 rows take, as pyarrow writes them), and a batch of rows
+                 that is 1 MiB on the row group's average
     wikipedia    the revision at hand whole, also one that is longer than `max_document_bytes`, and its parse tree
     text         Markdown sections: the whole file, of at most `max_document_bytes`
     dataset      what `datasets` holds: a row group of Parquet, some 10 MB of JSON lines
@@ -74,14 +75,6 @@ def read_input(source: Source, item: Input, cache: Path | None = None) -> Iterat
         if count == FIRST_LOOK:
             _judge(source, item, first, unreadable, count)
     _judge(source, item, first, unreadable, count)
-
-
-def read_documents(source: Source, cache: Path | None = None) -> Iterator[str]:
-    """The texts of a source, in order."""
-    for item in inputs(source, cache):
-        for record in read_input(source, item, cache):
-            if isinstance(record, Document):
-                yield record.text
 
 
 def _judge(source: Source, item: Input, first: Unreadable | None, unreadable: int, count: int) -> None:

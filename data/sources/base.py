@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
+from data.clean import StepConfig
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.manifest import Record
@@ -30,6 +31,7 @@ class SourceBase(Record):
     name: str = Field(pattern=r"^[\w.-]+$")
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # share of the samples, relative to the other sources
     priority: int = 0  # of two equal documents, the one of the higher priority stays
+    steps: tuple[StepConfig, ...] | None = None  # its cleaning; None: the recipe's `steps`
     language: str | None = None  # ISO 639-1 code of all its documents; None: unknown
     max_document_bytes: int = Field(default=64 << 20, ge=1)  # longer records are unreadable
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of an input's records; more, and it is refused

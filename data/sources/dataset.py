@@ -10,7 +10,6 @@ from data.sources.base import Input
 from data.sources.fields import FieldsSource
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
-ROWS_AT_ONCE = 64  # of a data set on disk
 
 
 class HubDataset(FieldsSource):

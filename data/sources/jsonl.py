@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from data.compressed import DAMAGE, TooLong, damaged, opened, records
 from data.documents import Document, Unreadable
 from data.sources.base import Input, expand, one_each
-from data.sources.compressed import DAMAGE, TooLong, damaged, opened, records
 from data.sources.fields import FieldsSource
 
 ENDINGS = (".jsonl", ".ndjson", ".json")

@@ -7,14 +7,14 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
+from data.compressed import damaged
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.sources.base import Input, expand, one_each
-from data.sources.compressed import damaged
 from data.sources.fields import FieldsSource
 
 BUFFER_BYTES = 1 << 20  # of a column read at a time
-BATCH_BYTES = 4 << 20  # of a row group's columns aimed at in one batch
+BATCH_BYTES = 1 << 20  # of a row group's columns aimed at in one batch
 BATCH_ROWS = 1000
 
 

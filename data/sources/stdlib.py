@@ -1,6 +1,7 @@
 """The source of the Python that runs: text that is everywhere and needs no download."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,8 @@ class StandardLibrary(SourceBase):
 
     def records(self, item: Input, cache: Path) -> Iterator[Document]:
         root = Path(sysconfig.get_path("stdlib"))
-        names = [path.relative_to(root) for path in root.rglob("*.py")]
-        names = [name for name in names if SKIPPED_FOLDERS.isdisjoint(name.parts)]
         taken = 0
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
+        for name in sorted(_names(root), key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
             content = (root / name).read_bytes()
             try:
                 text = content.decode("utf-8")
@@ -48,3 +47,10 @@ class StandardLibrary(SourceBase):
                 return
             taken += len(content)
             yield Document(text, f"stdlib:{name.as_posix()}", self.language)
+
+
+def _names(root: Path) -> Iterator[Path]:
+    """Its files, relative to its folder; the packages that are installed in it are not walked through."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        yield from (Path(folder, name).relative_to(root) for name in files if name.endswith(".py"))

@@ -6,10 +6,10 @@ from typing import IO, Literal
 
 from pydantic import Field
 
+from data.compressed import DAMAGE, TooLong, damaged, opened, records
 from data.documents import Document, Unreadable
 from data.sources import markdown
 from data.sources.base import Input, SourceBase, expand, grouped
-from data.sources.compressed import DAMAGE, TooLong, damaged, opened, records
 
 
 class TextSource(SourceBase):

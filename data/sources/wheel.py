@@ -13,10 +13,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from data.compressed import DAMAGE, damaged
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.sources.base import Input
-from data.sources.compressed import DAMAGE, damaged
 from data.sources.text import TextSource
 
 

@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import IO, Any, Literal
 from xml.etree.ElementTree import ParseError
 
+from data.compressed import DAMAGE, damaged, opened
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.sources.base import Input, SourceBase, expand, one_each
-from data.sources.compressed import DAMAGE, damaged, opened
 from data.sources.wikitext import DROPPED_NAMESPACES, plain
 
 ARTICLES, FILES, CATEGORIES = 0, 6, 14  # numbers of MediaWiki's namespaces
@@ -39,7 +39,8 @@ class Wikipedia(SourceBase):
                 for title, text, dropped in _pages(file, mwxml):
                     yield self._document(title, text, dropped, path)
                     last = f"page {title!r}"
-        except (*DAMAGE, ParseError, mwxml.MalformedXML, AssertionError) as error:
+        # The last two come from numbers and times that are none.
+        except (*DAMAGE, ParseError, mwxml.errors.MalformedXML, ValueError, TypeError) as error:
             raise damaged(path, last, error) from None
 
     def _document(self, title: str, text: str, dropped: frozenset[str], path: str) -> Document | Unreadable:
@@ -57,7 +58,8 @@ class Wikipedia(SourceBase):
 def _pages(file: IO[bytes], mwxml: ModuleType) -> Iterator[tuple[str, str, frozenset[str]]]:
     """(title, wikitext, names of the namespaces whose links are no text) of each article."""
     root = mwxml.element_iterator.ElementIterator.from_file(file)
-    assert root.tag == "mediawiki", f"its first element is {root.tag}, not mediawiki"
+    if root.tag != "mediawiki":
+        raise ParseError(f"its first element is {root.tag}, not mediawiki")
     dump = mwxml.Dump.from_element(root)
     names = (space.name for space in dump.site_info.namespaces or () if space.id in (FILES, CATEGORIES))
     dropped = DROPPED_NAMESPACES | frozenset(name.lower() for name in names if name)

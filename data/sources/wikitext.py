@@ -16,10 +16,25 @@ DROPPED_TAGS = {
 }
 FORMULAS = {"math", "chem", "ce"}
 
+VERBATIM = {"nowiki", "pre", "syntaxhighlight", "source"}
+PARAGRAPHS = {"p", "div", "blockquote", "center", "poem"}
+
 INTERLANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
-HEADING = re.compile(r"^\x02(\d)(.*)$")  # as `_render` marks it, until the empty sections are gone
 SWITCH = re.compile(r"__[A-Z]+__")  # __NOTOC__
-EMPTY_BRACKETS = re.compile(r"[ \t]*[(（](?:[\s,;:，；：]|\bor\b)*[)）]")  # what a template leaves that stood in them
+QUOTES = re.compile(r"'{2,}")  # italics, bold
+
+# Two marks that `_render` leaves for the tidying, written as characters that XML cannot hold.
+HEADING = re.compile(r"^\x02(\d)(.*)$")
+GAP = "\x03"  # where a template stood
+# What stood beside it in brackets, and the space before a mark of punctuation, are left out with it.
+GAPS = (
+    (re.compile(rf"^([- ]*){GAP}[ \t,;:，；：{GAP}]*", re.MULTILINE), r"\1"),
+    (re.compile(rf"[ \t]*[(（](?:[\s,;:，；：]|or\b)*{GAP}(?:[\s,;:，；：{GAP}]|\bor\b)*[)）]"), ""),
+    (re.compile(rf"([(（])[\s,;:，；：]*{GAP}[\s,;:，；：{GAP}]*"), r"\1"),
+    (re.compile(rf"[\s,;:，；：]*{GAP}[\s{GAP}]*(?=[)）])"), ""),
+    (re.compile(rf"[ \t]*{GAP}[ \t{GAP}]*(?=[,.;:])"), ""),
+    (re.compile(GAP), ""),
+)
 
 
 def plain(wikitext: str, dropped_namespaces: frozenset[str] = DROPPED_NAMESPACES) -> str:
@@ -34,11 +49,13 @@ def plain(wikitext: str, dropped_namespaces: frozenset[str] = DROPPED_NAMESPACES
     import mwparserfromhell
 
     try:
-        code = mwparserfromhell.parse(wikitext.replace("\x02", ""))
+        # Quotes are ours, since one that is not closed makes the parser take what follows for text.
+        code = mwparserfromhell.parse(wikitext, skip_style_tags=True)
     except mwparserfromhell.parser.ParserError as error:
         raise ValueError(str(error)) from None
     text = SWITCH.sub("", "".join(_render(code, dropped_namespaces)))
-    text = EMPTY_BRACKETS.sub("", text)
+    for pattern, replacement in GAPS:
+        text = pattern.sub(replacement, text)
     return "\n".join(_tidy(text.split("\n")))
 
 
@@ -48,7 +65,7 @@ def _render(code: Any, dropped: frozenset[str]) -> Iterator[str]:
     for node in code.nodes if code is not None else ():
         match node:
             case nodes.Text():
-                yield node.value
+                yield QUOTES.sub(_quotes, node.value)
             case nodes.Wikilink():
                 yield from _link(node, dropped)
             case nodes.ExternalLink():
@@ -63,8 +80,16 @@ def _render(code: Any, dropped: frozenset[str]) -> Iterator[str]:
                 yield f"\n\x02{node.level}{title}\n"
             case nodes.Tag():
                 yield from _tag(node, dropped)
-            case _:  # templates, their arguments, comments
+            case nodes.Template():
+                yield GAP
+            case _:  # the arguments of templates, comments
                 pass
+
+
+def _quotes(run: re.Match[str]) -> str:
+    """What is left of a run of quotes: 2 are italics, 3 bold, 5 both, and what is too much is text."""
+    length = len(run[0])
+    return "'" if length == 4 else "'" * max(0, length - 5)
 
 
 def _link(link: Any, dropped: frozenset[str]) -> Iterator[str]:
@@ -88,7 +113,9 @@ def _tag(tag: Any, dropped: frozenset[str]) -> Iterator[str]:
         yield "- "
     elif name == "br":
         yield "\n"
-    elif name in ("p", "div", "blockquote", "center", "pre", "syntaxhighlight", "source", "poem"):
+    elif name in VERBATIM:
+        yield str(tag.contents)
+    elif name in PARAGRAPHS:
         yield "\n"
         yield from _render(tag.contents, dropped)
         yield "\n"
@@ -115,7 +142,6 @@ def _tidy(lines: list[str]) -> Iterator[str]:
             continue
         line = re.sub(r"[ \t]+", " ", line).strip()
         line = re.sub(r"^(?:- ?)+(?=\S)", "- ", line)
-        line = re.sub(r" ([,.;:])(?=\s|$)", r"\1", line)
         if not line.strip("-*:;#|!{} "):
             blank = True
             continue

@@ -1,29 +1,79 @@
-"""Preparation: the same store from any number of workers, and care with what is already there."""
+"""Preparation: the same store from any number of workers and tasks, however often it is interrupted; care with what is there."""
 
 import json
+import random
+import signal
+import time
 
 import pytest
 
+from data.documents import text_hash
 from data.errors import DataError
-from data.prepare import _sample, in_validation, prepare, train_tokenizer
+from data.prepare import STAGING, prepare, train_tokenizer
+from data.prepare.encode import in_validation_split
+from data.prepare.work import Share
 from data.recipe import DataRecipe
-from data.store import Store, inspect_document, verify_store
+from data.store import inspect_document, verify_store
 from data.tokenizer import fingerprint
 from tests.conftest import write_tiny_recipe
+from tests.processes import PROCESSES
+
+KILLS = 20
 
 
 def content(store):
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
-def test_the_store_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.prepare.CHUNK_BYTES", 5_000)
-    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
+@pytest.fixture
+def recipe(tmp_path):
+    """Many small shards and files, and every kind of stage."""
+    tiny = write_tiny_recipe(tmp_path, documents=120, vocab_size=400).model_dump(mode="json")
+    tiny |= {"shard_bytes": 10_000, "tokens_per_file": 3_000, "fim_rate": 0.2, "split_joined_rate": 0.2}
+    tiny["dedup"] = {"exact": True, "minhash": {}}
+    tiny["steps"] = [{"kind": "normalise"}, {"kind": "pii"}]
+    return DataRecipe.model_validate(tiny)
+
+
+def test_the_store_does_not_depend_on_the_number_of_workers(recipe, tmp_path):
     one = prepare(recipe, tmp_path / "one", workers=1)
-    three = prepare(recipe, tmp_path / "three", workers=2)
-    assert content(one.path) == content(three.path)
-    assert not (one.path / ".preparing").exists()
+    assert len(one.manifest.splits["train"].pieces) > 3
+    assert content(prepare(recipe, tmp_path / "two", workers=2).path) == content(one.path)
+    assert not (one.path / STAGING).exists()
     verify_store(one.path)
+
+
+def test_tasks_share_the_work_and_make_the_same_store(recipe, tmp_path):
+    expected = content(prepare(recipe, tmp_path / "one").path)
+    tasks = [
+        PROCESSES.Process(target=prepare, args=(recipe, tmp_path / "three", 1, Share(task, 3))) for task in range(3)
+    ]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(60)
+        assert task.exitcode == 0
+    assert content(tmp_path / "three") == expected
+
+
+def test_a_preparation_killed_twenty_times_makes_the_same_store(recipe, tmp_path):
+    started = time.monotonic()
+    expected = content(prepare(recipe, tmp_path / "once").path)
+    whole = time.monotonic() - started
+    pick, killed = random.Random(0), 0
+    out = tmp_path / "killed"
+    while killed < KILLS:
+        process = PROCESSES.Process(target=prepare, args=(recipe, out))
+        process.start()
+        process.join(pick.uniform(0, whole / 4))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL or (out / "manifest.json").exists()
+        if (out / "manifest.json").exists():
+            assert content(out) == expected
+            out = tmp_path / f"killed-{killed}"
+    assert content(prepare(recipe, out).path) == expected
 
 
 def test_every_document_is_in_one_split_chosen_by_its_text(tiny_store):
@@ -31,7 +81,7 @@ def test_every_document_is_in_one_split_chosen_by_its_text(tiny_store):
     for split in seen:
         for number in range(tiny_store.manifest.splits[split].documents):
             text = inspect_document(tiny_store, split, number)
-            assert in_validation(text, 0.1) == (split == "validation")
+            assert in_validation_split(text_hash(text), 0.1) == (split == "validation")
             seen[split].add(text)
     assert seen["validation"] and not seen["train"] & seen["validation"]
     written = (tiny_store.path.parent / "code.txt").read_text().split("\f")
@@ -40,7 +90,9 @@ def test_every_document_is_in_one_split_chosen_by_its_text(tiny_store):
 
 def test_documents_are_shuffled_within_their_source(tiny_store):
     written = (tiny_store.path.parent / "verse.jsonl").read_text().splitlines()
-    train = [text for text in (json.loads(line)["text"] for line in written) if not in_validation(text, 0.1)]
+    train = [
+        text for text in (json.loads(line)["text"] for line in written) if not in_validation_split(text_hash(text), 0.1)
+    ]
     stored = [inspect_document(tiny_store, "train", number) for number in range(len(train))]
     assert sorted(stored) == sorted(train)
     assert sum(a == b for a, b in zip(stored, train)) < len(train) / 5
@@ -55,18 +107,6 @@ def test_a_finished_store_is_kept_and_another_recipe_is_refused(tmp_path, capsys
     assert content(tmp_path / "store") == before
     with pytest.raises(DataError, match="holds the store of another recipe; give another folder, or delete this one"):
         prepare(recipe.model_copy(update={"seed": 1}), tmp_path / "store")
-
-
-def test_an_interrupted_preparation_starts_over(tmp_path):
-    recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400)
-    expected = content(prepare(recipe, tmp_path / "whole").path)
-    broken = tmp_path / "broken"
-    (broken / ".preparing" / "tokenizer").mkdir(parents=True)
-    (broken / ".preparing" / "verse.train.tokens").write_bytes(b"half")
-    (broken / "train.bin").write_bytes(b"half")
-    with pytest.raises(DataError, match="no finished token store"):
-        Store.open(broken)
-    assert content(prepare(recipe, broken).path) == expected
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
@@ -110,13 +150,6 @@ def test_a_source_without_text_is_refused(tmp_path):
         prepare(DataRecipe.model_validate(recipe), tmp_path / "store")
 
 
-def test_a_sample_for_the_tokenizer_does_not_depend_on_the_order():
-    texts = [f"document {n} " * (n % 7 + 1) for n in range(500)]
-    sample = _sample(texts, 2000)
-    assert sample == _sample(reversed(texts), 2000)
-    assert 1500 < sum(map(len, sample)) <= 2000
-
-
 def test_the_share_of_validation_is_the_one_asked_for():
-    share = sum(in_validation(f"text {n}", 0.1) for n in range(5000)) / 5000
+    share = sum(in_validation_split(text_hash(f"text {n}"), 0.1) for n in range(5000)) / 5000
     assert share == pytest.approx(0.1, abs=0.015)  # 3.5 standard deviations
