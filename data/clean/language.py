@@ -39,7 +39,7 @@ class _Language:
     def apply(self, document: Document) -> Document | Rejected:
         """The document with its language, or "unsure", or "other_language"."""
         if document.language is None:
-            best = self._detect(document.text)
+            best = self._detect(document.text.replace("</s>", " "))  # where fastText stops reading
             if not best or best[0]["score"] < self._min_score:
                 return Rejected("unsure")
             document = replace(document, language=best[0]["lang"])

@@ -13,7 +13,7 @@ import re
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 # spaCy takes such a run off one character at a time, each time searching the rest: 0.1 s for a thousand, hours for a million.
 SYMBOL_RUN = re.compile(r"(?:[^\w\s]|_|['’][sS]){1000}")
+WARM_UP = 1_000_000  # characters after which spaCy knows most of the words it meets: twice the speed, for 30 MB
+THEIR_CODE = {"zh": "cmn"}  # by "zh" datatrove means Chinese in Latin letters
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NGrams = dict[Annotated[int, Field(ge=1)], Share]
 
 
-WARM_UP = 1_000_000  # characters after which spaCy knows most of the words it meets; twice the speed, for 30 MB
-
-
 class QualityRecord(StepRecord):
     """A filter of datatrove, and the languages whose documents it looks at. A threshold of `null` switches its rule off."""
 
+    kind: str
     languages: list[str] = Field(
         default=["en"], min_length=1
-    )  # a document without a language counts as the first of them
+    )  # without a language, a document counts as the first of them
 
     def build(self) -> Step:
         """Import datatrove, and the words of each language.
@@ -48,47 +48,51 @@ class QualityRecord(StepRecord):
         Raises:
             DataError: a package is missing, or datatrove knows no words for one of the languages.
         """
-        where = f"steps: {self.kind}"  # type: ignore[attr-defined]
-        words = import_package("datatrove.utils.text", "datatrove", where).split_into_words
+        where = f"steps: {self.kind}"
+        words = import_package("datatrove.utils.word_tokenizers", "datatrove", where)
         logging.getLogger("jieba").setLevel(logging.WARNING)  # tells of its dictionary on stderr
+        judges = {}
         for language in self.languages:
+            code = THEIR_CODE.get(language, language)
             try:
-                words("word", language)
+                words.load_word_tokenizer(code).word_tokenize("word")
             except ValueError:
                 raise DataError(
                     f"{where}: languages: {language!r}: datatrove has no words for it; leave it out"
                 ) from None
             except ImportError as error:
                 raise DataError(f"{where}: languages: {language!r}: {error}") from None
-        prefix = self.kind.partition("_")[0] + "_"  # type: ignore[attr-defined]
-        return _Quality({language: self.filter(language) for language in self.languages}, prefix)
+            judges[language] = (self.filter(code), _memory(code))
+        return _Quality(judges)
 
     @abstractmethod
     def filter(self, language: str) -> "BaseFilter":
-        """datatrove's filter with these settings."""
+        """datatrove's filter with these settings, by datatrove's code of a language."""
 
 
 class _Quality:
     """Asks the filter of the document's language."""
 
-    def __init__(self, filters: dict[str, "BaseFilter"], prefix: str) -> None:
-        self._filters = filters
-        self._default = next(iter(filters))
-        self._prefix = prefix  # that datatrove's reasons repeat
+    def __init__(self, judges: dict[str, tuple["BaseFilter", "_Memory"]]) -> None:
+        from datatrove.data import Document as TheirDocument
+
+        self._judges = judges
+        self._default = next(iter(judges))
+        self._theirs = TheirDocument
 
     def apply(self, document: Document) -> Document | Rejected:
-        """The document as the filter leaves it, or the reason that datatrove gives, or "empty" or "symbol_run"."""
+        """The document as the filter leaves it, or the reason that datatrove gives, or "symbol_run", or "empty"."""
         language = document.language or self._default
-        judge = self._filters.get(language)
-        if judge is None:
+        if language not in self._judges:
             return document
         if SYMBOL_RUN.search(document.text):
             return Rejected("symbol_run")
-        _memory(language).fill(document.text)
-        theirs = _theirs()(text=document.text, id=document.where)
+        judge, memory = self._judges[language]
+        memory.fill(document.text)
+        theirs = self._theirs(text=document.text, id=document.where)
         verdict = judge.filter(theirs)
         if isinstance(verdict, tuple):
-            return Rejected(verdict[1].removeprefix(self._prefix))
+            return Rejected(verdict[1].removeprefix("gopher_"))
         if not theirs.text:
             return Rejected("empty")
         return document if theirs.text == document.text else replace(document, text=theirs.text)
@@ -117,13 +121,6 @@ class _Memory:
 
 
 _memory = cache(_Memory)  # one for a language
-
-
-@cache
-def _theirs() -> Any:
-    from datatrove.data import Document as TheirDocument
-
-    return TheirDocument
 
 
 class GopherQuality(QualityRecord):
