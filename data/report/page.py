@@ -55,6 +55,7 @@ def render(report: Report) -> str:
         pairs=[(pair, *_compared(pair)) for pair in report.duplicates.examples],
         examples=_by_reason(report.examples),
         range_of=_range_of,
+        difference=_difference,
         lengths_plot=Markup(plots.lengths(report.lengths, colours, "bytes")),
         token_lengths_plot=Markup(plots.lengths(report.token_lengths, colours, "tokens")),
         clusters_plot=Markup(plots.clusters(report.duplicates.clusters, plots.PALETTE[0])),
@@ -226,6 +227,11 @@ def _range_of(exponent: int) -> str:
     if exponent <= 1:
         return str(exponent)
     return f"{number(1 << exponent - 1)} to {number((1 << exponent) - 1)}"
+
+
+def _difference(value: float, reference: float) -> str:
+    """How much more than the reference, in percent with a sign."""
+    return f"{100 * (value / reference - 1):+.1f}\u202f%".replace("-", "−")
 
 
 def _total(counts: Iterable[Count]) -> Count:

@@ -4,13 +4,14 @@ Equal input gives equal bytes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Observable's categorical palette; tells ten sources apart on white and on black.
 PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
@@ -36,49 +37,45 @@ STYLE: Any = {
 
 
 def lengths(counts: Mapping[str, Mapping[int, int]], colours: Mapping[str, str], unit: str) -> str:
-    """Documents by length, stacked by source.
+    """Documents by length, a line for each source.
 
     Args:
         counts: source → k → documents of 2^(k−1) … 2^k − 1 units.
         unit: what is counted: "bytes" or "tokens".
     """
-    exponents = sorted({k for of_source in counts.values() for k in of_source})
+    exponents = {k for of_source in counts.values() for k in of_source}
     if not exponents:
         return ""
-    places = range(exponents[0], exponents[-1] + 1)
+    places = range(min(exponents), max(exponents) + 1)
+    edges = [k - 1 for k in places] + [places[-1]]
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.6)
-        _stack(
-            axes,
-            {source: [of_source.get(k, 0) for k in places] for source, of_source in counts.items()},
-            places,
-            colours,
-        )
-        every = max(1, len(places) // 7)
-        axes.set_xticks([k - 0.5 for k in places][::every], [power(k - 1) for k in places][::every])
+        for source, of_source in counts.items():
+            axes.stairs(
+                [of_source.get(k, 0) for k in places], edges, color=colours[source], linewidth=1.8, baseline=None
+            )
+        _logarithmic(axes, "documents")
+        ticks = edges[:: max(1, len(edges) // 7)]
+        axes.set_xticks(ticks, [_short(1 << k, 1024) if k >= 0 else "0" for k in ticks])
         axes.set_xlabel(f"{unit} in a document")
-        axes.set_ylabel("documents")
-        axes.grid(axis="x", visible=False)
         return _svg(figure)
 
 
 def clusters(sizes: Mapping[int, int], colour: str) -> str:
-    """Groups of documents that resemble each other, by how many there are in one; from 8 on in powers of two."""
+    """Groups of documents that resemble each other, by how many there are in one: 2, 3, then in powers of two."""
     if not sizes:
         return ""
     binned: dict[int, int] = {}
     for size, groups in sizes.items():
-        low = size if size < 8 else 1 << size.bit_length() - 1
-        binned[low] = binned.get(low, 0) + groups
-    lows = sorted(binned)
+        place = size.bit_length() - 1 if size > 3 else size - 2
+        binned[place] = binned.get(place, 0) + groups
+    places = range(max(binned) + 1)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.6)
-        axes.bar(range(len(lows)), [binned[low] for low in lows], 0.8, color=colour)
-        axes.set_xticks(range(len(lows)), [str(low) if low < 8 else f"{low}–{2 * low - 1}" for low in lows])
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.7)
-        axes.set_xlabel("documents in a group")
-        axes.set_ylabel("groups")
+        axes.bar(places, [binned.get(place, 0) for place in places], 0.85, color=colour)
+        _logarithmic(axes, "groups")
+        axes.set_xticks(places, [_short(1 << place, 1024) if place > 1 else str(place + 2) for place in places])
+        axes.set_xlabel("documents in a group (from 4 on: up to the next number)")
         axes.grid(axis="x", visible=False)
         return _svg(figure)
 
@@ -95,7 +92,8 @@ def bytes_per_token(own: Mapping[str, float], reference: Mapping[str, float], co
                 axes.plot([own[source], reference[source]], [place, place], color=GREY, linewidth=1.2, zorder=1)
                 axes.plot([reference[source]], [place], "o", markersize=7, markerfacecolor="none", markeredgecolor=GREY)
             axes.plot([own[source]], [place], "o", markersize=8, color=colours[source])
-        axes.set_yticks(range(len(sources)), sources, parse_math=False)  # a name may hold a dollar sign
+        labels = [name if len(name) <= 24 else f"{name[:23]}…" for name in sources]
+        axes.set_yticks(range(len(sources)), labels, parse_math=False)  # a name may hold a dollar sign
         axes.set_ylim(-0.6, len(sources) - 0.4)
         axes.set_xlim(0, max([*own.values(), *reference.values()]) * 1.08)
         axes.set_xlabel("bytes per token")
@@ -103,22 +101,27 @@ def bytes_per_token(own: Mapping[str, float], reference: Mapping[str, float], co
         return _svg(figure)
 
 
-def power(exponent: int) -> str:
-    """2^exponent in short: "512", "4k", "1M"."""
-    prefix, rest = divmod(max(exponent, 0), 10)
-    return f"{1 << rest}{['', 'k', 'M', 'G', 'T'][prefix]}" if exponent >= 0 else "0"
-
-
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _stack(axes: Axes, values: Mapping[str, Sequence[int]], places: Sequence[int], colours: Mapping[str, str]) -> None:
-    bottom = [0] * len(places)
-    for source, heights in values.items():
-        axes.bar(places, heights, 0.9, bottom=bottom, color=colours[source])
-        bottom = [low + height for low, height in zip(bottom, heights)]
+def _logarithmic(axes: Axes, counted: str) -> None:
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)  # so that a single one shows
+    axes.yaxis.set_major_formatter(lambda value, _: _short(round(value), 1000))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(counted)
+
+
+def _short(value: int, thousand: int) -> str:
+    """20000 → "20k"; a thousand is 1000 or 1024."""
+    unit = ""
+    for larger in "kMGT":
+        if value < thousand:
+            break
+        value, unit = value // thousand, larger
+    return f"{value}{unit}"
 
 
 def _svg(figure: Figure) -> str:
