@@ -7,7 +7,7 @@ held. A record within that bound is held as bytes, as a Python string and as the
 What the formats add:
 
     parquet      one page of each column (1 MiB, or as much as 1,024 rows take, as pyarrow writes them), and a batch of rows
-                 that is 1 MiB on the row group's average
+                 that is 256 KiB on the row group's average; pyarrow's allocator keeps some 50 MiB for later
     wikipedia    the revision at hand whole, also one that is longer than `max_document_bytes`, and its parse tree
     text         Markdown sections: the whole file, of at most `max_document_bytes`
     dataset      what `datasets` holds: a row group of Parquet, some 10 MB of JSON lines

@@ -13,8 +13,8 @@ from data.errors import DataError
 from data.sources.base import Input, expand, one_each
 from data.sources.fields import FieldsSource
 
-BUFFER_BYTES = 1 << 20  # of a column read at a time
-BATCH_BYTES = 1 << 20  # of a row group's columns aimed at in one batch
+BUFFER_BYTES = 256 << 10  # of a column read at a time
+BATCH_BYTES = 256 << 10  # of a row group's columns aimed at in one batch
 BATCH_ROWS = 1000
 
 

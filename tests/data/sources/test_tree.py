@@ -1,0 +1,58 @@
+"""Source trees: which files count."""
+
+import pytest
+
+from data.errors import DataError
+from data.sources import inputs
+from tests.data.sources.reading import reasons, records, source, texts
+
+
+@pytest.fixture
+def tree(tmp_path):
+    files = {
+        "main.py": b"main",
+        "lib/util.py": b"util",
+        "lib/util.c": b"c",
+        "lib/empty.py": b"",
+        "logo.py": b"\x89PNG\0" + b"\xff" * 10,
+        "late.py": b"x" * 10_000 + b"\0",
+        ".hidden.py": b"hidden",
+        ".git/config.py": b"vcs",
+        "node_modules/left/pad.py": b"package",
+        "lib/third_party/other.py": b"vendored",
+        "__pycache__/main.py": b"built",
+    }
+    for name, content in files.items():
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "project" / "link.py").symlink_to("main.py")
+    (tmp_path / "project" / "loop").symlink_to(".", target_is_directory=True)
+    return tmp_path / "project"
+
+
+def test_what_people_wrote_is_read_and_nothing_that_tools_put_there(tree):
+    found = records(kind="tree", path=str(tree), language="code")
+    assert [(record.where, record.text) for record in found] == [
+        (f"{tree}/lib/util.c", "c"),
+        (f"{tree}/lib/util.py", "util"),
+        (f"{tree}/main.py", "main"),
+    ]
+    assert len(inputs(source(kind="tree", path=str(tree)))) == 1
+
+
+def test_patterns_choose_files_by_their_name_or_path(tree):
+    assert texts(kind="tree", path=str(tree), include=["*.py"]) == ["util", "main"]
+    assert texts(kind="tree", path=str(tree), include=["lib/*"], exclude=["*.c"]) == ["util"]
+    assert texts(kind="tree", path=[str(tree / "li*"), str(tree)], include=["*.py"]) == ["util", "main"]
+    with pytest.raises(
+        DataError, match=r"source it: include = \['\*.rs'\]: no file of .* is called so; mend the patterns"
+    ):
+        inputs(source(kind="tree", path=str(tree), include=["*.rs"]))
+
+
+def test_a_file_that_is_too_long_or_no_utf8_is_located(tree):
+    (tree / "latin.py").write_bytes(b"caf\xe9")
+    (tree / "long.py").write_bytes(b"x" * 101)
+    fields = {"kind": "tree", "path": str(tree), "include": ["l*.py"], "max_unreadable": 1, "max_document_bytes": 100}
+    assert reasons(**fields) == [("late.py", "too_long"), ("latin.py", "not_utf8"), ("long.py", "too_long")]
