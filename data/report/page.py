@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,13 @@ def render(report: Report) -> str:
         ),
         exact=_total(kinds["exact"] for kinds in report.duplicates.removed.values()),
         near=_total(kinds["near"] for kinds in report.duplicates.removed.values()),
+        unreadable={source: records for source, records in report.unreadable.items() if records.reasons},
         unreadable_records=sum(sum(records.reasons.values()) for records in report.unreadable.values()),
         all_tokens=_all_tokens(tokens for splits in report.tokens.values() for tokens in splits.values()),
         languages=_ranked(report.languages, colours),
         splits=_splits(report),
         pairs=[(pair, *_compared(pair)) for pair in report.duplicates.examples],
-        examples=_by_reason(report.examples),
+        examples=_examples(report),
         range_of=_range_of,
         difference=_difference,
         lengths_plot=Markup(plots.lengths(report.lengths, colours, "bytes")),
@@ -96,6 +98,14 @@ class Stage(NamedTuple):
     fell: int  # documents
     parts: list[Part]
     sources: dict[str, Count | None]  # None: the source has no such step
+
+
+class Examples(NamedTuple):
+    """Documents that fell for one reason of a step."""
+
+    reason: str
+    fell: int
+    documents: list[RejectedDocument]
 
 
 class Split(NamedTuple):
@@ -199,11 +209,20 @@ def _all_tokens(tokens: Iterable[Tokens]) -> Tokens:
     )
 
 
-def _by_reason(examples: Iterable[RejectedDocument]) -> dict[str, dict[str, list[RejectedDocument]]]:
-    """Step → reason → documents."""
-    found: dict[str, dict[str, list[RejectedDocument]]] = {}
-    for example in examples:
-        found.setdefault(example.step, {}).setdefault(example.reason, []).append(example)
+def _examples(report: Report) -> dict[str, list[Examples]]:
+    """By step, in the order of the steps, the most frequent reason first."""
+    fell: Counter[tuple[str, str]] = Counter()
+    for steps in report.rejected.values():
+        for step, reasons in steps.items():
+            fell.update({(step, reason): count.documents for reason, count in reasons.items()})
+    shown: dict[tuple[str, str], list[RejectedDocument]] = {}
+    for example in report.examples:
+        shown.setdefault((example.step, example.reason), []).append(example)
+    order = [stage.name for stage in report.stages]
+    place = {step: order.index(step) if step in order else len(order) for step, _ in shown}
+    found: dict[str, list[Examples]] = {}
+    for step, reason in sorted(shown, key=lambda key: (place[key[0]], -fell[key], key)):
+        found.setdefault(step, []).append(Examples(reason, fell[step, reason], shown[step, reason]))
     return found
 
 

@@ -69,7 +69,7 @@ def clusters(sizes: Mapping[int, int], colour: str) -> str:
     for size, groups in sizes.items():
         place = size.bit_length() - 1 if size > 3 else size - 2
         binned[place] = binned.get(place, 0) + groups
-    places = range(max(binned) + 1)
+    places = range(max(*binned, 5) + 1)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(2.6)
         axes.bar(places, [binned.get(place, 0) for place in places], 0.85, color=colour)

@@ -32,6 +32,15 @@ SEEN = {
 }
 
 
+NO_SOURCES: dict[str, Any] = {
+    "languages": {},
+    "lengths": {},
+    "token_lengths": {},
+    "tokens": {},
+    "duplicates": Summary(removed={}, clusters={}, examples=[]),
+}
+
+
 def test_every_number_and_every_text_of_the_report_is_on_the_page() -> None:
     report = example()
     page = Page(render(report))
@@ -54,6 +63,21 @@ def test_the_funnel_counts_what_each_step_took_and_leaves_sources_without_it_alo
         "91.7\u202f%",
     ]  # of web alone: books has no such step
     assert page.row("near duplicates")[:4] == ["1,001", "40", "5.05\u202fMB", "84.1\u202f%"]
+
+
+def test_rejected_documents_are_shown_in_the_order_of_the_steps() -> None:
+    def document(step: str, reason: str) -> RejectedDocument:
+        return RejectedDocument(source="web", step=step, reason=reason, where="w", text=" t")
+
+    rejected = {"web": {"b": {"few": Count(documents=2), "many": Count(documents=5)}, "a": {"one": Count(documents=1)}}}
+    stages = [Stage(name=name, sources={"web": Count(documents=9)}) for name in ("read", "b", "a")]
+    examples = [document("a", "one"), document("b", "few"), document("b", "many")]
+    report = example().model_copy(update={"stages": stages, "rejected": rejected, "examples": examples} | NO_SOURCES)
+    words = " ".join(Page(render(report)).words.split("Rejected documents")[-1].split())
+    assert (
+        "b 7 documents many 5 documents, 1 shown web · w t few 2 documents, 1 shown web · w t a 1 document one 1 document, 1 shown"
+        in words
+    )
 
 
 def test_texts_are_shown_and_never_run() -> None:
@@ -90,7 +114,7 @@ def test_a_report_without_steps_duplicates_or_references_has_a_page() -> None:
         versions={},
         stages=[Stage(name="read", sources={"text": Count(documents=1, bytes=10)})],
         rejected={},
-        unreadable={},
+        unreadable={"text": Unreadable(reasons={})},
         languages={"text": {"unknown": Count(documents=1, bytes=10)}},
         lengths={"text": {4: 1}},
         token_lengths={},
