@@ -58,7 +58,7 @@ CHANGES = {
     "checkpoint.every_steps": "null",
     "run.device": "cpu",
 }
-CLOCKS = {"tokens_per_second", "mfu", "memory_bytes"}  # what differs between two runs that are the same
+CLOCKS = {"tokens_per_second", "data_seconds", "mfu", "memory_bytes"}  # what differs between two runs that are the same
 
 
 class Run:

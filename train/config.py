@@ -22,7 +22,7 @@ from data.errors import DataError
 from data.yaml_io import read_yaml
 from model.config import ConfigError, ModelConfig
 from parallel.layout import Layout, ParallelConfig
-from train.fields import mistake, show
+from train.fields import as_points, mistake, show, value_at
 from train.sections import (
     CheckpointSection,
     DataSection,
@@ -36,6 +36,7 @@ from train.sections import (
     ScheduleSection,
     Section,
     Source,
+    Stage,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -69,6 +70,13 @@ class Recipe(Section):
         values["deepspeed"] = values["deepspeed"] or {}
         return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
 
+    def micro_batch(self, tokens: int) -> int:
+        """Sequences in one forward pass of one process, in the step that starts after `tokens` tokens."""
+        stages = tuple(
+            (state.from_tokens, state.micro_batch or self.parallel.micro_batch) for state in self.data.consumption()
+        )
+        return value_at(stages, tokens)
+
     def to_yaml(self) -> str:
         """The resolved recipe: every key with its value. `load_recipe` of this text gives an equal recipe."""
         yaml = YAML(typ="safe", pure=True)
@@ -90,24 +98,36 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        length = self.data.sequence_length
         try:
             context = self.model_config_resolved().max_position_embeddings
         except (ConfigError, OSError, ValueError) as error:
             raise _model_mistake(self.model, error) from None
-        if length > context:
+        lengths = self.data.lengths
+        names = ["data.sequence_length", *(f"data.stages.{i}.sequence_length" for i in range(len(self.data.stages)))]
+        for name, (_, length) in zip(names, lengths):
+            if length > context:
+                raise mistake(
+                    f"is more than model.max_position_embeddings = {context}",
+                    f"lower it or write model.max_position_embeddings={length}",
+                    field=name,
+                    value=length,
+                )
+        if lengths[-1][0] >= self.schedule.tokens:
             raise mistake(
-                f"is more than model.max_position_embeddings = {context}",
-                f"lower it or write model.max_position_embeddings={length}",
-                field="data.sequence_length",
-                value=length,
+                f"begins at {lengths[-1][0]:,} tokens, and the run ends at {self.schedule.tokens:,}",
+                "drop the stage or raise schedule.tokens",
+                field=f"data.stages.{len(lengths) - 2}.from_tokens",
+                value=lengths[-1][0],
             )
         batch = self.schedule.batch_tokens
-        for tokens in (batch,) if isinstance(batch, int) else (size for _, size in batch):
+        batches = as_points(batch)
+        for start in sorted({start for start, _ in (*batches, *lengths)}):
+            tokens, length = value_at(batches, start), value_at(lengths, start)
             if tokens % length:
                 near = max(round(tokens / length), 1) * length
+                name = names[[length for _, length in lengths].index(length)]
                 raise mistake(
-                    f"{tokens:,} is not a multiple of data.sequence_length = {length}",
+                    f"{tokens:,} is not a multiple of {name} = {length}",
                     f"write for example {near}",
                     field="schedule.batch_tokens",
                     value=batch,
@@ -251,6 +271,8 @@ def _nearest(field: str) -> str:
     section, _, leaf = field.rpartition(".")
     if section.startswith(("data.train.", "data.validation.")):
         known += [f"{section}.{name}" for name in Source.model_fields]
+    elif section.startswith("data.stages."):
+        known += [f"{section}.{name}" for name in (Source if ".train." in section else Stage).model_fields]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
     siblings = [key for key in known if key.rpartition(".")[0] == section]
     near = same_leaf or difflib.get_close_matches(field, siblings or known, n=1, cutoff=0.75)

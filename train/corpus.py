@@ -2,45 +2,92 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.loader import Batch, Samples, StoreEntry, validation_batches
+from data.packing import packed_file
+from data.samples import Batch, Phase, Read, Samples, StoreEntry
 from data.store import Store
+from data.validation import validation_batches
 from train.config import Recipe, RecipeError
+from train.fields import value_at
 from train.generate import load_tokenizer
 from train.launch import Process
+from train.position import Begun, Position, check_unchanged
+from train.ranks import Ranks
+from train.schedule import Schedule
+from train.sections import Consumption
+
+ALONE = Ranks(None)
+
+
+class _Start(NamedTuple):
+    """Where a stage of the data begins."""
+
+    stage: int  # its number
+    sample: int
+    tokens: int  # consumed before it
 
 
 class Corpus:
-    """Opened stores of a recipe.
+    """Opened stores of a recipe, from where a run stands to its end. What only stages before that have read is not opened.
 
     Args:
         recipe: its `data` section names the stores, its model must fit their tokenizer.
-        total_samples: samples of the whole run; a source with `max_epochs` must not run out before.
+        schedule: of the run; it tells with which sample each stage begins.
+        record: `run.json` of the checkpoint that the run continues from; None for a new run.
+        ranks: those that construct it together; where documents have to be packed, the first one does it.
 
     Raises:
-        DataError: a store is missing, damaged or too small, also for validation.
-        RecipeError: the model does not fit the tokenizer, or a validation store has another one.
+        DataError: a store is missing, damaged or too small, also for validation, or a source with `max_epochs` runs out.
+        RecipeError: the model does not fit the tokenizer, a validation store or the checkpoint has another one, or the recipe would
+            draw what has been consumed otherwise.
     """
 
-    def __init__(self, recipe: Recipe, total_samples: int):
+    def __init__(
+        self, recipe: Recipe, schedule: Schedule, record: Mapping[str, Any] | None = None, ranks: Ranks = ALONE
+    ) -> None:
         self.recipe = recipe
         section = recipe.data
-        self.length = section.sequence_length
+        self.length = section.sequence_length  # of the validation windows, whatever stage the run is in
         self.depths = recipe.model_config_resolved().num_nextn_predict_layers
         self.tokens_per_evaluation = recipe.evaluate.tokens
-        entries = [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in section.train]
-        self.samples = Samples(entries, self.length, self.depths, section.seed)
-        self.samples.check_available(total_samples)
-        self.total_samples = total_samples
-        self.validation = [Store.open(source.path) for source in section.validation or section.train]
+        self.start = Position() if record is None else Position.of(record)
+        if record is not None:
+            check_unchanged(recipe, record)
+        stages = section.consumption()
+        starts, self.total_samples = self._stages_from_here(schedule)
+        phases = [
+            Phase(start.sample, _entries(stage), stage.sequence_length, stage.packing)
+            for start in starts
+            for stage in [stages[start.stage]]
+        ]
+        if any(phase.packing == "best_fit" for phase in phases):
+            ranks.first(lambda: _pack(phases))
+        paths = {source.path for stage in stages for source in stage.train}
+        continues = self._continues(starts[0].stage)
+        read = self.start.sections[-1].read if continues else self.start.read
+        self.samples = Samples(phases, self.depths, section.seed, read, by_store=len(paths) > 1)
         check_vocabulary(recipe, self.samples.stores[0])
+        if record is not None and record["tokenizer_fingerprint"] != self.tokenizer_fingerprint:
+            raise RecipeError(
+                f"data.train = {phases[0].entries[0].path}: its tokenizer is not the one that the run in {recipe.run.dir} has; "
+                "token ids must keep their meaning; prepare the text with the run's tokenizer, or set another run.dir"
+            )
+        planned = [
+            Begun(start.sample, start.tokens, self.fingerprint(stages[start.stage]), self._read_until(start.sample))
+            for start in starts
+        ]
+        if continues:
+            self._check_content(planned[0].hash, phases[0])
+        self.sections = (*self.start.sections, *planned[continues:])
+        self.samples.check_available(self.total_samples)
+        self.validation = [Store.open(source.path) for source in section.validation or section.train]
         for store in self.validation:
             check_same_tokenizer(self.samples.stores[0], store)
         for _ in self._validation_batches(
@@ -63,21 +110,33 @@ class Corpus:
         return torch.from_numpy(self.samples.stores[0].token_bytes())
 
     def describe(self) -> str:
-        """How often the run reads each source, in one line."""
-        epochs = self.samples.epochs(self.total_samples).items()
-        return "data: " + ", ".join(f"{source} {passes:.2g} epochs" for source, passes in epochs)
+        """How often the run has read each source, and will have at its end, in one line."""
+        now, then = self.samples.epochs(self.start.samples), self.samples.epochs(self.total_samples)
+        return "data: " + ", ".join(
+            f"{source} {f'{now[source]:.2g} of ' if now[source] else ''}{passes:.2g} epochs"
+            for source, passes in then.items()
+        )
 
     @property
     def tokenizer_fingerprint(self) -> str:
         return self.samples.stores[0].manifest.tokenizer_fingerprint
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all that decides the sample order: the data section, with the stores' contents in place of their paths."""
-        section = self.recipe.data.model_dump(mode="json", exclude={"workers", "validation"})
-        for entry, store in zip(section["train"], self.samples.stores):
-            entry["path"] = store.manifest.model_dump(include={"tokenizer_fingerprint", "splits", "files"})
-        return hashlib.sha256(json.dumps(section, sort_keys=True).encode()).hexdigest()
+    def position(self, tokens: int, samples: int) -> Position:
+        """What a checkpoint holds of the data after so many tokens and samples."""
+        sections = tuple(section for section in self.sections if section.from_sample < samples)
+        return Position(tokens, samples, sections, self.samples.read(samples))
+
+    def fingerprint(self, stage: Consumption) -> str:
+        """SHA-256 of all that decides a stage's samples, with the stores' contents in place of their paths."""
+        section = self.recipe.data
+        what = {
+            "train": [[self.samples.content(Path(source.path)), source.weight] for source in stage.train],
+            "sequence_length": stage.sequence_length,
+            "packing": stage.packing,
+            "mask_documents": section.mask_documents,
+            "seed": section.seed,
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def validation_batches(self, process: Process, micro_batch: int) -> Iterator[tuple[str, Batch]]:
         """(source, batch) of this rank's share of the validation windows."""
@@ -86,6 +145,53 @@ class Corpus:
     def _validation_batches(self, batch: int, rank: int, world_size: int) -> Iterator[tuple[str, Batch]]:
         limit = self.tokens_per_evaluation
         return validation_batches(self.validation, self.length, self.depths, batch, limit, rank, world_size)
+
+    def _read_until(self, sample: int) -> dict[str, Read]:
+        """What the samples before this one have read, without what they have not."""
+        return {name: read for name, read in self.samples.read(sample).items() if read.samples}
+
+    def _stage_at(self, tokens: int) -> int:
+        """Number of the stage that a step belongs to which starts after `tokens` tokens."""
+        return value_at(tuple((stage.from_tokens, k) for k, stage in enumerate(self.recipe.data.consumption())), tokens)
+
+    def _continues(self, stage: int) -> bool:
+        """Whether the run goes on in a stage that had begun."""
+        sections = self.start.sections
+        return bool(sections) and self._stage_at(sections[-1].from_tokens) == stage
+
+    def _stages_from_here(self, schedule: Schedule) -> tuple[list[_Start], int]:
+        """Where the stage begins in which the run stands, and where those that are to come; and the samples of the whole run."""
+        tokens, sample = self.start.tokens, self.start.samples
+        stage = self._stage_at(tokens)
+        here = self.start.sections[-1] if self._continues(stage) else None
+        starts = [_Start(stage, here.from_sample, here.from_tokens) if here else _Start(stage, sample, tokens)]
+        for span in schedule.spans_from(tokens):
+            if (stage := self._stage_at(span.first_token)) != starts[-1].stage:
+                starts.append(_Start(stage, sample, span.first_token))
+            sample += span.steps * span.sequences
+        return starts, sample
+
+    def _check_content(self, found: str, phase: Phase) -> None:
+        """The stores of a stage that has begun must hold what they held."""
+        if found != self.start.sections[-1].hash:
+            raise RecipeError(
+                f"data.train = {phase.entries[0].path}: is not the text that the run in {self.recipe.run.dir} has read "
+                f"since sample {phase.first_sample:,}; bring that store back, or let the other one begin here with "
+                f"data.stages=[{{from_tokens: {self.start.tokens}, train: …}}]"
+            )
+
+
+def _entries(stage: Consumption) -> list[StoreEntry]:
+    return [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in stage.train]
+
+
+def _pack(phases: list[Phase]) -> None:
+    """Pack the documents of all sources that need it."""
+    for phase in phases:
+        for entry in phase.entries if phase.packing == "best_fit" else ():
+            store = Store.open(entry.path)
+            for source in store.sources("train"):
+                packed_file(store, source, phase.sequence_length)
 
 
 def check_vocabulary(recipe: Recipe, store: Store) -> None:

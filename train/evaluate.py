@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.loader import Batch, validation_batches
+from data.samples import Batch
 from data.store import Store
 from data.tokenizer import fingerprint
+from data.validation import validation_batches
 from model.balance import max_violation
 from model.loss import targets_at
 from model.ops.cross_entropy import IGNORE

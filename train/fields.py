@@ -7,12 +7,15 @@ the field and the value and makes one line of it.
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
+
+V = TypeVar("V", int, float)
 
 
 def mistake(rule: str, fix: str, **where: Any) -> PydanticCustomError:
@@ -68,6 +71,16 @@ def curve(value: Any, parse: Callable[[Any], Any], example: str) -> Any:
     if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts)):
         raise mistake("must start at 0 tokens, with growing token counts", f"write it like {example}")
     return points
+
+
+def as_points(value: V | tuple[tuple[int, V], ...]) -> tuple[tuple[int, V], ...]:
+    """A constant as a list of one [tokens, value]."""
+    return value if isinstance(value, tuple) else ((0, value),)
+
+
+def value_at(points: tuple[tuple[int, V], ...], tokens: int) -> V:
+    """The value of the last point at or before `tokens`."""
+    return points[bisect_right(points, tokens, key=lambda point: point[0]) - 1][1]
 
 
 def _is_number(value: Any) -> bool:

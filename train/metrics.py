@@ -1,10 +1,11 @@
 """What a run says about itself: one dict of numbers a step, kept in a file and shown on a line (and by `train.loggers`).
 
-    step, tokens                              optimizer steps and tokens so far, this step included
+    step, tokens, tokens_by_source            optimizer steps and tokens so far, this step included; {source: tokens}
     loss, mtp_loss, balance_loss              nats per token over the global batch; mtp_loss has one entry a depth
     grad_norm                                 before clipping
     skipped                                   steps of the run so far whose gradient was not finite
-    lr, batch_tokens, gamma, alpha, lambda    of this step
+    lr, batch_tokens, sequence_length, gamma, alpha, lambda    of this step
+    data_seconds                              how long the step waited for its batch, on rank 0
     tokens_per_second, mfu, memory_bytes      of all ranks; a fraction of the devices' peak; of rank 0
     max_vio, max_vio_mean, max_vio_worst, max_vio_worst_layer, bias_min, bias_max      see `balance_metrics`
     validation, validation_max_vio            in steps that validate: {source: {"nats_per_token", "bits_per_byte", …}}
@@ -125,6 +126,7 @@ class TerminalLine:
             f"lr {metrics['lr']:.2e}",
             f"batch {_short(metrics['batch_tokens'])}",
             f"{_short(metrics['tokens_per_second'])} tok/s",
+            f"data {1000 * metrics['data_seconds']:.0f} ms",
             f"mfu {metrics['mfu']:.1%}",
             f"mem {metrics['memory_bytes'] / 2**30:.1f} GiB",
         ]

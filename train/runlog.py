@@ -36,7 +36,6 @@ class RunLog:
 
     def __init__(self, recipe: Recipe, process: Process, schedule: Schedule, model: Transformer, step: int):
         self.is_first = process.is_first
-        self.length = recipe.data.sequence_length
         self.device = process.device
         self.model = model
         self._failure: MetricsError | None = None
@@ -45,7 +44,6 @@ class RunLog:
         self._sinks: list[Any] = []
         if not self.is_first:
             return
-        self.flops_per_token = flops_mfu(model.config, self.length)
         self.peak = process.world_size * peak_flops(process.device, model.compute_dtype)
         self.folder = folder = Path(recipe.run.dir)
         with written_into(folder):
@@ -61,16 +59,24 @@ class RunLog:
         """The clock of a step starts with the wait for its data and ends with its result."""
         self._started = time.perf_counter()
 
-    def end_step(self, number: int, tokens: int, skipped: int, step: Step, result: StepResult) -> dict[str, Any]:
-        """The metrics of a step that has just been made. `number`, `tokens` and `skipped` steps count it in."""
+    def end_step(
+        self, number: int, step: Step, result: StepResult, skipped: int, waited: float, consumed: dict[str, int]
+    ) -> dict[str, Any]:
+        """The metrics of a step that has just been made. Its `number`, the `skipped` steps and the tokens `consumed` count it in.
+
+        Args:
+            waited: seconds of the step in which it had no data.
+            consumed: tokens of every source.
+        """
         seconds = time.perf_counter() - self._started
         if not self.is_first:
             return {}
         settings = step.settings
-        rate = settings.batch * self.length / seconds
+        rate = step.tokens / seconds
         metrics: dict[str, Any] = {
             "step": number,
-            "tokens": tokens,
+            "tokens": step.first_token + step.tokens,
+            "tokens_by_source": consumed,
             "loss": result.losses.main,
             "mtp_loss": result.losses.mtp,
             "balance_loss": result.losses.balance,
@@ -79,9 +85,11 @@ class RunLog:
             "gamma": settings.gamma,
             "alpha": settings.alpha,
             "lambda": settings.lambda_,
-            "batch_tokens": settings.batch * self.length,
+            "batch_tokens": step.tokens,
+            "sequence_length": step.sequence_length,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak,
+            "data_seconds": waited,
+            "mfu": rate * flops_mfu(self.model.config, step.sequence_length) / self.peak,
             "memory_bytes": self._memory(),
             "skipped": skipped,
         }

@@ -1,4 +1,4 @@
-"""What changes during a run, as pure functions of the tokens consumed: learning rate, batch, γ, α, λ.
+"""What changes during a run, as pure functions of the tokens consumed: learning rate, batch, γ, α, λ, and the sequence length.
 
 Nothing here remembers anything. A step is described by the tokens consumed before it, so that a resumed run, a longer run or a
 run on another number of processes sees the same values at the same place.
@@ -8,55 +8,63 @@ run on another number of processes sees the same values at the same place.
 The first step has s = 0 and so 1/warmup_steps of the peak; step warmup_steps - 1 is the first at the peak. Step numbers follow
 from the tokens by counting whole batches stage by stage, so a warm-up in steps is exact under a growing batch.
 
-The run ends with the first step that reaches `tokens`: batches are never cut, so up to one batch less one sequence is trained
-on beyond it.
+Batches are never cut. What changes at a token count, the batch or a stage of the data, changes with the first step that starts at
+or after it, and all sequences of a step have one length. The run ends with the first step that reaches `tokens`: up to one batch
+less one sequence is trained on beyond it.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from parallel.engine import StepSettings
-from train.fields import WholePoints
+from train.fields import WholePoints, as_points, value_at
 from train.sections import ScheduleSection
 
-V = TypeVar("V", int, float)
 Shape = Callable[[float], float]  # share of the tokens consumed, in [0, 1) -> multiple of the peak
 
 
 class Step(NamedTuple):
-    """One optimizer step: its settings, and the index of the first of its `settings.batch` samples."""
+    """One optimizer step: its settings, and what it reads: `settings.batch` samples."""
 
     settings: StepSettings
-    first_sample: int
+    first_token: int  # tokens consumed before it
+    first_sample: int  # samples consumed before it
+    sequence_length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its batch."""
+        return self.settings.batch * self.sequence_length
 
 
 class Schedule:
     """The schedules of one run.
 
     Args:
-        config: the recipe's schedule section; its batches must be multiples of `sequence_length`.
-        sequence_length: T, tokens of a sample.
+        config: the recipe's schedule section; its batches must be multiples of the sequence length beside them.
+        sequence_length: T, tokens of a sample, or [tokens, T] with an entry for every stage of the data (`DataSection.lengths`).
 
     Attributes:
         tokens: the tokens asked for.
+        spans: the whole run in steps of one kind.
         total_steps: steps from the first to the last.
         final_tokens: tokens consumed after the last step; `tokens` rounded up to whole batches.
     """
 
-    def __init__(self, config: ScheduleSection, sequence_length: int) -> None:
+    def __init__(self, config: ScheduleSection, sequence_length: int | WholePoints) -> None:
         self.config = config
-        self.sequence_length = sequence_length
         self.tokens = config.tokens
         self._batches = as_points(config.batch_tokens)
-        assert all(size % sequence_length == 0 for _, size in self._batches), (self._batches, sequence_length)
+        self._lengths = as_points(sequence_length)
         self._shape = shape_of(config)
-        self._spans = spans(self._batches, config.tokens)
-        last = self._spans[-1]
+        self.spans = self.spans_from(0)
+        assert all(span.batch_tokens % span.sequence_length == 0 for span in self.spans), self.spans
+        last = self.spans[-1]
         self.total_steps = last.first_step + last.steps
-        self.final_tokens = last.first_token + last.steps * last.batch_tokens
+        self.final_tokens = last.end
 
     def settings(self, tokens: int) -> StepSettings:
         """The settings of the step that starts after `tokens` tokens."""
@@ -65,28 +73,28 @@ class Schedule:
             gamma=value_at(as_points(self.config.gamma), tokens),
             alpha=value_at(as_points(self.config.alpha), tokens),
             lambda_=value_at(as_points(self.config.lambda_), tokens),
-            batch=value_at(self._batches, tokens) // self.sequence_length,
+            batch=value_at(self._batches, tokens) // value_at(self._lengths, tokens),
         )
 
-    def steps(self, from_tokens: int = 0) -> Iterator[Step]:
-        """The steps of the run from one that starts after `from_tokens` tokens to the last.
-
-        What the loader reads of them is `(step.first_sample, step.settings.batch)`.
-        """
-        assert from_tokens % self.sequence_length == 0, (from_tokens, self.sequence_length)
-        tokens = from_tokens
+    def steps(self, from_tokens: int = 0, from_sample: int = 0) -> Iterator[Step]:
+        """The steps of the run from one that starts after so many tokens and samples to the last."""
+        tokens, sample = from_tokens, from_sample
         while tokens < self.tokens:
-            settings = self.settings(tokens)
-            yield Step(settings, tokens // self.sequence_length)
-            tokens += settings.batch * self.sequence_length
+            step = Step(self.settings(tokens), tokens, sample, value_at(self._lengths, tokens))
+            yield step
+            tokens, sample = tokens + step.tokens, sample + step.settings.batch
+
+    def spans_from(self, tokens: int) -> list["Span"]:
+        """The steps from one that starts after `tokens` tokens to the last, where a batch and a stage of the data hold."""
+        return spans(self._batches, self._lengths, self.tokens, tokens)
 
     def batches(self) -> list[int]:
         """Every global batch of the run in sequences, ascending, each once; the layout must divide all of them."""
-        return sorted({span.batch_tokens // self.sequence_length for span in self._spans})
+        return sorted({span.sequences for span in self.spans})
 
     def step_at(self, tokens: int) -> float:
         """Steps made when `tokens` have been consumed: whole where a step starts, between two whole numbers elsewhere."""
-        span = self._spans[bisect_right(self._spans, tokens, key=lambda span: span.first_token) - 1]
+        span = self.spans[bisect_right(self.spans, tokens, key=lambda span: span.first_token) - 1]
         return span.first_step + (tokens - span.first_token) / span.batch_tokens
 
     def learning_rate(self, tokens: int) -> float:
@@ -97,39 +105,41 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Span:
-    """Steps of equal batch, one after the other."""
+    """Steps of equal batch in one stage of the data, one after the other."""
 
     first_token: int
     first_step: int
     steps: int
     batch_tokens: int
+    sequence_length: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def end(self) -> int:
+        """Tokens consumed after its last step."""
+        return self.first_token + self.steps * self.batch_tokens
 
 
-def spans(batches: WholePoints, tokens: int) -> list[Span]:
-    """Cut a run into spans of equal batch.
+def spans(batches: WholePoints, lengths: WholePoints, tokens: int, from_tokens: int = 0) -> list[Span]:
+    """Cut the part of a run from `from_tokens` to `tokens` where the batch changes or a stage of the data begins.
 
-    A stage begins with the first step that starts at or after its position. A stage shorter than the batch before it may have no
+    A change comes with the first step that starts at or after its position. A stage shorter than the batch before it may have no
     step at all.
     """
-    ends = [start for start, _ in batches[1:]] + [tokens]
-    token = step = 0
+    starts = {start for start, _ in (*batches, *lengths)}
+    token, step = from_tokens, 0
     found = []
-    for (_, batch), end in zip(batches, ends, strict=True):
+    for end in [*sorted(start for start in starts if from_tokens < start < tokens), tokens]:
+        batch, length = value_at(batches, token), value_at(lengths, token)
         steps = -((token - end) // batch)  # ceil((end - token) / batch)
         if steps > 0:
-            found.append(Span(token, step, steps, batch))
+            found.append(Span(token, step, steps, batch, length))
             token, step = token + steps * batch, step + steps
     return found
-
-
-def as_points(value: V | tuple[tuple[int, V], ...]) -> tuple[tuple[int, V], ...]:
-    """A constant as a list of one [tokens, value]."""
-    return value if isinstance(value, tuple) else ((0, value),)
-
-
-def value_at(points: tuple[tuple[int, V], ...], tokens: int) -> V:
-    """The value of the last point at or before `tokens`."""
-    return points[bisect_right(points, tokens, key=lambda point: point[0]) - 1][1]
 
 
 def shape_of(config: ScheduleSection) -> Shape:

@@ -6,6 +6,7 @@ Every key is written out with its default. A value whose feature has not been bu
 import dataclasses
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -106,16 +107,70 @@ def _as_sources(value: Any) -> Any:
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
+Packing = Literal["concat", "best_fit"]
+
+
+class Stage(Section):
+    """What changes in the data at a token count; what is left out stays as it was before."""
+
+    from_tokens: PositiveCount  # begins with the first step that starts at or after so many tokens
+    train: Sources | None = None
+    sequence_length: PositiveCount | None = None
+    packing: Packing | None = None
+    micro_batch: PositiveCount | None = None  # a longer sequence may want fewer of them at once
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        values = {name: value for name, value in self if name != "from_tokens"}
+        if all(value is None for value in values.values()):
+            raise mistake(
+                f"changes nothing; it may give {', '.join(values)}", "leave the stage out or give one of them"
+            )
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Consumption:
+    """The data of a run from a token count on: what its stages up to there come to."""
+
+    from_tokens: int
+    train: tuple[Source, ...]
+    sequence_length: int
+    packing: Packing
+    micro_batch: int | None  # None: that of the section `parallel`
+
+
 class DataSection(Section):
     train: Sources
     validation: Sources | None = None  # None: the validation split of each store in `train`
     sequence_length: PositiveCount  # T, tokens
     mask_documents: StrictBool = False  # attention stays inside its document; DeepSeek-V3 does not mask
-    packing: Annotated[Literal["concat", "best_fit"], only_built("concat")] = "concat"
-    fim_rate: Annotated[Decay, only_built(0.0)] = 0.0  # share of the documents in fill-in-the-middle form
-    stages: Annotated[tuple[Any, ...], only_built(())] = ()  # later mixtures or contexts of the same run
-    workers: Annotated[PositiveCount, only_built(1)] = 1  # threads that read ahead
+    packing: Packing = (
+        "concat"  # best_fit: a document that fits into a sequence is not cut, and some positions are padding
+    )
+    stages: tuple[Stage, ...] = ()  # what changes during the run: other stores or weights, a longer context
+    workers: Count = 1  # processes that read ahead; 0: the run reads by itself, between its steps
     seed: Count = 0  # of the sample order
+
+    @model_validator(mode="after")
+    def _stages_follow_one_another(self) -> Self:
+        starts = [stage.from_tokens for stage in self.stages]
+        if any(later <= earlier for earlier, later in pairwise(starts)):
+            raise mistake("must have growing from_tokens", "sort them", field="stages", value=starts)
+        return self
+
+    def consumption(self) -> tuple[Consumption, ...]:
+        """The data from 0 tokens on, then from each stage on."""
+        states = [Consumption(0, self.train, self.sequence_length, self.packing, None)]
+        for stage in self.stages:
+            given = {name: value for name, value in stage if value is not None}
+            states.append(dataclasses.replace(states[-1], **given))
+        return tuple(states)
+
+    @property
+    def lengths(self) -> WholePoints:
+        """The sequence length as [tokens, T], with an entry for every stage."""
+        return tuple((state.from_tokens, state.sequence_length) for state in self.consumption())
 
 
 def _as_ds_config(value: Any) -> Any:

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data.files import replace_file
-from data.loader import Batch, Loader
+from data.loader import Loader, Planned, Steps
+from data.samples import Batch
 from data.tokenizer import copy_folder
 from model.hf import state_shapes
 from model.init import Write, initialize
@@ -30,7 +31,7 @@ from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, State, StepResult
 from parallel.recompute import apply_recompute
-from train.checkpoint import CheckpointError, Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints, read_run
 from train.config import Recipe, RecipeError
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
@@ -58,39 +59,43 @@ class Trainer:
     def __init__(self, recipe: Recipe, process: Process):
         self.recipe, self.process = recipe, process
         self.folder = Path(recipe.run.dir)
-        self.schedule = Schedule(recipe.schedule, recipe.data.sequence_length)
+        self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
         self.layout = recipe.layout(process.world_size)
         for sequences in self.schedule.batches():
             self.layout.check_batch(sequences)
         self.ranks = Ranks(dist.new_group(backend="gloo"))
-        self.corpus = Corpus(recipe, self.schedule.final_tokens // recipe.data.sequence_length)
         saving = recipe.checkpoint
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", saving.keep, saving.keep_every_steps, saving.asynchronous
         )
         self.newest = self.checkpoints.latest()  # what the run continues from
+        record = self._read_newest()
+        self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
+        self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
+        self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
+        self.skipped = record.get("skipped", 0)  # steps without a finite gradient
+        self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
+        self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
         self.engine: Engine = self._build_engine()
         ema = recipe.optimizer.ema
         self.ema = HostEMA(self.engine.parts(), ema) if ema else None
-        self.step = 0  # optimizer steps behind us, skipped ones included
-        self.tokens = 0  # tokens consumed
-        self.skipped = self.skipped_in_a_row = 0  # steps without a finite gradient
-        self.data_sections = [[0, self.corpus.fingerprint]]  # [first sample, hash of the data section that gives it]
         self.last_save = time.monotonic()
 
     def run(self) -> int:
         """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
         self._resume()
         with ExitStack() as stack:
+            stack.callback(self.batches.close)
             asked_to_stop = stack.enter_context(_listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
             run_log.say(self._layout_in_words())
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
-            for step, batches in [] if self._is_over else self._steps(stack):
+            for step, batches, waited in [] if self._is_over else self._steps():
                 result = self._train_step(step, batches)
-                metrics = run_log.end_step(self.step, self.tokens, self.skipped, step, result)
+                consumed = self.corpus.samples.tokens_by_source(self.samples)
+                metrics = run_log.end_step(self.step, step, result, self.skipped, waited, consumed)
                 validates = self._is_finished or _is_multiple(self.step, self.recipe.evaluate.every_steps)
                 run_log.write(metrics, self._evaluate() if validates else None)
                 if self._is_diverged(result):
@@ -150,19 +155,27 @@ class Trainer:
         if source and self.newest is None:
             _start_from(model, source, write)
 
-    def _steps(self, stack: ExitStack) -> Iterator[tuple[Step, list[Batch]]]:
-        """The steps that are left, each with this rank's micro-batches; a thread reads ahead of them until the stack closes."""
+    def _read_ahead(self) -> Steps:
+        """This rank's micro-batches of the steps that are left, made by processes that start now."""
         loader = Loader(
             self.corpus.samples,
             self.process.rank,
             self.process.world_size,
-            self.recipe.parallel.micro_batch,
+            0 if self._is_over else self.recipe.data.workers,
             pin=self.process.device.type == "cuda",
         )
-        plan = ((step.first_sample, step.settings.batch) for step in self.schedule.steps(self.tokens))
-        batches = loader.steps(plan)
-        stack.callback(batches.close)  # type: ignore[attr-defined]
-        return zip(self.schedule.steps(self.tokens), batches)
+        steps = self.schedule.steps(self.tokens, self.samples)
+        micro_batch = self.recipe.micro_batch
+        return loader.steps(
+            Planned(step.first_sample, step.settings.batch, micro_batch(step.first_token)) for step in steps
+        )
+
+    def _steps(self) -> Iterator[tuple[Step, list[Batch], float]]:
+        """The steps that are left, each with this rank's micro-batches and the seconds that it waited for them."""
+        for step in self.schedule.steps(self.tokens, self.samples):
+            asked = time.perf_counter()
+            batches = next(self.batches)
+            yield step, batches, time.perf_counter() - asked
 
     def _train_step(self, step: Step, batches: list[Batch]) -> StepResult:
         device = self.process.device
@@ -172,7 +185,8 @@ class Trainer:
             self.ema.update()
         self.step += 1
         self.skipped += result.skipped
-        self.tokens += step.settings.batch * self.recipe.data.sequence_length
+        self.tokens += step.tokens
+        self.samples += step.settings.batch
         return result
 
     def _is_diverged(self, result: StepResult) -> bool:
@@ -219,7 +233,6 @@ class Trainer:
         self.checkpoints.wait()  # or the host would hold this state beside the one that is being written
         # An engine that gathers its moments gathers the average of the weights too.
         copied = self.engine.copied | ({"ema"} if self.engine.copied else set())
-        samples = self.tokens // self.recipe.data.sequence_length
         self.checkpoints.save(
             self.step,
             self._state(),
@@ -227,10 +240,7 @@ class Trainer:
                 "recipe": self.recipe.model_dump(mode="json", by_alias=True),
                 "model": self.engine.model.config.to_hf(),
                 "step": self.step,
-                "tokens": self.tokens,
-                "samples": samples,
-                "samples_by_source": self.corpus.samples.consumed(samples),
-                "data_sections": self.data_sections,
+                **self.corpus.position(self.tokens, self.samples).to_record(),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
@@ -244,41 +254,27 @@ class Trainer:
         )
         self.last_save = time.monotonic()
 
+    def _read_newest(self) -> dict[str, Any]:
+        """`run.json` of the newest complete checkpoint of the run's folder; empty if there is none."""
+        if (path := self.newest) is not None:
+            return self.ranks.first(lambda: read_run(path))
+        damaged = self.ranks.first(lambda: sorted(self.checkpoints.folder.glob("step-*/COMPLETE")))
+        if damaged:
+            raise CheckpointError(
+                f"run.dir = {self.folder}: none of its {len(damaged)} checkpoints is whole (warned of above); a run must not "
+                "begin again over one that has trained; restore a checkpoint, or set another run.dir"
+            )
+        return {}
+
     def _resume(self) -> None:
-        """Continue from the newest complete checkpoint of the run's folder, if there is one."""
-        if (path := self.newest) is None:
-            damaged = self.ranks.first(lambda: sorted(self.checkpoints.folder.glob("step-*/COMPLETE")))
-            if damaged:
-                raise CheckpointError(
-                    f"run.dir = {self.folder}: none of its {len(damaged)} checkpoints is whole (warned of above); a run must not "
-                    "begin again over one that has trained; restore a checkpoint, or set another run.dir"
-                )
+        """Take the tensors of the checkpoint that the run continues from, if there is one."""
+        if self.newest is None:
             return
         state = self._state()
-        run = self.checkpoints.load(path, state)
+        self.checkpoints.load(self.newest, state)
         self.engine.load(state)
         if self.ema:
             self.engine.spread(state["ema"], self.ema.parts())
-        if run["tokenizer_fingerprint"] != self.corpus.tokenizer_fingerprint:
-            raise RecipeError(
-                f"data.train = {self.recipe.data.train[0].path}: its tokenizer is not the one that {path} was trained with; token "
-                "ids must keep their meaning; prepare the text with the run's tokenizer, or set another run.dir"
-            )
-        length = self.recipe.data.sequence_length
-        if run["tokens"] != run["samples"] * length:
-            raise RecipeError(
-                f"data.sequence_length = {length}: {path} was trained with {run['tokens'] // run['samples']}; "
-                "a change of length within a run: not built yet"
-            )
-        self.step, self.tokens = run["step"], run["tokens"]
-        self.skipped, self.skipped_in_a_row = run["skipped"], run["skipped_in_a_row"]
-        sections = run["data_sections"]
-        fingerprint = self.corpus.fingerprint
-        if sections[-1][1] != fingerprint:
-            if self.process.is_first:
-                log.warning("the data section changed: samples from %d on come from the new one", run["samples"])
-            sections.append([run["samples"], fingerprint])
-        self.data_sections = sections
 
     def _open_log(self) -> RunLog:
         """The record of the run; on the first rank its folder too, with its recipe and its tokenizer."""

@@ -1,184 +1,240 @@
-"""Batches: right targets, and one order under any number of ranks, micro-batches and threads."""
+"""Batches: one order under any number of ranks, micro-batches and reading processes, whatever happens to these processes."""
 
-import threading
+import os
+import signal
+import subprocess
+import sys
+import time
 
-import numpy as np
 import pytest
 import torch
 
 from data.errors import DataError
-from data.loader import Loader, Samples, StoreEntry, validation_batches
+from data.loader import Loader, Planned
+from data.samples import Phase, Samples, StoreEntry
+from tests.data.test_samples import D_MTP, T
 
-T, D_MTP = 32, 2
-WIDTH = T + 1 + D_MTP
+PLAN = [Planned(0, 8, 3), Planned(8, 8, 1), Planned(16, 4, 8), Planned(20, 12, 3)]
 
 
 @pytest.fixture(scope="module")
 def samples(tiny_store):
-    return Samples([StoreEntry(tiny_store.path)], T, D_MTP, seed=0)
+    return Samples([Phase(0, [StoreEntry(tiny_store.path)], T)], D_MTP, seed=0)
 
 
-def streams(store, split):
-    """Every source's packed stream, token by token, put together the slow way: {source: (tokens, document of each)}."""
-    result = {}
-    for span in store.manifest.splits[split].sources:
-        documents = [store.split(split).document(n) for n in range(span.first_document, span.last_document + 1)]
-        numbers = np.concatenate([np.full(len(d), n) for n, d in enumerate(documents)])
-        result[span.name] = np.concatenate(documents).astype(np.int64), numbers
-    return result
+def endless(samples=None):
+    first = 0
+    while True:
+        yield Planned(first, 2, 2)
+        first += 2
 
 
-def test_a_sample_is_a_window_of_its_source_with_real_targets(tiny_store, samples):
-    windows = {}
-    for name, (tokens, numbers) in streams(tiny_store, "train").items():
-        for start in range(0, len(tokens) - WIDTH + 1, T):
-            windows[tuple(tokens[start : start + WIDTH])] = name, start // T, numbers[start : start + WIDTH].tolist()
-    for i in range(200):
-        tokens, documents = samples[i]
-        assert tokens.dtype == torch.int64 and documents.dtype == torch.int32
-        assert tokens.shape == documents.shape == (WIDTH,)
-        assert documents.tolist() == windows[tuple(tokens.tolist())][2]
-
-
-def test_an_epoch_of_a_source_has_each_window_once(tiny_store, samples):
-    for name, (tokens, _) in streams(tiny_store, "train").items():
-        count = (len(tokens) - 1 - D_MTP) // T
-        first = samples._window_numbers(name, np.arange(count))
-        second = samples._window_numbers(name, np.arange(count, 2 * count))
-        assert sorted(first) == sorted(second) == list(range(count))
-        assert (first != second).any()
-
-
-def test_a_sample_depends_on_its_index_alone(tiny_store, samples):
-    expected = [samples[i] for i in range(40)]
-    again = Samples([StoreEntry(tiny_store.path)], T, D_MTP, seed=0)
-    for i in (39, 0, 17, 3):
-        assert torch.equal(again[i][0], expected[i][0]) and torch.equal(again[i][1], expected[i][1])
-    batch = again.batch(5, 20)
-    assert torch.equal(batch.tokens, torch.stack([tokens for tokens, _ in expected[5:25]]))
-    assert torch.equal(batch.documents, torch.stack([documents for _, documents in expected[5:25]]))
-
-
-def test_another_seed_gives_another_order(tiny_store, samples):
-    other = Samples([StoreEntry(tiny_store.path)], T, D_MTP, seed=1)
-    same = sum(torch.equal(samples[i][0], other[i][0]) for i in range(50))
-    assert same < 10
-
-
-def test_samples_follow_the_weights(samples):
-    assert samples.consumed(0) == {"verse": 0, "code": 0}
-    consumed = samples.consumed(1000)
-    assert abs(consumed["verse"] - 750) <= 3 and sum(consumed.values()) == 1000
-    assert samples.epochs(1000)["verse"] == pytest.approx(consumed["verse"] / samples._window_count("verse"))
+def children():
+    """Processes that this one has forked and not yet waited for."""
+    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
+    return {int(line.split()[0]) for line in listed.stdout.splitlines() if line.split()[1] != "ps"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_ranks_and_micro_batches_share_out_one_global_batch(samples, world_size, micro_batch):
-    plan = [(0, 8), (8, 8), (16, 4), (20, 12)]
-    ranks = [list(Loader(samples, rank, world_size, micro_batch).steps(plan)) for rank in range(world_size)]
-    for step, (first, sequences) in enumerate(plan):
-        expected = samples.batch(first, sequences)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_ranks_micro_batches_and_processes_share_out_one_global_batch(samples, world_size, workers):
+    ranks = [list(Loader(samples, rank, world_size, workers).steps(PLAN)) for rank in range(world_size)]
+    for step, planned in enumerate(PLAN):
+        expected = samples.batch(planned.first_sample, planned.sequences)
         for part in (0, 1):
             found = torch.cat([batch[part] for rank in ranks for batch in rank[step]])
             assert torch.equal(found, expected[part])
-        assert all(len(batch.tokens) <= micro_batch for rank in ranks for batch in rank[step])
-        assert len({len(rank[step]) for rank in ranks}) == 1
+        sizes = [[len(batch.tokens) for batch in rank[step]] for rank in ranks]
+        assert max(sizes[0]) <= planned.micro_batch and all(size == sizes[0] for size in sizes)
+        assert len(sizes[0]) == -(-planned.sequences // world_size // planned.micro_batch)
 
 
-def test_a_batch_that_the_ranks_do_not_divide_is_refused(samples):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_batch_that_the_ranks_do_not_divide_is_refused_in_its_turn(samples, workers):
+    steps = Loader(samples, 0, 4, workers).steps([Planned(0, 8, 1), Planned(8, 6, 1)])
+    next(steps)
     with pytest.raises(DataError, match=r"batch = 6 sequences: 4 ranks must divide it; use a multiple, e.g. 4"):
-        list(Loader(samples, 0, 4).steps([(0, 6)]))
+        next(steps)
 
 
-def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "data-loader"]
+def test_steps_of_phases_of_several_lengths_follow_one_another(tiny_store):
+    entries = [StoreEntry(tiny_store.path)]
+    samples = Samples([Phase(0, entries, T), Phase(8, entries, 2 * T, "best_fit")], D_MTP, seed=0)
+    plan = [Planned(0, 8, 8), Planned(8, 4, 2)]
+    for workers in (0, 2):
+        first, second = Loader(samples, workers=workers).steps(plan)
+        assert [tuple(batch.tokens.shape) for batch in first] == [(8, T + 1 + D_MTP)]
+        assert [tuple(batch.tokens.shape) for batch in second] == [(2, 2 * T + 1 + D_MTP)] * 2
 
 
-def test_closing_ends_the_thread_of_an_endless_plan(samples):
-    def endless():
-        first = 0
-        while True:
-            yield first, 2
-            first += 2
+def test_a_batch_stays_as_it_is_after_the_next_ones_and_after_the_end(samples):
+    steps = Loader(samples, workers=2).steps(endless())
+    kept = [next(steps) for _ in range(30)]
+    steps.close()
+    for index, (batch,) in enumerate(kept):
+        assert torch.equal(batch.tokens, samples.batch(2 * index, 2).tokens)
+        batch.tokens.zero_()  # it is the owner's, and nobody else's
 
-    steps = Loader(samples).steps(endless())
+
+def test_closing_ends_the_processes_of_an_endless_plan(samples):
+    before = children()
+    steps = Loader(samples, workers=2).steps(endless())
     for _ in range(6):
         next(steps)
-    assert len(loader_threads()) == 1
+    assert len(children() - before) == 2
     steps.close()
-    assert not loader_threads()
+    assert children() == before
 
 
-def test_an_error_in_the_thread_reaches_the_consumer_in_its_turn(samples):
+def test_steps_that_are_forgotten_end_their_processes(samples):
+    before = children()
+    steps = Loader(samples).steps(endless())
+    next(steps)
+    del steps
+    assert children() == before
+
+
+def test_processes_do_not_run_away_from_the_steps(samples):
+    """Each makes a few batches ahead and waits: the time that it has computed stays what it is."""
+    before = children()
+    steps = Loader(samples).steps(endless())
+    next(steps)
+    (process,) = children() - before
+    time.sleep(0.3)
+    first = cpu_ticks(process)
+    time.sleep(0.3)
+    assert cpu_ticks(process) - first <= 1
+    steps.close()
+
+
+def cpu_ticks(process):
+    with open(f"/proc/{process}/stat") as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+
+
+class Broken:
+    """Samples that fail from the second batch on."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def width(self, i):
+        return 4
+
+    def fill(self, first, tokens, documents):
+        tokens.fill(first)
+        if first:
+            raise self.error
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+@pytest.mark.parametrize(
+    ("error", "arrives"), [(DataError("field: value: rule; fix"), DataError), (KeyError("x"), KeyError)]
+)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_error_in_a_process_reaches_the_consumer_in_its_turn(error, arrives, workers):
+    before = children()
+    steps = Loader(Broken(error), workers=workers).steps(PLAN)
+    assert next(steps)[0].tokens[0, 0] == 0
+    with pytest.raises(arrives) as raised:
+        next(steps)
+    assert raised.value.args == error.args
+    assert children() == before
+
+
+def test_an_error_that_cannot_be_passed_on_tells_where_it_came_from():
+    steps = Loader(Broken(Unpicklable("not", "this")), workers=1).steps(PLAN[1:])
+    with pytest.raises(RuntimeError, match=r"in fill(.|\n)*Unpicklable: not this"):
+        next(steps)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_error_in_the_plan_reaches_the_consumer_in_its_turn(samples, workers):
     def failing():
-        yield 0, 1
+        yield from PLAN[:2]
         raise RuntimeError("the plan broke")
 
-    steps = Loader(samples).steps(failing())
-    next(steps)
+    steps = Loader(samples, workers=workers).steps(failing())
+    next(steps), next(steps)
     with pytest.raises(RuntimeError, match="the plan broke"):
         next(steps)
-    assert not loader_threads()
 
 
-def test_max_epochs_ends_the_samples_with_an_error_that_names_the_source(tiny_store, samples):
-    limited = Samples([StoreEntry(tiny_store.path, max_epochs=2)], T, D_MTP, seed=0)
-    n = limited.available
-    assert max(limited.epochs(n).values()) <= 2 < max(limited.epochs(n + 1).values())
-    limited[n - 1]
-    with pytest.raises(DataError, match=rf"{n + 1} samples need \d+ of source \w+, max_epochs allows \d+"):
-        limited[n]
-    assert samples.available is None
+def test_the_end_of_a_plan_is_the_end_of_its_processes(samples):
+    before = children()
+    steps = Loader(samples, workers=2).steps(PLAN)
+    assert len(list(steps)) == len(PLAN)
+    assert children() == before
+    assert list(steps) == []
 
 
-def test_two_stores_keep_their_shares_and_names(tiny_store, tmp_path):
-    (tmp_path / "other").symlink_to(tiny_store.path)
-    both = Samples([StoreEntry(tiny_store.path, 1), StoreEntry(tmp_path / "other", 3)], T, D_MTP, seed=0)
-    consumed = both.consumed(16_000)
-    expected = {"store/verse": 3000, "store/code": 1000, "other/verse": 9000, "other/code": 3000}
-    assert all(abs(consumed[name] - count) < 5 for name, count in expected.items())
-    with pytest.raises(DataError, match="two sources are called store/verse"):
-        Samples([StoreEntry(tiny_store.path), StoreEntry(tiny_store.path)], T, D_MTP, seed=0)
+def test_a_killed_process_is_one_clear_line_and_no_hang(samples):
+    before = children()
+    steps = Loader(samples, workers=2).steps(endless())
+    next(steps)
+    victim = max(children() - before)
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(DataError) as raised:
+        for _ in range(20):  # what it had made before is good
+            next(steps)
+    line = str(raised.value)
+    assert line.startswith(f"data.workers: process {victim}, which read ahead, was killed by signal SIGKILL; ")
+    assert "\n" not in line
+    assert children() == before
 
 
-def test_a_source_shorter_than_a_sample_is_refused(tiny_store):
-    with pytest.raises(DataError, match=r"data.sequence_length = 1000000: source verse of .* lower it"):
-        Samples([StoreEntry(tiny_store.path)], 1_000_000, D_MTP, seed=0)
+def test_signals_to_all_processes_of_a_run_leave_its_batches(samples):
+    """A scheduler signals every process; the run decides when it ends."""
+    before = children()
+    steps = Loader(samples).steps(endless())
+    next(steps)
+    (process,) = children() - before
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(process, number)
+    assert len([next(steps) for _ in range(20)]) == 20
+    steps.close()
 
 
-def test_validation_has_each_token_once_as_a_target(tiny_store):
-    targets = {}
-    for source, batch in validation_batches(tiny_store, T, D_MTP, batch=4):
-        targets.setdefault(source, []).append(batch.tokens[:, 1 : T + 1].flatten())
-    for name, (tokens, _) in streams(tiny_store, "validation").items():
-        found = torch.cat(targets[name])
-        count = (len(tokens) - 1 - D_MTP) // T * T
-        assert found.tolist() == tokens[1 : count + 1].tolist()
-        assert len(tokens) - count <= T + 1 + D_MTP
+PARENT = """
+import os, sys, time
+from pathlib import Path
+from data.loader import Loader
+from data.samples import Phase, Samples, StoreEntry
+from tests.data.test_loader import endless
+samples = Samples([Phase(0, [StoreEntry(Path(sys.argv[1]))], 32)], 2, seed=0)
+one = Loader(samples, workers=2).steps(endless())
+other = Loader(samples, workers=1).steps(endless())
+next(one), next(other)
+print(*(maker.process for steps in (one, other) for maker in steps._ahead._makers), flush=True)
+time.sleep(60)
+"""
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_is_the_same_set_under_any_world_size(tiny_store, world_size):
-    def rows(rank, world_size, batch):
-        return list(validation_batches(tiny_store, T, D_MTP, batch, None, rank, world_size))
-
-    def collect(ranks):
-        return sorted((source, *row) for rank in ranks for source, batch in rank for row in batch.tokens.tolist())
-
-    ranks = [rows(rank, world_size, 3) for rank in range(world_size)]
-    assert collect(ranks) == collect([rows(0, 1, 5)])
-    assert len({len(rank) for rank in ranks}) == 1
-
-
-def test_max_tokens_bounds_validation(tiny_store):
-    batches = list(validation_batches(tiny_store, T, D_MTP, batch=4, max_tokens=10 * T))
-    counts = {}
-    for source, batch in batches:
-        counts[source] = counts.get(source, 0) + len(batch.tokens)
-    assert counts == {"verse": 5, "code": 5}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_when_their_run_is_killed_and_leave_nothing_behind(tiny_store, number):
+    left = set(os.listdir("/dev/shm"))
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tiny_store.path)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        processes = [int(word) for word in parent.stdout.readline().split()]
+        assert len(processes) == 3
+        parent.send_signal(number)
+        assert parent.wait() == -number
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{process}") and not is_zombie(process) for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert set(os.listdir("/dev/shm")) <= left
 
 
-def test_validation_without_a_whole_window_is_refused(tiny_store):
-    with pytest.raises(DataError, match=r"data.validation: no source of .* lower data.sequence_length"):
-        next(validation_batches(tiny_store, 1_000_000, D_MTP, batch=1))
+def is_zombie(process):
+    """Ended, and its new parent has not looked yet."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -45,7 +45,7 @@ def test_the_built_in_recipes_are_four_and_load():
     assert builtin_recipes() == ["small", "tiny", "v2-lite", "v3"]
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        Schedule(recipe.schedule, recipe.data.sequence_length).settings(0)
+        Schedule(recipe.schedule, recipe.data.lengths).settings(0)
 
 
 def test_the_v3_recipe_is_the_published_run():
@@ -210,9 +210,6 @@ def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
         "parallel.context=2",
         "parallel.schedule=zbv",
         "precision.fp8=true",
-        "data.packing=best_fit",
-        "data.fim_rate=0.1",
-        "data.stages=[{tokens: 1}]",
         "schedule.lr=auto",
         "schedule.batch_tokens=auto",
         "schedule.law=law.json",

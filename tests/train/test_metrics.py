@@ -27,6 +27,7 @@ def step(number: int, **more: Any) -> dict[str, Any]:
         "lr": 4.2e-4,
         "batch_tokens": 1000,
         "tokens_per_second": 12_345.0,
+        "data_seconds": 0.0123,
         "mfu": 0.4321,
         "memory_bytes": 3 * 2**30,
         "skipped": 0,
@@ -105,7 +106,7 @@ def test_a_log_file_gets_a_line_every_so_many_steps_and_one_at_the_end() -> None
     lines = screen.getvalue().splitlines()
     assert [line.split(" · ")[0] for line in lines] == ["step 3/7", "step 6/7", "step 7/7"]
     assert lines[0] == (
-        "step 3/7 · loss 2.5000 · mtp 2.7500 3.0000 · grad 1.25 · lr 4.20e-04 · batch 1k · 12.3k tok/s · mfu 43.2% · "
+        "step 3/7 · loss 2.5000 · mtp 2.7500 3.0000 · grad 1.25 · lr 4.20e-04 · batch 1k · 12.3k tok/s · data 12 ms · mfu 43.2% · "
         "mem 3.0 GiB · maxvio 0.75, worst 1.00 in MoE layer 1 · bias -0.012 to +0.034 · eta 0:00"
     )
 

@@ -145,7 +145,10 @@ def test_a_compiled_block_must_be_bf16(run: Run, refuse: Refuse) -> None:
 
 def test_another_length_in_the_same_folder_is_refused(half: Run, refuse: Refuse) -> None:
     line = refuse("train", *half.arguments("data.sequence_length=64"))
-    assert line.startswith("data.sequence_length = 64: ") and "was trained with 32" in line and "not built yet" in line
+    assert line == (
+        f"data.sequence_length = 64: the run in {half.folder} has consumed 2,048 tokens, drawn with 32; what has begun stays; "
+        "set it back, and let the change begin here with data.stages=[{from_tokens: 2048, sequence_length: …}]"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

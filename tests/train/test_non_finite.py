@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.loader import Samples, StoreEntry
+from data.samples import Phase, Samples, StoreEntry
 from data.store import Store
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run
 from train.config import load_recipe
@@ -91,7 +91,7 @@ def test_a_nan_for_ever_ends_with_exit_code_3_and_the_evidence(run: Run, tiny_st
     assert (run.folder / report["weights"]) == run.checkpoint(6)
     assert report["first_sample"] == 5 * SEQUENCES
     assert report["settings"]["batch"] == SEQUENCES
-    samples = Samples([StoreEntry(tiny_store.path)], LENGTH, mtp_depth=1, seed=0)
+    samples = Samples([Phase(0, [StoreEntry(tiny_store.path)], LENGTH)], mtp_depth=1, seed=0)
     expected = samples.batch(report["first_sample"], SEQUENCES)
     saved = [load_file(folder / f"batches-rank{rank}.safetensors") for rank in range(2)]
     for name, tensor in expected._asdict().items():  # two ranks of 4 sequences, each in micro-batches of 3 and 1

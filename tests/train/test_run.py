@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.loader import validation_batches
 from data.store import Store
+from data.validation import validation_batches
 from model.transformer import Transformer
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run, assert_same_bits
 from tests.workers import Workers

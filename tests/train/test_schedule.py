@@ -166,14 +166,14 @@ def test_counted_steps_are_the_steps_that_are_walked():
 
 def test_a_stage_that_the_batch_before_it_steps_over_has_no_steps():
     # The third batch of 40 ends at 120, beyond the stage from 100 to 110.
-    assert spans(((0, 40), (100, 8), (110, 16)), 152) == [Span(0, 0, 3, 40), Span(120, 3, 2, 16)]
+    assert spans(((0, 40), (100, 8), (110, 16)), ((0, 8),), 152) == [Span(0, 0, 3, 40, 8), Span(120, 3, 2, 16, 8)]
 
 
 def test_steps_from_the_middle_are_the_rest_of_the_steps():
     run = small(batch_tokens=[[0, 16], [400, 32]])
     every = list(run.steps())
     for done in (0, 10, 25, 30, run.total_steps - 1):
-        assert list(run.steps(every[done].first_sample * 8)) == every[done:]
+        assert list(run.steps(every[done].first_token, every[done].first_sample)) == every[done:]
     assert list(run.steps(run.final_tokens)) == []
 
 
@@ -189,9 +189,9 @@ def test_fifteen_trillion_tokens_are_counted_without_walking():
     # 14.331T tokens after the ramp are 14.331e12 / (15360 · 4096) = 227,785 steps, the ramp itself 16,323.
     # Its stages of 39.08e9 tokens: 39.08e9 / 4096 / 1024 = 9,318 steps of 1,024 sequences, over 3, 4 … 14:
     # 9,318 · (1/3 + 1/4 + … + 1/14) = 9,318 · 1.7516 = 16,321, and up to one more a stage for whole batches.
-    ramp_steps = run.step_at(run._spans[-1].first_token)
+    ramp_steps = run.step_at(run.spans[-1].first_token)
     assert 16_321 <= ramp_steps <= 16_321 + 12
-    assert run.total_steps - ramp_steps == math.ceil((14_800 * B - run._spans[-1].first_token) / (15360 * 4096))
+    assert run.total_steps - ramp_steps == math.ceil((14_800 * B - run.spans[-1].first_token) / (15360 * 4096))
 
 
 def test_cosine_falls_from_the_peak_to_a_tenth():
@@ -215,8 +215,8 @@ def test_every_preset_is_drawn(preset, tmp_path):
 
 def test_a_picture_is_a_png_too_and_nothing_else_is_left(tmp_path):
     recipe = load_recipe("tiny")
-    plot_schedule(Schedule(recipe.schedule, recipe.data.sequence_length), tmp_path / "tiny.png")
+    plot_schedule(Schedule(recipe.schedule, recipe.data.lengths), tmp_path / "tiny.png")
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.png"]
     with pytest.raises(RecipeError, match=r"must end in \.png"):
-        plot_schedule(Schedule(recipe.schedule, recipe.data.sequence_length), tmp_path / "tiny.docx")
+        plot_schedule(Schedule(recipe.schedule, recipe.data.lengths), tmp_path / "tiny.docx")

@@ -9,11 +9,11 @@ from parallel.ds_config import ds_config
 from parallel.footprint import footprint
 from parallel.layout import Layout
 from train.config import Recipe
-from train.schedule import Schedule
+from train.schedule import Schedule, Span
 
 
 def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, Any]:
-    """Numbers of a run on `world_size` processes, those of memory for the fullest of them.
+    """Numbers of a run on `world_size` processes, those of memory for the fullest of them in its largest steps.
 
     The device is the one that the recipe names, or else this machine's. On it lie the parts of parameters, gradients and moments
     that the layout gives a process, what it gathers of others (`parallel.footprint`), and what one micro-batch keeps for its
@@ -25,7 +25,6 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
             contradicts the recipe.
     """
     config = recipe.model_config_resolved()
-    length = recipe.data.sequence_length
     layout = recipe.layout(world_size)
     for sequences in schedule.batches():
         layout.check_batch(sequences)
@@ -33,7 +32,11 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
         on_gpu, compute = _device(recipe)
         ds_config(layout.config, compute, recipe.optimizer.clip, torch.device("cuda" if on_gpu else "cpu"))
     counts = parameter_counts(config)
-    per_token = flops_mfu(config, length)
+    first = schedule.spans[0].sequence_length
+    flops = sum(flops_mfu(config, span.sequence_length) * (span.end - span.first_token) for span in schedule.spans)
+    by_size = sorted(schedule.spans, key=lambda span: span.batch_tokens)
+    largest = {(span.sequence_length, recipe.micro_batch(span.first_token)): span for span in by_size}
+    memories = [_memory(recipe, layout, span) for span in largest.values()]
     return {
         "total_parameters": counts.total,
         "mtp_parameters": counts.mtp,
@@ -41,17 +44,18 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
         "tokens": schedule.final_tokens,
         "steps": schedule.total_steps,
         "tokens_per_parameter": schedule.final_tokens / counts.total,
-        "flops_per_token": per_token,
-        "flops_per_token_for_scaling_laws": flops_scaling(config, length),
-        "total_flops": per_token * schedule.final_tokens,
-        **_memory(recipe, layout, max(schedule.batches())),
+        "flops_per_token": flops_mfu(config, first),
+        "flops_per_token_for_scaling_laws": flops_scaling(config, first),
+        "total_flops": flops,
+        **max(memories, key=lambda held: held["peak_bytes_per_rank"]),
         "world_size": world_size,
     }
 
 
-def _memory(recipe: Recipe, layout: Layout, sequences: int) -> dict[str, int]:
-    """Bytes of a process that are alive at once, in a step of so many sequences."""
-    config, micro_batch = recipe.model_config_resolved(), recipe.parallel.micro_batch
+def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
+    """Bytes of a process that are alive at once, in a step of this kind."""
+    config, sequences = recipe.model_config_resolved(), span.sequences
+    micro_batch = recipe.micro_batch(span.first_token)
     on_gpu, compute = _device(recipe)
     moment = {"fp32": 4, "bf16": 2}[recipe.precision.moments]
     micro_batches = -(-sequences // (layout.world_size * micro_batch))
@@ -59,7 +63,7 @@ def _memory(recipe: Recipe, layout: Layout, sequences: int) -> dict[str, int]:
     activations = activation_bytes(
         config,
         min(micro_batch, sequences // layout.world_size),
-        recipe.data.sequence_length,
+        span.sequence_length,
         compute.itemsize,
         recipe.parallel.recompute,
         "cuda" if on_gpu else "cpu",

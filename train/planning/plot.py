@@ -7,7 +7,8 @@ from typing import Any
 
 from data.files import replace_file
 from train.config import RecipeError
-from train.schedule import Schedule, as_points
+from train.fields import as_points
+from train.schedule import Schedule
 
 INK, QUIET, GRID = "#1c2733", "#6b7785", "#e6eaee"
 PANELS = {  # title, colour, height
@@ -64,11 +65,12 @@ def draw(schedule: Schedule) -> Any:
 def _title(figure: Any, schedule: Schedule) -> None:
     config = schedule.config
     sizes = schedule.batches()
+    lengths = list(dict.fromkeys(span.sequence_length for span in schedule.spans))
     facts = [
         f"{_amount(config.tokens)} tokens",
         f"{schedule.total_steps:,} steps",
         (f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}")
-        + f" sequences of {schedule.sequence_length:,}",
+        + f" sequences of {', then '.join(f'{length:,}' for length in lengths)}",
         f"warm-up over {config.warmup_steps:,} steps",
     ]
     title = f"Schedules of the run: {f'preset {config.preset}' if config.preset else f'shape {config.shape}'}"
@@ -78,8 +80,7 @@ def _title(figure: Any, schedule: Schedule) -> None:
 
 def _sample_points(schedule: Schedule) -> list[int]:
     """Where the learning rate is drawn: evenly over the run, at the first steps of the warm-up, and at the last step of all."""
-    last_batch = schedule.settings(schedule.tokens - 1).batch * schedule.sequence_length
-    last_step = schedule.final_tokens - last_batch
+    last_step = schedule.final_tokens - schedule.spans[-1].batch_tokens
     even = [schedule.tokens * i // 2000 for i in range(2000)] + [last_step]
     first_batch = as_points(schedule.config.batch_tokens)[0][1]
     early = [i * first_batch for i in range(min(schedule.config.warmup_steps, 300) + 1)]
