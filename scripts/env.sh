@@ -18,6 +18,8 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then build
 
 stamp=.venv/.installed
 wanted="$build $(cat pyproject.toml constraints.txt | sha256sum)"
+exec 9<pyproject.toml  # one at a time, where several tasks of a cluster start together
+if command -v flock >/dev/null; then flock 9; fi
 if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   started=$SECONDS
   echo "setting up .venv ($("$python" --version), $build)"
@@ -35,4 +37,5 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" >$stamp
   echo "ready after $((SECONDS - started)) s"
 fi
+exec 9<&-
 source .venv/bin/activate

@@ -14,7 +14,6 @@ On disk the work needs about the text's size compressed with zstd, twice the tok
 import platform
 import re
 import shutil
-import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +27,7 @@ from data.indexed import token_dtype
 from data.manifest import FILE_NAME, SPLITS, Manifest, Record
 from data.prepare import clean, duplicates, encode, read, report, vocabulary, write
 from data.prepare.job import Job, Shard, read_record, write_record
-from data.prepare.work import ALONE, SHORTEST_PAUSE, Share, Work, remove_if_unused
+from data.prepare.work import ALONE, Item, Share, Work, remove_if_unused
 from data.progress import Progress
 from data.recipe import DataRecipe, load_data_recipe
 from data.report.shape import FILE_NAME as REPORT
@@ -125,11 +124,7 @@ def _make(
         shards = _make_tokenizer(job, work)
         work.run("encoding", encode.encode, encode.items(job, shards))
         work.run("writing", write.write, write.items(job, shards))
-        if share.task == 0:
-            _publish(job, shards, out)
-        while not (out / FILE_NAME).exists():
-            work.progress.update("waiting for the first task to finish the store")
-            time.sleep(SHORTEST_PAUSE)
+        work.run("finishing", _publish, [Item(out / FILE_NAME, (job, shards, out))])
     return Store.open(out)
 
 
@@ -146,7 +141,7 @@ def _make_tokenizer(job: Job, work: Work) -> list[Shard]:
     return shards
 
 
-def _publish(job: Job, shards: list[Shard], out: Path) -> None:
+def _publish(job: Job, shards: list[Shard], out: Path) -> str:
     """Move what was made to its place. The manifest is last, so a stop in between leaves an unfinished store."""
     shutil.copytree(encode.tokenizer_folder(job), out / "tokenizer", dirs_exist_ok=True)
     report.report(job, shards, _versions()).write(out)
@@ -170,6 +165,7 @@ def _publish(job: Job, shards: list[Shard], out: Path) -> None:
         versions=_versions(),
         recipe=_as_record(job.recipe),
     ).write(out)
+    return FILE_NAME
 
 
 def _finished(recipe: DataRecipe, out: Path) -> Store | None:
@@ -194,14 +190,13 @@ class _Beginning(Record):
     """What must not change while a store is made."""
 
     recipe: dict[str, Any]
-    tasks: int
     versions: dict[str, str]
 
 
 def _check_same_work(work: Work, recipe: DataRecipe) -> None:
-    """What lies in the folder must have been made by this recipe, cut into as many tasks, with the same libraries."""
+    """What lies in the folder must have been made by this recipe with the same libraries."""
     path = work.folder / "beginning.json"
-    now = _Beginning(recipe=_as_record(recipe), tasks=work.share.tasks, versions=_versions())
+    now = _Beginning(recipe=_as_record(recipe), versions=_versions())
     if not path.exists():
         write_record(path, now)
         return
@@ -210,10 +205,6 @@ def _check_same_work(work: Work, recipe: DataRecipe) -> None:
     again = f"delete {work.folder} to begin again, or give another folder"
     if then.recipe != now.recipe:
         raise DataError(f"--out = {out}: holds the unfinished store of another recipe; {again}")
-    if then.tasks != now.tasks:
-        raise DataError(
-            f"--tasks = {now.tasks}: the unfinished store in {out} is shared among {then.tasks}; give the same, or {again}"
-        )
     for name, present in now.versions.items():
         if (before := then.versions.get(name)) != present:
             raise DataError(

@@ -27,7 +27,7 @@ def items(job: Job, shards: list[Shard]) -> list[Item]:
 def clean(job: Job, shard: Shard) -> str:
     """Clean one shard."""
     records = steps_of(job.recipe, shard.source)
-    names, steps = names_of(records), built_steps(tuple(records))
+    names, steps = names_of(records), built_steps(records)
     tally = Tally(len(steps))
     kept = []
     for document in read_shard(raw_shard(job, shard)):

@@ -56,10 +56,14 @@ def names_of(steps: Iterable[StepRecord]) -> list[str]:
     return names
 
 
+def built_steps(steps: Iterable[StepRecord]) -> list[Step]:
+    """The steps themselves, each built once in a process."""
+    return [_built(type(step), step.model_dump_json()) for step in steps]
+
+
 @cache
-def built_steps(steps: tuple[StepRecord, ...]) -> list[Step]:
-    """The steps themselves, built once in a process."""
-    return [step.build() for step in steps]
+def _built(kind: type[StepRecord], content: str) -> Step:
+    return kind.model_validate_json(content).build()
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -4,11 +4,14 @@ A stage is a list of items. An item writes its results and, last and atomically,
 file is there is not done again. Nothing else is remembered, so a preparation that was killed continues with the items that are
 left. An item's results depend on its arguments alone, never on who does it or when.
 
-Several tasks, e.g. of a Slurm array, may share one folder. Each does its range of every stage's items and waits at the end of
-the stage until the others have done theirs.
+Several tasks, e.g. of a Slurm array, may share one folder. Each begins with its own range of a stage's items and goes on with
+what the others have not begun, so that a task may start late, die or never come. An item in work is locked by its task; the lock
+ends with the task. (Where a file system knows no locks, an item may be done twice, with the same result.) A stage ends when all
+its items are done.
 """
 
 import fcntl
+import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,15 +19,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from data.errors import DataError
-from data.files import replace_file
 from data.progress import Progress
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds between two looks at what other tasks have done
@@ -63,101 +66,115 @@ class Work:
     def __init__(self, folder: Path, workers: int, share: Share, progress: Progress) -> None:
         self.folder, self.share, self.progress = folder, share, progress
         self._workers = workers
-        self._failure = folder / f"task-{share.task}.failed"
         self._stack = ExitStack()
 
     def __enter__(self) -> "Work":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.folder / f"task-{self.share.task}.lock"
-        self._stack.enter_context(_held(lock))
-        self._started = lock.stat().st_mtime  # by the clock of the file system, which all tasks share
-        self._failure.unlink(missing_ok=True)
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(_held(self.folder / f"task-{self.share.task}.lock"))
         self._pool = self._stack.enter_context(_pool(self._workers)) if self._workers > 1 else None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and self.share.tasks > 1 and self.folder.is_dir():
-            with replace_file(self._failure) as temporary:
-                temporary.write_text(str(error), encoding="utf-8")
         self._stack.close()
 
     def run(self, stage: str, function: Callable[..., str], items: Sequence[Item]) -> None:
-        """Do this task's range of the items, then wait until all are done.
+        """Do the items that are left, beginning with this task's range, and return when all are done, by whomever.
 
         Args:
             function: does one item; returns what to show of it.
 
         Raises:
-            DataError: an item cannot be done, a worker died, or another task failed.
+            DataError: an item cannot be done, or a worker died.
         """
-        mine = items[
-            len(items) * self.share.task // self.share.tasks : len(items) * (self.share.task + 1) // self.share.tasks
-        ]
-        left = [item for item in mine if not item.done.exists()]
-        for done, shown in enumerate(self._results(function, left), start=len(mine) - len(left) + 1):
-            self.progress.update(f"{stage}: {done} of {len(mine)}{' of this task' * (self.share.tasks > 1)} ({shown})")
-        self._wait_for_others(stage, items)
+        first = len(items) * self.share.task // self.share.tasks
+        left = [item for item in (*items[first:], *items[:first]) if not item.done.exists()]
+        pause = SHORTEST_PAUSE
+        while left:
+            shown = None
+            for shown in self._results(function, self._begun(left)):
+                self.progress.update(f"{stage}: {shown}, {_undone(left):,} of {len(items):,} items left")
+            left = [item for item in left if not item.done.exists()]
+            if left and shown is None:
+                self.progress.update(f"{stage}: waiting for {len(left):,} of {len(items):,} items of other tasks")
+                time.sleep(pause)
+                pause = min(pause * 1.5, LONGEST_PAUSE)
 
-    def _results(self, function: Callable[..., str], items: list[Item]) -> Iterator[str]:
+    def _begun(self, items: list[Item]) -> Iterator[tuple[Item, ExitStack]]:
+        """The items that nobody does, each locked for this task until its stack is closed."""
+        for item in items:
+            with ExitStack() as stack:
+                if self.share.tasks > 1 and not _try_lock(self._lock_of(item), stack):
+                    continue
+                if not item.done.exists():
+                    yield item, stack.pop_all()
+
+    def _lock_of(self, item: Item) -> Path:
+        return self.folder / "locks" / hashlib.sha256(str(item.done).encode()).hexdigest()[:16]
+
+    def _results(self, function: Callable[..., str], begun: Iterator[tuple[Item, ExitStack]]) -> Iterator[str]:
+        """What the function returns of each item, in the order in which they end."""
         if self._pool is None:
-            for item in items:
-                yield function(*item.arguments)
+            for item, lock in begun:
+                with lock:
+                    yield function(*item.arguments)
             return
-        futures: list[Future[str]] = [self._pool.submit(function, *item.arguments) for item in items]
+        running: dict[Future[str], ExitStack] = {}
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while True:
+                for item, lock in islice(begun, 2 * self._workers - len(running)):
+                    running[self._pool.submit(function, *item.arguments)] = lock
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    with running.pop(future):
+                        yield future.result()
         except BrokenProcessPool:
             raise DataError(
                 "a worker process died, most likely for want of memory; what is finished is kept: start again with fewer workers"
             ) from None
         finally:
-            for future in futures:
+            for future, lock in running.items():
                 future.cancel()
+                lock.close()
 
-    def _wait_for_others(self, stage: str, items: Sequence[Item]) -> None:
-        pause = SHORTEST_PAUSE
-        missing = [item for item in items if not item.done.exists()]
-        while missing:
-            assert self.share.tasks > 1, (stage, missing[0].done)
-            for failure in self.folder.glob("task-*.failed"):
-                if failure.stat().st_mtime >= self._started:  # an older one is of a task that will be started again
-                    task = failure.stem.removeprefix("task-")
-                    raise DataError(f"task {task} of {self.share.tasks} failed: {failure.read_text(encoding='utf-8')}")
-            self.progress.update(f"{stage}: waiting for {len(missing)} of {len(items)} items of other tasks")
-            time.sleep(pause)
-            pause = min(pause * 1.5, LONGEST_PAUSE)
-            missing = [item for item in missing if not item.done.exists()]
+
+def _undone(items: list[Item]) -> int:
+    return sum(not item.done.exists() for item in items)
 
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a finished store's work, unless a task still looks at it."""
-    for lock in folder.glob("task-*.lock"):
-        with suppress(FileNotFoundError), lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
-    shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        if all(_try_lock(lock, stack) for lock in folder.glob("task-*.lock")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _try_lock(path: Path, stack: ExitStack) -> bool:
+    """Lock a file until the stack is closed or this process ends, however it ends; False where another process has it locked."""
+    file = stack.enter_context(path.open("a+"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends."""
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+    """Hold a task of the work.
+
+    Raises:
+        DataError: another process does.
+    """
+    with ExitStack() as stack:
+        if not _try_lock(path, stack):
             raise DataError(
-                f"--out = {path.parent.parent}: process {file.read().strip() or 'unknown'} is preparing it; "
+                f"--out = {path.parent.parent}: process {path.read_text() or 'unknown'} is preparing it; "
                 "wait for it, or give another folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            )
+        path.write_text(str(os.getpid()))
         yield
 
 
