@@ -20,7 +20,7 @@ class Language(StepRecord):
 
     kind: Literal["language"] = "language"
     keep: list[Code] | None = None  # None: all
-    min_score: float = Field(default=0.65, ge=0, le=1)  # FineWeb §3.1
+    min_score: float = Field(default=0.65, ge=0, le=1)  # FineWeb, base filtering
 
     def build(self) -> Step:
         """Load the model."""

@@ -14,7 +14,7 @@ from data.clean.step import Step, StepRecord
 from data.documents import Document, Rejected
 
 # Characters of a line that are mended at once: composing a run of combining marks takes time quadratic in its length.
-LONGEST_SEGMENT = 20_000
+LONGEST_SEGMENT = 10_000
 
 
 class Normalise(StepRecord):

@@ -8,14 +8,14 @@ FineWeb ran gopher_repetition, gopher_quality, c4 with `terminal_punctuation: fa
 share a document's words where the first left its text alone.
 """
 
-import logging
 import re
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data.clean.packages import import_package
 from data.clean.step import Step, StepRecord
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # spaCy takes such a run off one character at a time, each time searching the rest: 0.1 s for a thousand, hours for a million.
 SYMBOL_RUN = re.compile(r"(?:[^\w\s]|_|['’][sS]){1000}")
+LETTER_RUN = re.compile(r"[^\W\d_]\S*")
 WARM_UP = 1_000_000  # characters after which spaCy knows most of the words it meets: twice the speed, for 30 MB
 THEIR_CODE = {"zh": "cmn"}  # by "zh" datatrove means Chinese in Latin letters
 
@@ -38,9 +39,7 @@ class QualityRecord(StepRecord):
     """A filter of datatrove, and the languages whose documents it looks at. A threshold of `null` switches its rule off."""
 
     kind: str
-    languages: list[str] = Field(
-        default=["en"], min_length=1
-    )  # without a language, a document counts as the first of them
+    languages: list[str] = Field(default=["en"], min_length=1)  # a document without one counts as the first of them
 
     def build(self) -> Step:
         """Import datatrove, and the words of each language.
@@ -50,10 +49,13 @@ class QualityRecord(StepRecord):
         """
         where = f"steps: {self.kind}"
         words = import_package("datatrove.utils.word_tokenizers", "datatrove", where)
-        logging.getLogger("jieba").setLevel(logging.WARNING)  # tells of its dictionary on stderr
         judges = {}
         for language in self.languages:
             code = THEIR_CODE.get(language, language)
+            if code == "cmn":
+                import_package("jieba", "jieba", where).setLogLevel(
+                    "WARNING"
+                )  # else it tells of its dictionary on stderr
             try:
                 words.load_word_tokenizer(code).word_tokenize("word")
             except ValueError:
@@ -63,7 +65,11 @@ class QualityRecord(StepRecord):
             except ImportError as error:
                 raise DataError(f"{where}: languages: {language!r}: {error}") from None
             judges[language] = (self.filter(code), _memory(code))
-        return _Quality(judges)
+        return _Quality(self, judges)
+
+    def settled(self, text: str) -> str | None:
+        """The reason for which a text falls, where that is known without cutting its words."""
+        return "symbol_run" if SYMBOL_RUN.search(text) else None
 
     @abstractmethod
     def filter(self, language: str) -> "BaseFilter":
@@ -73,9 +79,10 @@ class QualityRecord(StepRecord):
 class _Quality:
     """Asks the filter of the document's language."""
 
-    def __init__(self, judges: dict[str, tuple["BaseFilter", "_Memory"]]) -> None:
+    def __init__(self, record: QualityRecord, judges: dict[str, tuple["BaseFilter", "_Memory"]]) -> None:
         from datatrove.data import Document as TheirDocument
 
+        self._settled = record.settled
         self._judges = judges
         self._default = next(iter(judges))
         self._theirs = TheirDocument
@@ -85,8 +92,8 @@ class _Quality:
         language = document.language or self._default
         if language not in self._judges:
             return document
-        if SYMBOL_RUN.search(document.text):
-            return Rejected("symbol_run")
+        if reason := self._settled(document.text):
+            return Rejected(reason)
         judge, memory = self._judges[language]
         memory.fill(document.text)
         theirs = self._theirs(text=document.text, id=document.where)
@@ -137,6 +144,18 @@ class GopherQuality(QualityRecord):
     min_alphabetic_words: Share | None = 0.8  # of the words, with a letter
     min_stop_words: int | None = Field(default=2, ge=1)  # different ones of `stop_words`
     stop_words: list[str] = Field(default=["the", "be", "to", "of", "and", "that", "have", "with"])
+
+    @model_validator(mode="after")
+    def _words_are_a_range(self) -> "GopherQuality":
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}; lower it")
+        return self
+
+    def settled(self, text: str) -> str | None:
+        """Also "long_doc", which may be a book of 100 MB: each run without spaces that has a letter holds a word."""
+        if self.max_words and next(islice(LETTER_RUN.finditer(text), self.max_words, None), None):
+            return "long_doc"
+        return super().settled(text)
 
     def filter(self, language: str) -> "BaseFilter":
         from datatrove.pipeline.filters import GopherQualityFilter
@@ -221,7 +240,7 @@ class C4(QualityRecord):
 
 
 class FineWeb(QualityRecord):
-    """FineWeb's own rules (Penedo et al. 2024, §3.6), with the values of the code that made it.
+    """FineWeb's own rules (Penedo et al. 2024), with the values of the code that made it.
 
     The paper gives 0.1 for `max_duplicate_line_characters`, and no `max_line_breaks_per_word`.
     """

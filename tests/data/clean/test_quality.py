@@ -12,10 +12,11 @@ from datatrove.pipeline.filters import (
     GopherQualityFilter,
     GopherRepetitionFilter,
 )
-from datatrove.utils.text import split_into_parts, split_into_words
+from datatrove.utils.text import PUNCTUATION_SET, split_into_parts, split_into_words
+from pydantic import ValidationError
 
 from data.clean import C4, FineWeb, GopherQuality, GopherRepetition
-from data.clean.quality import QualityRecord
+from data.clean.quality import LETTER_RUN, QualityRecord
 from data.documents import Document, Rejected
 from data.errors import DataError
 from tests.data.clean.texts import lines, made_up, prose
@@ -177,10 +178,10 @@ def test_the_defaults_are_datatroves(record: type[QualityRecord], judge: Callabl
     [
         (
             GopherQuality(
-                min_words=1, max_words=2, min_mean_word_length=2, max_mean_word_length=4, max_symbols_per_word=0.5,
+                min_words=1, max_words=3, min_mean_word_length=2, max_mean_word_length=4, max_symbols_per_word=0.5,
                 max_bullet_lines=0.6, max_ellipsis_lines=0.7, min_alphabetic_words=0.85, min_stop_words=9, stop_words=["der"],
             ),
-            GopherQualityFilter(1, 2, 2, 4, 0.5, 0.6, 0.7, 0.85, 9, ["der"]),
+            GopherQualityFilter(1, 3, 2, 4, 0.5, 0.6, 0.7, 0.85, 9, ["der"]),
         ),
         (
             GopherRepetition(
@@ -255,6 +256,15 @@ def test_a_document_is_not_searched_for_hours() -> None:
     # spaCy takes off one of these after the other, each time searching what is left.
     for run in ("(" * 300_000, "😀" * 300_000, "=_" * 150_000, "'s" * 150_000):
         assert ours(GopherQuality().build(), KEPT[GopherQuality] + run)[0] == "symbol_run"
+
+
+def test_a_long_document_falls_before_its_words_are_cut() -> None:
+    assert ours(GopherQuality().build(), "the of " * 1_000_000)[0] == "long_doc"  # 7 MB would be cut for 15 s
+    assert not any(
+        LETTER_RUN.match(character) for character in PUNCTUATION_SET
+    )  # so a run with a letter has a word that counts
+    with pytest.raises(ValidationError, match="min_words 60 is more than max_words 50; lower it"):
+        GopherQuality(min_words=60, max_words=50)
 
 
 def test_what_spacy_remembers_changes_no_word() -> None:

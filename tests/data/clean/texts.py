@@ -18,5 +18,5 @@ def lines(count: int, words: int, end: str = ".", begin: str = "", start: int = 
 
 
 def prose() -> list[str]:
-    """English that every Python carries: 60 of its help texts, 140 kB."""
-    return [text[:6000] for _, text in sorted(topics.items())[:60]]
+    """English that every Python carries: 40 of its help texts, 70 kB."""
+    return [text[:4000] for _, text in sorted(topics.items())[:40]]
