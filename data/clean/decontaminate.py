@@ -43,7 +43,7 @@ class Decontaminate(StepRecord):
     """Where the evaluation sets are, and what happens to a document that shares words with them."""
 
     kind: Literal["decontaminate"] = "decontaminate"
-    # Files and patterns. JSON lines (.jsonl) and Parquet: every string of a record is an item; text: what empty lines part.
+    # Files and patterns. .jsonl, .json, .parquet: every string in them is an item; text: what empty lines part.
     evaluation: list[str] = Field(min_length=1)
     ngram: int = Field(default=13, ge=1)  # words
     min_ngram: int = Field(default=8, ge=1)  # an item shorter than `ngram` is matched whole, down to this many words
@@ -161,19 +161,28 @@ def _items(path: Path) -> Iterator[str]:
     number = 0
     with opened(path) as file:
         try:
-            if ".jsonl" not in path.suffixes:
+            if not {".json", ".jsonl"} & set(path.suffixes):
                 yield from re.split(r"\n[ \t\r]*\n", file.read().decode())
+                return
+            if ".json" in path.suffixes:
+                yield from _strings(json.loads(file.read()))
                 return
             for line in file:
                 number += 1
                 if line.strip():
                     yield from _strings(json.loads(line))
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+            raise DataError(f"{_place(path, number)}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number}: no JSON ({error.msg}); a line must be one JSON value") from None
+            raise DataError(
+                f"{_place(path, number)}: no JSON ({error.msg}); mend the file, or fetch it again"
+            ) from None
         except DAMAGE as error:
             raise damaged(path, f"line {number}", error) from None
+
+
+def _place(path: Path, line: int) -> str:
+    return f"{path}: line {line}" if line else str(path)
 
 
 def _strings(value: Any) -> Iterator[str]:

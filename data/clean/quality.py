@@ -204,7 +204,7 @@ class GopherRepetition(QualityRecord):
 class C4(QualityRecord):
     """Rules of C4 (Raffel et al. 2020, §2.2) without its list of bad words: they drop lines, and then documents.
 
-    The numbers of sentences and words are those of datatrove, which FineWeb used; C4's published code has 3 and 5.
+    `min_sentences` and `min_line_words` are datatrove's, and so FineWeb's, 5 and 3; C4's published code has 3 and 5.
     """
 
     kind: Literal["c4"] = "c4"
@@ -246,16 +246,12 @@ class FineWeb(QualityRecord):
     """
 
     kind: Literal["fineweb"] = "fineweb"
-    min_punctuated_lines: float = Field(
-        default=0.12, ge=0, le=1
-    )  # of the lines, that end with a mark that ends sentences; 0: off
+    min_punctuated_lines: float = Field(default=0.12, ge=0, le=1)  # of the lines, that end like a sentence; 0: off
     unpunctuated: bool = False  # true: a document without any such line stays
     stop_characters: list[str] | None = None  # None: datatrove's, of many scripts
     max_short_lines: float = Field(default=0.67, ge=0, le=1)  # of the lines; 1: off
     short_line: int = Field(default=30, ge=0)  # characters that a short line has at most
-    max_duplicate_line_characters: float = Field(
-        default=0.01, ge=0, le=1
-    )  # of the characters, in lines that came before; 1: off
+    max_duplicate_line_characters: float = Field(default=0.01, ge=0, le=1)  # in lines that came before; 1: off
     max_line_breaks_per_word: float = Field(default=0.3, ge=0)
 
     def filter(self, language: str) -> "BaseFilter":

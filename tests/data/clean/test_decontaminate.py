@@ -130,14 +130,15 @@ def test_matches_side_by_side_are_one(tmp_path: Path) -> None:
 
 
 def test_evaluation_sets_come_as_json_lines_parquet_and_text(tmp_path: Path) -> None:
-    words = [made_up(13, 13 * i) for i in range(5)]
+    words = [made_up(13, 13 * i) for i in range(6)]
     texts = [" ".join(group) for group in words]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"q": texts[0], "choices": [{"text": texts[1]}, "no"], "answer": 3}) + "\n\n")
     pyarrow.parquet.write_table(pyarrow.table({"q": [texts[2]], "n": [1]}), tmp_path / "b.parquet")
+    (tmp_path / "d.json").write_text(json.dumps([{"q": texts[5]}], indent=1))
     (tmp_path / "c.txt").write_text(texts[3].replace(" ", "\n") + "\n \n" + texts[4])
     step = Decontaminate(evaluation=[str(tmp_path / "*.*")], action="reject").build()
-    assert [step.apply(Document(text, "here")) for text in texts] == [Rejected("contaminated")] * 5
+    assert [step.apply(Document(text, "here")) for text in texts] == [Rejected("contaminated")] * 6
     across = Document(" ".join(words[3][6:] + words[4][:6]), "here")  # an empty line parts them
     assert step.apply(across) is across
 
@@ -145,8 +146,8 @@ def test_evaluation_sets_come_as_json_lines_parquet_and_text(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"q": 1\n', r"a\.jsonl: line 1: no JSON \(.*\); a line must be one JSON value"),
-        ("a.txt", b"\xff\xfe", r"a\.txt: line 0: not UTF-8"),
+        ("a.jsonl", b'{"q": 1\n', r"a\.jsonl: line 1: no JSON \(.*\); mend the file, or fetch it again"),
+        ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
         ("a.jsonl.gz", b"\x1f\x8b\x08", r"a\.jsonl\.gz: damaged after line 0"),
         ("a.parquet", b"PAR", r"a\.parquet: no Parquet"),
         ("a.txt", b"too few words", r"a\.txt: has no text of 8 words \(min_ngram\); lower min_ngram, or leave the file out"),
