@@ -255,13 +255,14 @@ def stats(
     html: Annotated[Path | None, typer.Option(help="Write the report of its preparation as a page.")] = None,
 ) -> None:
     """Documents, tokens and bytes of every split and source, as JSON; how they became what they are, as a page."""
-    from data.report import read_report, write_report
+    from data.report.page import write_report
+    from data.report.shape import Report
     from data.store import Store, store_stats
 
     opened = Store.open(store)
     print(json.dumps(store_stats(opened), indent=1))
     if html is not None:
-        write_report(read_report(opened.path), html)
+        write_report(Report.read(opened.path), html)
 
 
 @tokenizer.command("train")

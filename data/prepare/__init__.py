@@ -3,8 +3,8 @@
 What comes out depends on the recipe and the text only, never on the number of processes or tasks, nor on how often the work was
 interrupted. Between two stages documents lie in shards on disk, so memory is bounded whatever the size of the text:
 
-    a worker     about 4 · shard_bytes, one document of the largest allowed size, and 300 MB of libraries and their models
-    duplicates   one band's keys of all documents: 24 bytes a document, and its edges
+    a worker     about 4 · shard_bytes, 25 times its longest document while that is signed, and 300 MB of libraries and models
+    duplicates   90 bytes a document for the hashes, 42 for a band, one of them a worker at a time; 210 a duplicate
     shuffling    the lengths and the order of one source's documents: 24 bytes a document
 
 On disk the work needs about the text's size compressed with zstd, twice the tokens, and a kilobyte of accounts a shard; it lies in

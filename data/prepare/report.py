@@ -5,10 +5,14 @@ from typing import Any
 
 from data.counts import Count
 from data.manifest import SPLITS
-from data.prepare import clean, duplicates, encode, read, vocabulary
+from data.packing import packing_statistics
+from data.prepare import clean, duplicates, encode, read, vocabulary, write
 from data.prepare.accounts import EXAMPLES_KEPT, Cleaning, SplitCount
 from data.prepare.job import Job, Shard, names_of, steps_of
-from data.report.shape import RejectedDocument, Report, Stage, Tokens, Unreadable, UnreadableRecord
+from data.report.shape import Packing, RejectedDocument, Report, Stage, Tokens, Unreadable, UnreadableRecord
+
+SEQUENCE_LENGTHS = (512, 4096, 32_768)  # tokens; for which packing is measured
+PACKED_DOCUMENTS = 1 << 18  # of each source, in whose order nothing is special
 
 
 def report(job: Job, shards: list[Shard], versions: dict[str, str]) -> Report:
@@ -33,6 +37,7 @@ def report(job: Job, shards: list[Shard], versions: dict[str, str]) -> Report:
         token_lengths={name: dict(sorted(lengths.items())) for name, lengths in token_lengths.items()},
         duplicates=duplicates.summary(job),
         tokens={name: {split: _tokens(count) for split, count in splits.items()} for name, splits in tokens.items()},
+        packing=_packing(job, shards),
         reference=job.recipe.reference_tokenizer.name if job.recipe.reference_tokenizer else None,
         examples=[
             RejectedDocument(source=name, step=e.step, reason=e.reason, where=e.where, text=e.text)
@@ -88,6 +93,19 @@ def _unreadable(job: Job, source: int) -> Unreadable:
                 examples.append(UnreadableRecord(**example.model_dump()))
         reasons.update(account.unreadable)
     return Unreadable(reasons=dict(sorted(reasons.items())), examples=examples)
+
+
+def _packing(job: Job, shards: list[Shard]) -> dict[int, Packing]:
+    lengths = write.first_lengths(job, shards, "train", PACKED_DOCUMENTS)
+    found = {}
+    for sequence_length in SEQUENCE_LENGTHS:
+        ways = packing_statistics(lengths, sequence_length)
+        found[sequence_length] = Packing(
+            cut_by_windows=ways["concat"]["cut_needlessly"],
+            cut_by_best_fit=ways["best_fit"]["cut"],
+            padding_of_best_fit=ways["best_fit"]["padding"],
+        )
+    return found
 
 
 def _tokens(count: SplitCount) -> Tokens:

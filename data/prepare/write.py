@@ -91,6 +91,16 @@ def pieces(job: Job, shards: list[Shard], split: str) -> list[Piece]:
     return [Piece(name, parts) for name, parts in zip(names, cut)]
 
 
+def first_lengths(job: Job, shards: list[Shard], split: str, most: int) -> list[npt.NDArray[np.int32]]:
+    """Tokens of the first documents of each source of a split in their final order, at most `most` of each."""
+    found = []
+    for source in range(len(job.recipe.sources)):
+        lengths = _lengths(job, [shard for shard in shards if shard.source == source], split)
+        first = np.arange(min(most, len(lengths)))
+        found.append(lengths[_permutation(job, split, source, len(lengths))(first)] if len(first) else lengths)
+    return found
+
+
 def split_record(job: Job, shards: list[Shard], split: str) -> SplitRecord:
     """Counts of a split, and where each source lies in it."""
     spans: list[SourceSpan] = []

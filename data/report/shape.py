@@ -63,10 +63,13 @@ class Tokens(Record):
 
 
 class Packing(Record):
-    """What best-fit packing into samples of one length costs."""
+    """What the two ways of packing the train split into sequences of one length do to it, measured on its beginning."""
 
-    truncated_share: float  # of the documents: those that are cut though they would fit into a sample
-    padding_share: float  # of the tokens of all samples
+    cut_by_windows: float  # share of the documents that windows of the stream cut though they would fit into a sequence
+    cut_by_best_fit: (
+        float  # share of the documents that are longer than a sequence, the only ones that best-fit packing cuts
+    )
+    padding_of_best_fit: float  # share of the positions
 
 
 class Report(Record):

@@ -29,7 +29,7 @@ def content(store):
 def recipe(tmp_path):
     """Many small shards and files, and every kind of stage."""
     tiny = write_tiny_recipe(tmp_path, documents=120, vocab_size=400).model_dump(mode="json")
-    tiny |= {"shard_bytes": 10_000, "tokens_per_file": 3_000, "fim_rate": 0.2, "split_joined_rate": 0.2}
+    tiny |= {"shard_bytes": 16_000, "tokens_per_file": 3_000, "fim_rate": 0.2, "split_joined_rate": 0.2}
     tiny["dedup"] = {"exact": True, "minhash": {}}
     tiny["steps"] = [{"kind": "normalise"}, {"kind": "pii"}]
     return DataRecipe.model_validate(tiny)

@@ -50,6 +50,7 @@ def test_every_number_and_every_text_of_the_report_is_on_the_page() -> None:
         assert re.search(rf"(?<![\d,.]){re.escape(written)}(?![\d,.]*\d)", words), number
     for text in texts(report.model_dump()):
         assert " ".join(text.split()) in words, text
+    assert all(f"{percent}\u202f%" in words for percent in ("1.2", "0.67", "0.45"))  # of the packing
 
 
 def test_the_funnel_counts_what_each_step_took_and_leaves_sources_without_it_alone() -> None:
@@ -182,7 +183,7 @@ def numbers(value: Any, key: str = "") -> Iterator[int | float]:
     elif isinstance(value, list):
         for inner in value:
             yield from numbers(inner, key)
-    elif isinstance(value, int) or (isinstance(value, float) and not key.endswith("_share")):
+    elif isinstance(value, int) or (isinstance(value, float) and not key.startswith(("cut_by_", "padding_of_"))):
         yield value
 
 
@@ -263,7 +264,7 @@ def example(extra: str = "") -> Report:
             books: {"train": Tokens(documents=88, tokens=250_404, bytes=845_454)},
         },
         reference=f"deepseek{extra}",
-        packing={4096: Packing(truncated_share=0.0123, padding_share=0.0045)},
+        packing={4096: Packing(cut_by_windows=0.0123, cut_by_best_fit=0.0067, padding_of_best_fit=0.0045)},
         examples=[
             RejectedDocument(
                 source=web,
