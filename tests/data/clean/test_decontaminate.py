@@ -101,6 +101,21 @@ def test_a_match_is_cut_out_with_its_margin(tmp_path: Path) -> None:
     assert result.text == " ".join(words[:97]) + "\n\n" + " ".join(words[116:])
 
 
+def test_what_is_left_is_the_text_around_the_match(items: Path) -> None:
+    rng = random.Random(2)
+    step = Decontaminate(evaluation=[str(items)], margin=0, min_piece=0).build()
+    texts = prose()
+    for line in items.read_text().splitlines():
+        host = rng.choice(texts)
+        at = rng.randrange(len(host) // 4, len(host) // 2)
+        planted = disguised(json.loads(line)["question"].split(), rng)
+        result = step.apply(Document(host[:at] + " " + planted + " " + host[at:], "here"))
+        assert isinstance(result, Document)
+        last, first = list(WORD.finditer(host[:at]))[-1], WORD.search(host[at:])
+        assert first is not None
+        assert result.text == host[: last.end()].strip() + "\n\n" + host[at + first.start() :].strip()
+
+
 def test_short_pieces_go_and_a_document_in_many_pieces_falls(tmp_path: Path) -> None:
     words = made_up(1000)
     path = tmp_path / "evaluation.txt"
