@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import lru_cache
 from glob import glob
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,11 +111,13 @@ def _pieces(text: str, matches: list[tuple[int, int]], margin: int) -> Iterator[
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))
-    for (_, begin), (end, _) in pairwise([(0, -1), *merged, (len(text) + 1, 0)]):
-        # The first word that starts behind the cut before, the last one that ends ahead of the cut after.
-        first = 0 if begin < 0 else int(starts[k]) if (k := np.searchsorted(starts, begin)) < len(starts) else len(text)
-        last = len(text) if end > len(text) else int(ends[k - 1]) if (k := np.searchsorted(ends, end, "right")) else 0
-        yield text[first:last].strip()
+    begin = 0
+    for start, end in merged:
+        before = np.searchsorted(ends, start, "right")  # words that end ahead of the cut
+        yield text[begin : int(ends[before - 1]) if before else 0].strip()
+        after = np.searchsorted(starts, end)  # the first word that starts behind it
+        begin = int(starts[after]) if after < len(starts) else len(text)
+    yield text[begin:].strip()
 
 
 def _index(settings: Decontaminate) -> Index:
