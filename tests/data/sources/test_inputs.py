@@ -28,12 +28,10 @@ def test_inputs_come_in_the_order_of_names_and_each_file_once(tmp_path):
 def test_many_small_files_make_few_inputs_and_large_ones_many(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "MAX_FILES", 3)
     monkeypatch.setattr(base, "MAX_FILES_BYTES", 100)
-    for index in range(5):
-        (tmp_path / f"{index}.txt").write_text("small")
-    (tmp_path / "5.txt").write_text("large" * 30)
-    (tmp_path / "6.txt").write_text("small")
+    for index in range(7):
+        (tmp_path / f"{index}.txt").write_text("large" * 30 if index == 1 else "small")
     found = inputs(source(kind="text", path=str(tmp_path)))
-    assert [len(item.files) for item in found] == [3, 3, 1]  # 0 1 2 | 3 4 and the large 5 | 6
+    assert [len(item.files) for item in found] == [2, 3, 2]  # 0 and the large 1 | 2 3 4 | 5 6
     assert len({item.name for item in found}) == 3
 
 

@@ -10,15 +10,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.data.sources.test_wikipedia import export, page
+
 MIB = 1 << 20
 DOCUMENT = MIB  # max_document_bytes
 ALLOWED = 16 * MIB  # 10 documents, a chunk and what the allocator keeps
 
-WORDS = " ".join(
-    random.Random(0).choices(
-        ["whale", "ship", "captain", "sea", "net", "island", "tide", "1,024", "été", "鯨"], k=100_000
-    )
-)
+VOCABULARY = ("whale", "ship", "captain", "sea", "net", "island", "tide", "1,024", "été", "鯨")
+WORDS = " ".join(random.Random(0).choices(VOCABULARY, k=100_000))
 ROOT = Path(__file__).parents[3]
 
 
@@ -63,13 +62,14 @@ def test_lines_ten_times_larger_than_the_memory_allowed_are_read_within_it(tmp_p
 
 def test_parquet_ten_times_larger_than_the_memory_allowed_is_read_within_it(tmp_path):
     draw = random.Random(1)
-    texts = [WORDS[start : start + 1000] for start in (draw.randrange(100_000) for _ in range(160_000))]
-    for name, rows in (("a.parquet", len(texts)), ("small-a.parquet", 10)):
-        # One row group of 170 MiB, in pages of 1 MiB.
-        settings = {"row_group_size": rows, "use_dictionary": False, "compression": "zstd"}
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts[:rows]}), tmp_path / name, **settings)
+    texts = [WORDS[start : start + 2000] for start in (draw.randrange(100_000) for _ in range(8_000))]
+    once = pyarrow.table({"text": texts})
+    for name, table in (("a.parquet", pyarrow.concat_tables([once] * 10)), ("small-a.parquet", once.slice(0, 10))):
+        # One row group of 170 MiB.
+        settings = {"row_group_size": len(table), "use_dictionary": False, "compression": "zstd"}
+        pyarrow.parquet.write_table(table, tmp_path / name, **settings)
     found = measure(kind="parquet", path=str(tmp_path / "a.parquet"), max_document_bytes=DOCUMENT)
-    assert found["documents"] == len(texts)
+    assert found["documents"] == 10 * len(texts)
     assert found["growth"] < ALLOWED
 
 
@@ -81,3 +81,11 @@ def test_a_line_of_a_gigabyte_is_passed_over(tmp_path, ending):
     found = measure(kind="jsonl", path=str(path), max_document_bytes=DOCUMENT)
     assert (found["documents"], found["unreadable"]) == (3, 1)
     assert found["growth"] < ALLOWED
+
+
+@pytest.mark.slow
+def test_a_dump_of_many_pages_leaves_nothing_behind(tmp_path):
+    for name, pages in (("a.xml", 100_000), ("small-a.xml", 1)):
+        (tmp_path / name).write_bytes(export(page("Talk", "Talk. " * 20, space=1) * pages))
+    # A page's empty element, kept, would be 100 bytes.
+    assert measure(kind="wikipedia", path=str(tmp_path / "a.xml"))["growth"] < 3 * MIB

@@ -85,7 +85,7 @@ PAGES = [("Sable", TEXT), ("Zwei", "Zwei\n\nNew.\n")]
     ("wikitext", "text"),
     [
         ("It''s '''bold''', '''''both''''' and l''''eau'' <nowiki>''so''</nowiki>", "Its bold, both and l'eau ''so''"),
-        ("an ''unclosed quote<ref>r</ref> and {| no table", "an unclosed quote and {| no table"),
+        ("an ''unclosed {{x|''}} quote<ref>r</ref> and {| no table", "an unclosed quote and {| no table"),
         ("[[a|b ''c'']] [[:Category:X]] [[File:x.jpg|thumb|[[y]]]]", "b c Category:X"),
         ("[http://x.y label] [http://x.y] http://x.y", "label http://x.y"),
         ("a ({{x}}) b, f() stays, ({{x}}, c), (d; {{x}}) e{{x}}.", "a b, f() stays, (c), (d) e."),
@@ -101,6 +101,12 @@ PAGES = [("Sable", TEXT), ("Zwei", "Zwei\n\nNew.\n")]
 )
 def test_wikitext_is_read_as_a_reader_would(wikitext, text):
     assert plain(wikitext) == text
+
+
+def test_odd_pages_are_tidied_in_a_time_that_grows_with_their_size():
+    # Each would take minutes if a pattern began anew at every character.
+    for odd in (" ", "\n", ":", "(", "- ", "({{x}} ", "{{x}}  ", "''a "):
+        plain(f"a{odd * 10_000}b")
 
 
 def test_a_page_that_is_too_long_is_located(tmp_path):
