@@ -265,6 +265,56 @@ def stats(
         write_report(Report.read(opened.path), html)
 
 
+@data.command("import")
+def data_import(
+    files: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]FILE …", help="Megatron .bin/.idx or datatrove .ds files.")
+    ],
+    folder: Annotated[Path, typer.Option("--tokenizer", help="The Hugging Face tokenizer folder of their ids.")],
+    out: Annotated[Path, typer.Option(help="The store to write.")],
+    weight: Annotated[list[str] | None, typer.Option(metavar="NAME=W", help="Share of a source; default: 1.")] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the documents, taken from the end of sources without validation files.")
+    ] = 0.01,
+    held_out: Annotated[
+        list[str] | None, typer.Option("--validation-file", metavar="[NAME=]FILE", help="Validation files of a source.")
+    ] = None,
+) -> None:
+    """Make a store of token files that Megatron-LM, GPT-NeoX or datatrove wrote; files of one name are one source."""
+    from data.foreign import ForeignSource, import_store
+
+    train, kept = _by_name(files), _by_name(held_out or [])
+    weights = {name: _weight(value) for name, (value,) in _by_name(weight or []).items()}
+    if unknown := sorted((kept.keys() | weights.keys()) - train.keys()):
+        raise RecipeError(f"{unknown[0]}: no source is called so; the sources are {', '.join(train)}; write NAME=VALUE")
+    sources = [
+        ForeignSource(
+            name, [Path(path) for path in paths], [Path(path) for path in kept.get(name, [])], weights.get(name, 1.0)
+        )
+        for name, paths in train.items()
+    ]
+    store = import_store(sources, folder, out, validation)
+    print(
+        f"{store.path}: {', '.join(f'{split} {record.tokens:,} tokens' for split, record in store.manifest.splits.items())}"
+    )
+
+
+@data.command("export")
+def data_export(
+    store: StorePath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    layout: Annotated[str, typer.Option("--format", help="megatron or datatrove.")] = "megatron",
+) -> None:
+    """Lay out a store's tokens as Megatron-LM and GPT-NeoX, or datatrove, expect them."""
+    from data.foreign import export_store
+    from data.store import Store
+
+    if layout not in ("megatron", "datatrove"):
+        raise RecipeError(f"--format = {layout!r}: must be megatron or datatrove")
+    for path in export_store(Store.open(store), out, layout):  # type: ignore[arg-type]
+        print(path)
+
+
 @tokenizer.command("train")
 def tokenizer_train(
     recipe: DataRecipeName,
@@ -282,11 +332,12 @@ def tokenizer_train(
 def tokenizer_evaluate(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face tokenizer folder.")],
     text: Annotated[list[Path], typer.Option(help="A text file; may be given several times.")],
+    reference: Annotated[Path | None, typer.Option(help="A tokenizer folder to compare with.")] = None,
 ) -> None:
     """Bytes per token of a tokenizer on texts, and whether decoding gives the texts back, as JSON."""
     from data.tokenizer import evaluate_tokenizer
 
-    print(json.dumps(evaluate_tokenizer(folder, text)))
+    print(json.dumps(evaluate_tokenizer(folder, text, reference)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -328,3 +379,19 @@ def _print_table(amounts: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _by_name(values: Sequence[str]) -> dict[str, list[str]]:
+    """["a=x", "a=y", "z"] as {"a": ["x", "y"], "z": ["z"]}: what has no name is called by its file's."""
+    found: dict[str, list[str]] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        found.setdefault(name if equals else Path(value).stem, []).append(rest if equals else value)
+    return found
+
+
+def _weight(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RecipeError(f"--weight = {value!r}: must be NAME=NUMBER") from None

@@ -31,6 +31,7 @@ from data.prepare.work import ALONE, Item, Share, Work, remove_if_unused
 from data.progress import Progress
 from data.recipe import DataRecipe, load_data_recipe
 from data.report.shape import FILE_NAME as REPORT
+from data.sources import inputs
 from data.store import Store, file_record, record_files
 
 STAGING = ".preparing"
@@ -98,8 +99,8 @@ def train_tokenizer(
     recipe, name = _loaded(recipe)
     with Progress() as progress:
         with Work(out / STAGING, workers, ALONE, progress) as work:
-            _check_same_work(work, recipe)
             job = Job(recipe, name, work.folder, cache)
+            _check_same_work(job)
             _make_tokenizer(job, work)
             for path in encode.tokenizer_folder(job).iterdir():
                 path.replace(out / path.name)
@@ -119,8 +120,8 @@ def _make(
     with Work(out / STAGING, workers, share, progress) as work:
         if (store := _finished(recipe, out)) is not None:  # between the first look and the lock
             return store
-        _check_same_work(work, recipe)
         job = Job(recipe, name, work.folder, cache)
+        _check_same_work(job)
         shards = _make_tokenizer(job, work)
         work.run("encoding", encode.encode, encode.items(job, shards))
         work.run("writing", write.write, write.items(job, shards))
@@ -191,18 +192,19 @@ class _Beginning(Record):
 
     recipe: dict[str, Any]
     versions: dict[str, str]
+    files: dict[str, tuple[int, int]]  # of the sources: bytes, and nanoseconds of the last change
 
 
-def _check_same_work(work: Work, recipe: DataRecipe) -> None:
-    """What lies in the folder must have been made by this recipe with the same libraries."""
-    path = work.folder / "beginning.json"
-    now = _Beginning(recipe=_as_record(recipe), versions=_versions())
+def _check_same_work(job: Job) -> None:
+    """What lies in the folder must have been made by this recipe from the same files with the same libraries."""
+    path = job.folder / "beginning.json"
+    now = _Beginning(recipe=_as_record(job.recipe), versions=_versions(), files=_files(job))
     if not path.exists():
         write_record(path, now)
         return
     then = read_record(path, _Beginning)
-    out = work.folder.parent
-    again = f"delete {work.folder} to begin again, or give another folder"
+    out = job.folder.parent
+    again = f"delete {job.folder} to begin again, or give another folder"
     if then.recipe != now.recipe:
         raise DataError(f"--out = {out}: holds the unfinished store of another recipe; {again}")
     for name, present in now.versions.items():
@@ -210,6 +212,19 @@ def _check_same_work(work: Work, recipe: DataRecipe) -> None:
             raise DataError(
                 f"--out = {out}: was begun with {name} {before}, here is {present}; install that one, or {again}"
             )
+    if changed := sorted(name for name, _ in then.files.items() ^ now.files.items()):
+        raise DataError(f"{changed[0]}: changed since the store in {out} was begun; {again}")
+
+
+def _files(job: Job) -> dict[str, tuple[int, int]]:
+    """Every file that the sources name, with what tells that it has changed."""
+    found = {}
+    for source in job.recipe.sources:
+        for item in inputs(source, job.cache):
+            for name in item.files:
+                status = Path(name).stat()
+                found[name] = (status.st_size, status.st_mtime_ns)
+    return found
 
 
 def _versions() -> dict[str, str]:

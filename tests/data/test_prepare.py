@@ -1,22 +1,28 @@
 """Preparation: the same store from any number of workers and tasks, however often it is interrupted; care with what is there."""
 
 import json
+import os
 import random
+import resource
 import signal
 import time
 
 import pytest
 
-from data.documents import text_hash
+from data.counts import Count
+from data.documents import Rejected, text_hash
 from data.errors import DataError
 from data.prepare import STAGING, prepare, train_tokenizer
 from data.prepare.encode import in_validation_split
-from data.prepare.work import Share
+from data.prepare.work import Share, Work
+from data.progress import Progress
 from data.recipe import DataRecipe
+from data.report.shape import Report
 from data.store import inspect_document, verify_store
 from data.tokenizer import fingerprint
 from tests.conftest import write_tiny_recipe
 from tests.processes import PROCESSES
+from train.cli import main
 
 KILLS = 20
 
@@ -74,6 +80,106 @@ def test_a_preparation_killed_twenty_times_makes_the_same_store(recipe, tmp_path
             assert content(out) == expected
             out = tmp_path / f"killed-{killed}"
     assert content(prepare(recipe, out).path) == expected
+
+
+def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(), encoding="utf-8")  # JSON is YAML
+    out = tmp_path / "store"
+    process = PROCESSES.Process(target=run_with_small_files, args=(tmp_path / "recipe.yaml", out, tmp_path / "said"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2
+    said = (tmp_path / "said").read_text()
+    assert "File too large" in said and "Traceback" not in said
+    assert any((out / STAGING).rglob("*.json"))
+    assert content(prepare(tmp_path / "recipe.yaml", out).path) == content(
+        prepare(tmp_path / "recipe.yaml", tmp_path / "whole").path
+    )
+
+
+def run_with_small_files(recipe, out, said):
+    """The command, where no file may be larger than 8 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        os._exit(main(["data", "prepare", str(recipe), "--out", str(out), "--workers", "1"]))
+
+
+def test_two_runs_do_not_write_one_folder(recipe, tmp_path):
+    with (
+        Work(tmp_path / "store" / STAGING, 1, Share(), Progress()),
+        pytest.raises(
+            DataError, match=rf"--out = .*store: process {os.getpid()} is preparing it; wait for it, or give"
+        ),
+    ):
+        prepare(recipe, tmp_path / "store")
+
+
+def test_what_was_begun_is_not_finished_with_something_else(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("data.prepare.encode.encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(recipe, tmp_path / "store")
+    with pytest.raises(
+        DataError, match=r"holds the unfinished store of another recipe; delete .*\.preparing to begin again"
+    ):
+        prepare(recipe.model_copy(update={"seed": 1}), tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr("data.prepare._versions", lambda: {"tokenizers": "0.1"})
+        with pytest.raises(DataError, match=r"was begun with tokenizers \d.*, here is 0.1; install that one"):
+            prepare(recipe, tmp_path / "store")
+    with (tmp_path / "verse.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"verse.jsonl: changed since the store in .* was begun"):
+        prepare(recipe, tmp_path / "store")
+
+
+def test_every_document_is_counted_where_it_fell(recipe, tmp_path):
+    """Written: 120 poems, one of them twice and one almost twice, a page of marks, a line that is no JSON; 120 functions."""
+    lines = (tmp_path / "verse.jsonl").read_text().splitlines()
+    longest = max((json.loads(line)["text"] for line in lines), key=len)
+    almost = longest + "one more line of verse\n"
+    added = [lines[0], json.dumps({"text": almost}), json.dumps({"text": "* * *\n" * 50}), '{"text": ']
+    (tmp_path / "verse.jsonl").write_text("\n".join(lines + added) + "\n")
+    steps = [{"kind": "custom", "step": "tests.data.test_prepare:OnlyWords", "options": {"letters": 10}}]
+    sources = recipe.model_dump(mode="json")["sources"]
+    given = recipe.model_dump(mode="json") | {"steps": steps, "sources": [sources[0] | {"priority": 1}, sources[1]]}
+    report = Report.read(prepare(DataRecipe.model_validate(given), tmp_path / "store").path)
+    stages = {stage.name: stage.sources["verse"].documents for stage in report.stages}
+    assert stages["read"] == 123 and stages["custom"] == 122
+    assert report.unreadable["verse"].reasons == {"not_json": 1}
+    assert report.rejected["verse"]["custom"]["few_letters"] == Count(documents=1, bytes=300)
+    assert [(e.step, e.reason, e.text[:5]) for e in report.examples] == [("custom", "few_letters", "* * *")]
+    removed = report.duplicates.removed["verse"]
+    assert removed["exact"].documents >= 1 and removed["near"].documents >= 1
+    assert stages["near duplicates"] == 122 - removed["exact"].documents - removed["near"].documents
+    kept = sum(count.documents for count in report.tokens["verse"].values())
+    assert kept == stages["near duplicates"]
+    assert report.languages["verse"] == {"unknown": report.stages[1].sources["verse"]}
+    assert sum(report.lengths["verse"].values()) == 122 and sum(report.token_lengths["verse"].values()) == kept
+
+
+class OnlyWords:
+    def __init__(self, letters):
+        self.letters = letters
+
+    def apply(self, document):
+        return document if sum(map(str.isalpha, document.text)) >= self.letters else Rejected("few_letters")
+
+
+def test_a_step_that_fails_is_named_with_its_document(recipe, tmp_path):
+    steps = [{"kind": "custom", "step": "tests.data.test_prepare:Fails"}]
+    given = recipe.model_dump(mode="json") | {"steps": steps}
+    with pytest.raises(
+        DataError, match=r"step custom fails on .*verse.jsonl:1 \(KeyError: 'no such key'\); mend the step"
+    ):
+        prepare(DataRecipe.model_validate(given), tmp_path / "store")
+
+
+class Fails:
+    def apply(self, document):
+        raise KeyError("no such key")
 
 
 def test_every_document_is_in_one_split_chosen_by_its_text(tiny_store):
