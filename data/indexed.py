@@ -11,6 +11,7 @@ Here every document is one sequence.
 """
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,11 @@ class Indexed:
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Number of the document of each token in [start, stop): [stop − start]."""
         itemsize = self.tokens.dtype.itemsize
-        first, last = self.pointers.searchsorted((start * itemsize, (stop - 1) * itemsize), side="right") - 1
+        # Not numpy's search: the pointers lie unaligned in the file, and it would copy all of them first.
+        first = bisect_right(self.pointers, start * itemsize) - 1
+        last = bisect_right(self.pointers, (stop - 1) * itemsize, lo=first) - 1
+        if first == last:
+            return np.full(stop - start, first, np.int32)
         edges = self.pointers[first : last + 2] // itemsize  # where these documents, and the one after them, start
         edges = np.clip(np.append(edges, stop)[: last - first + 2], start, stop)
         return np.repeat(np.arange(first, last + 1, dtype=np.int32), np.diff(edges))

@@ -195,6 +195,41 @@ def test_a_sequence_longer_than_the_models_context_is_refused():
     )
 
 
+def test_stages_inherit_what_they_leave_out():
+    stages = "data.stages=[{from_tokens: 100, sequence_length: 512, micro_batch: 2}, {from_tokens: 200, train: [a, b], packing: best_fit}]"
+    recipe = load_recipe("tiny", [*FIXED, stages])
+    first, second, third = recipe.data.consumption()
+    assert (first.sequence_length, second.sequence_length, third.sequence_length) == (256, 512, 512)
+    assert first.train == second.train and [source.path for source in third.train] == ["a", "b"]
+    assert [recipe.micro_batch(tokens) for tokens in (0, 99, 100, 250)] == [recipe.parallel.micro_batch] * 2 + [2, 2]
+    assert (second.packing, third.packing) == ("concat", "best_fit")
+    assert recipe.data.lengths == ((0, 256), (100, 512), (200, 512))
+    assert parse_recipe(recipe.model_dump(by_alias=True)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        (
+            "[{from_tokens: 100, sequence_length: 1024}]",
+            "data.stages.0.sequence_length = 1024: is more than model.max_position_embeddings = 512; lower it or write",
+        ),
+        (
+            "[{from_tokens: 100, sequence_length: 384}]",
+            "schedule.batch_tokens = 4096: 4,096 is not a multiple of data.stages.0.sequence_length = 384; write for example 4224",
+        ),
+        ("[{from_tokens: 200, packing: concat}, {from_tokens: 100, packing: best_fit}]", "data.stages = [200, 100]: must have growing"),
+        ("[{from_tokens: 100}]", "data.stages.0 = {\"from_tokens\": 100}: changes nothing; it may give train, sequence_length, packing"),
+        ("[{tokens: 100}]", "data.stages.0.from_tokens: missing; "),
+        ("[{from_tokens: 100, packin: concat}]", "data.stages.0.packin = 'concat': unknown key; did you mean data.stages.0.packing?"),
+        ("[{from_tokens: 100, train: [{path: a, wight: 2}]}]", "data.stages.0.train.0.wight = 2: unknown key; did you mean"),
+        ("[{from_tokens: 1e9, sequence_length: 512}]", "data.stages.0.from_tokens = 1000000000: begins at 1,000,000,000 tokens, and"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_cannot_be_is_a_mistake(stages, line):
+    assert mistake_of(f"data.stages={stages}").startswith(line)
+
+
 @pytest.mark.parametrize("batch", ["10000", "[[0, 8192], [1e6, 10000]]"])
 def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
     # 10,000 / 256 = 39.06, and 39 · 256 = 9,984

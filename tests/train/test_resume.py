@@ -30,7 +30,16 @@ def test_half_the_steps_and_half_in_a_new_process_are_all_in_one_to_the_bit(
     assert f"continuing after step {steps // 2} of {steps}" in twice.said
     assert_same_bits(twice.tensors(steps), once.tensors(steps))
     assert twice.metrics() == once.metrics()
-    for key in ("step", "tokens", "samples", "samples_by_source", "data_sections", "skipped"):
+    for key in (
+        "step",
+        "tokens",
+        "samples",
+        "samples_by_source",
+        "tokens_by_source",
+        "data_sections",
+        "read",
+        "skipped",
+    ):
         assert twice.record(steps)[key] == once.record(steps)[key], key
 
 
@@ -82,6 +91,30 @@ def test_what_two_processes_wrote_one_and_four_continue(tiny_store: Store, tmp_p
         assert record["samples"] == 12 * SEQUENCES == record["tokens"] // LENGTH
         assert sum(record["samples_by_source"].values()) == record["samples"]
         assert record["world_size"] == processes
+
+
+def test_a_run_in_stages_goes_on_wherever_it_stopped(tiny_store: Store, tmp_path: Path) -> None:
+    """Windows of 32, then packed rows of 64 and other weights: stopped before and behind the change, on one process and on two."""
+    train = f"[{{path: {tiny_store.path}, weight: 2}}]"
+    stage = f"{{from_tokens: 1000, train: {train}, sequence_length: 64, packing: best_fit, micro_batch: 1}}"
+    changes = ("schedule.tokens=2048", f"data.stages=[{stage}]", "parallel.micro_batch=2", "data.workers=2")
+    once, moved = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "moved")
+    assert once.train(*changes) == [0], once.said
+    for stop, processes in ((3, 2), (6, 1), (8, 2)):
+        assert moved.train(*changes, f"run.stop_at_step={stop}", processes=processes) == [0] * processes, moved.said
+    lines = list(zip(moved.metrics(), once.metrics(), strict=True))
+    assert [line["sequence_length"] for line, _ in lines] == [32] * 4 + [
+        64
+    ] * 4  # steps of 256 tokens: from the fifth on
+    for line, same in lines:
+        assert math.isclose(line["loss"], same["loss"], rel_tol=1e-5), line["step"]
+        for key in ("tokens", "tokens_by_source", "batch_tokens"):
+            assert line[key] == same[key]
+        assert sum(line["tokens_by_source"].values()) == line["tokens"]
+    for key in ("tokens", "samples", "samples_by_source", "tokens_by_source", "data_sections", "read"):
+        assert moved.record(8)[key] == once.record(8)[key], key
+    assert [section["from_sample"] for section in once.record(8)["data_sections"]] == [0, 32]
+    assert once.record(8)["samples"] == 4 * 8 + 4 * 4
 
 
 def test_a_finished_run_is_left_as_it_is(tiny_store: Store, tmp_path: Path) -> None:

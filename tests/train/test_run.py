@@ -20,7 +20,7 @@ from train.generate import load_model
 
 EVERY_STEP = {
     "step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "gamma", "alpha", "lambda", "batch_tokens",
-    "tokens_per_second", "mfu", "memory_bytes", "skipped", "max_vio", "max_vio_mean", "max_vio_worst", "max_vio_worst_layer",
+    "tokens_by_source", "sequence_length", "tokens_per_second", "data_seconds", "mfu", "memory_bytes", "skipped", "max_vio", "max_vio_mean", "max_vio_worst", "max_vio_worst_layer",
     "bias_min", "bias_max",
 }  # fmt: skip
 
@@ -37,6 +37,8 @@ def test_metrics_have_an_object_a_step_with_every_key(whole: Run) -> None:
     assert abs(first["loss"] - math.log(512)) < 0.5 and last["loss"] < first["loss"] - 2, "it learns"
     assert len(first["mtp_loss"]) == 1 and len(first["max_vio"]) == 2
     assert first["lr"] == pytest.approx(1e-2 / 4) and lines[3]["lr"] == pytest.approx(1e-2)
+    assert 0 <= first["data_seconds"] < first["batch_tokens"] / first["tokens_per_second"]
+    assert all(sum(line["tokens_by_source"].values()) == line["tokens"] for line in lines)
     assert first["tokens_per_second"] > 0 and 0 < first["mfu"] < 1 and first["memory_bytes"] > 1e8
 
 

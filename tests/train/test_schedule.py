@@ -177,6 +177,26 @@ def test_steps_from_the_middle_are_the_rest_of_the_steps():
     assert list(run.steps(run.final_tokens)) == []
 
 
+def test_a_stage_of_the_data_begins_with_the_first_step_at_or_after_it():
+    # Batches of 16 tokens, from 100 tokens on of 32: windows of 8 until 40 tokens, then of 16; the step at 32 ends at 48.
+    run = Schedule(small(batch_tokens=[[0, 16], [100, 32]]).config, ((0, 8), (40, 16), (60, 16)))
+    steps = list(run.steps())
+    assert [(step.first_token, step.sequence_length, step.settings.batch) for step in steps[:9]] == [
+        *((0, 8, 2), (16, 8, 2), (32, 8, 2), (48, 16, 1), (64, 16, 1), (80, 16, 1), (96, 16, 1), (112, 16, 2), (144, 16, 2)),
+    ]  # fmt: skip
+    assert [step.first_sample for step in steps[:9]] == [0, 2, 4, 6, 7, 8, 9, 10, 12]
+    assert [(span.first_token, span.sequence_length, span.sequences) for span in run.spans] == [
+        *((0, 8, 2), (48, 16, 1), (64, 16, 1), (112, 16, 2)),
+    ]  # fmt: skip
+    assert len(steps) == run.total_steps and steps[-1].first_token + steps[-1].tokens == run.final_tokens
+    assert run.batches() == [1, 2]
+    for done in (2, 3, 7, len(steps) - 1):
+        assert list(run.steps(steps[done].first_token, steps[done].first_sample)) == steps[done:]
+        assert run.step_at(steps[done].first_token) == done
+        rest = run.spans_from(steps[done].first_token)
+        assert rest[0].first_token == steps[done].first_token and rest[-1].end == run.final_tokens
+
+
 def test_settings_do_not_depend_on_how_a_place_was_reached():
     # A run resumed with another batch may stand between the steps of its new schedule.
     run = small(warmup_steps=10)
