@@ -196,8 +196,9 @@ def test_a_sequence_longer_than_the_models_context_is_refused():
 
 
 def test_stages_inherit_what_they_leave_out():
-    stages = "data.stages=[{from_tokens: 100, sequence_length: 512, micro_batch: 2}, {from_tokens: 200, train: [a, b], packing: best_fit}]"
-    recipe = load_recipe("tiny", [*FIXED, stages])
+    longer = "{from_tokens: 100, sequence_length: 512, micro_batch: 2}"
+    other = "{from_tokens: 200, train: [a, b], packing: best_fit}"
+    recipe = load_recipe("tiny", [*FIXED, f"data.stages=[{longer}, {other}]"])
     first, second, third = recipe.data.consumption()
     assert (first.sequence_length, second.sequence_length, third.sequence_length) == (256, 512, 512)
     assert first.train == second.train and [source.path for source in third.train] == ["a", "b"]
@@ -211,23 +212,35 @@ def test_stages_inherit_what_they_leave_out():
     ("stages", "line"),
     [
         (
-            "[{from_tokens: 100, sequence_length: 1024}]",
-            "data.stages.0.sequence_length = 1024: is more than model.max_position_embeddings = 512; lower it or write",
+            "sequence_length: 1024",
+            "data.stages.0.sequence_length = 1024: is more than model.max_position_embeddings = 512; ",
         ),
         (
-            "[{from_tokens: 100, sequence_length: 384}]",
-            "schedule.batch_tokens = 4096: 4,096 is not a multiple of data.stages.0.sequence_length = 384; write for example 4224",
+            "sequence_length: 384",
+            "schedule.batch_tokens = 8192: 8,192 is not a multiple of data.stages.0.sequence_length = 384;",
         ),
-        ("[{from_tokens: 200, packing: concat}, {from_tokens: 100, packing: best_fit}]", "data.stages = [200, 100]: must have growing"),
-        ("[{from_tokens: 100}]", "data.stages.0 = {\"from_tokens\": 100}: changes nothing; it may give train, sequence_length, packing"),
-        ("[{tokens: 100}]", "data.stages.0.from_tokens: missing; "),
-        ("[{from_tokens: 100, packin: concat}]", "data.stages.0.packin = 'concat': unknown key; did you mean data.stages.0.packing?"),
-        ("[{from_tokens: 100, train: [{path: a, wight: 2}]}]", "data.stages.0.train.0.wight = 2: unknown key; did you mean"),
-        ("[{from_tokens: 1e9, sequence_length: 512}]", "data.stages.0.from_tokens = 1000000000: begins at 1,000,000,000 tokens, and"),
+        (
+            "packing: concat}, {from_tokens: 90, micro_batch: 1",
+            "data.stages = [100, 90]: must have growing from_tokens; sort them",
+        ),
+        (
+            "train: null",
+            'data.stages.0 = {"from_tokens": 100, "train": null}: changes nothing; it may give train, sequence_length,',
+        ),
+        ("packin: concat", "data.stages.0.packin = 'concat': unknown key; did you mean data.stages.0.packing?"),
+        (
+            "train: [{path: a, wight: 2}]",
+            "data.stages.0.train.0.wight = 2: unknown key; did you mean data.stages.0.train.0.weight",
+        ),
+        ("train: []", "data.stages.0.train = []: must be a token store or a list of {path, weight, max_epochs}; "),
+        (
+            "packing: best_fit}, {from_tokens: 1e9, micro_batch: 1",
+            "data.stages.1.from_tokens = 1000000000: begins at 1,000,000,000",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_stage_that_cannot_be_is_a_mistake(stages, line):
-    assert mistake_of(f"data.stages={stages}").startswith(line)
+    assert mistake_of(f"data.stages=[{{from_tokens: 100, {stages}}}]").startswith(line)
 
 
 @pytest.mark.parametrize("batch", ["10000", "[[0, 8192], [1e6, 10000]]"])

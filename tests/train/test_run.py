@@ -19,9 +19,9 @@ from train.export import export, import_folder
 from train.generate import load_model
 
 EVERY_STEP = {
-    "step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "gamma", "alpha", "lambda", "batch_tokens",
-    "tokens_by_source", "sequence_length", "tokens_per_second", "data_seconds", "mfu", "memory_bytes", "skipped", "max_vio", "max_vio_mean", "max_vio_worst", "max_vio_worst_layer",
-    "bias_min", "bias_max",
+    "step", "tokens", "tokens_by_source", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "gamma", "alpha", "lambda",
+    "batch_tokens", "sequence_length", "tokens_per_second", "data_seconds", "mfu", "memory_bytes", "skipped", "max_vio",
+    "max_vio_mean", "max_vio_worst", "max_vio_worst_layer", "bias_min", "bias_max",
 }  # fmt: skip
 
 
