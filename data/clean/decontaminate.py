@@ -65,6 +65,10 @@ class Decontaminate(StepRecord):
         """
         return _Decontaminate(self, _index(self))
 
+    def files(self) -> list[Path]:
+        """The evaluation sets."""
+        return list(_files(self.evaluation))
+
 
 Index = dict[int, NDArray[np.uint64]]  # n → sorted hashes of the n-grams of that length
 

@@ -1,5 +1,6 @@
 """A step of the cleaning, and what a recipe says of it."""
 
+from pathlib import Path
 from typing import Protocol
 
 from data.documents import Document, Rejected
@@ -24,3 +25,7 @@ class StepRecord(Record):
             DataError: a package or a file that the step needs is missing.
         """
         raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """What the step reads beside the documents; while a store is made, none of it may change."""
+        return []

@@ -3,7 +3,7 @@
 What comes out depends on the recipe and the text only, never on the number of processes or tasks, nor on how often the work was
 interrupted. Between two stages documents lie in shards on disk, so memory is bounded whatever the size of the text:
 
-    a worker     about 4 · shard_bytes, 25 times its longest document while that is signed, and 300 MB of libraries and models
+    a worker     about 4 · shard_bytes, 60 times its longest document in the rules that count words, and 500 MB of libraries
     duplicates   90 bytes a document for the hashes, 42 for a band, one of them a worker at a time; 210 a duplicate
     shuffling    the lengths and the order of one source's documents: 24 bytes a document
 
@@ -26,7 +26,7 @@ from data.files import sync
 from data.indexed import token_dtype
 from data.manifest import FILE_NAME, SPLITS, Manifest, Record
 from data.prepare import clean, duplicates, encode, read, report, vocabulary, write
-from data.prepare.job import Job, Shard, read_record, write_record
+from data.prepare.job import Job, Shard, read_record, steps_of, write_record
 from data.prepare.work import ALONE, Item, Share, Work, remove_if_unused
 from data.progress import Progress
 from data.recipe import DataRecipe, load_data_recipe
@@ -217,14 +217,13 @@ def _check_same_work(job: Job) -> None:
 
 
 def _files(job: Job) -> dict[str, tuple[int, int]]:
-    """Every file that the sources name, with what tells that it has changed."""
-    found = {}
-    for source in job.recipe.sources:
-        for item in inputs(source, job.cache):
-            for name in item.files:
-                status = Path(name).stat()
-                found[name] = (status.st_size, status.st_mtime_ns)
-    return found
+    """Every file that the sources and their steps read, with what tells that it has changed."""
+    names: list[str] = []
+    for number, source in enumerate(job.recipe.sources):
+        names += (name for item in inputs(source, job.cache) for name in item.files)
+        names += (str(path) for step in steps_of(job.recipe, number) for path in step.files())
+    statuses = {name: Path(name).stat() for name in names}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in statuses.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ class SourceBase(Record):
     priority: int = 0  # of two equal documents, the one of the higher priority stays
     steps: tuple[StepConfig, ...] | None = None  # its cleaning; None: the recipe's `steps`
     language: str | None = None  # ISO 639-1 code of all its documents; None: unknown
-    max_document_bytes: int = Field(default=64 << 20, ge=1)  # longer records are unreadable
+    max_document_bytes: int = Field(default=16 << 20, ge=1)  # longer records are unreadable
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of an input's records; more, and it is refused
 
     def inputs(self, cache: Path) -> list[Input]:

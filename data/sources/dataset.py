@@ -47,7 +47,8 @@ class HubDataset(FieldsSource):
         rows = iter(shard)
         while (record := self._next(rows, item.name, row)) is not None:
             row += 1
-            yield self.document(record, f"{item.name}:{row}")
+            if (document := self.document(record, f"{item.name}:{row}")) is not None:
+                yield document
 
     def _load(self) -> Any:
         import datasets

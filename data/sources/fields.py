@@ -14,12 +14,16 @@ class FieldsSource(SourceBase):
     """A source whose records have named fields."""
 
     text_field: str = "text"
-    metadata: list[str] = Field(
-        default=[]
-    )  # further fields that are kept, as strings; a record without one of them has none
+    metadata: list[str] = Field(default=[])  # further fields that are kept, as strings; a record may be without one
 
-    def document(self, record: Mapping[str, Any], where: str) -> Document | Unreadable:
-        """The document that a record holds."""
+    only: dict[str, list[str]] = Field(
+        default={}
+    )  # field → values; a record with another value, or none, is not of this source
+
+    def document(self, record: Mapping[str, Any], where: str) -> Document | Unreadable | None:
+        """The document that a record holds; None where it belongs to another source."""
+        if any(record.get(name) not in values for name, values in self.only.items()):
+            return None
         text = record.get(self.text_field)
         if not isinstance(text, str):
             return self._no_text(record, where)
@@ -28,6 +32,11 @@ class FieldsSource(SourceBase):
         if len(text) * 4 > self.max_document_bytes and document.size > self.max_document_bytes:
             return self.too_long(where, document.size)
         return document
+
+    @property
+    def fields(self) -> list[str]:
+        """All fields that are looked at."""
+        return list(dict.fromkeys([self.text_field, *self.metadata, *self.only]))
 
     def _no_text(self, record: Mapping[str, Any], where: str) -> Unreadable:
         if self.text_field not in record:

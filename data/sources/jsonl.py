@@ -35,12 +35,12 @@ class JsonLines(FieldsSource):
                         continue
                     if number == 1:
                         line = line.removeprefix(codecs.BOM_UTF8)
-                    if line and not line.isspace():
-                        yield self._document(line, where)
+                    if line and not line.isspace() and (document := self._document(line, where)) is not None:
+                        yield document
         except DAMAGE as error:
             raise damaged(path, f"line {number}", error) from None
 
-    def _document(self, line: bytearray, where: str) -> Document | Unreadable:
+    def _document(self, line: bytearray, where: str) -> Document | Unreadable | None:
         try:
             record: Any = json.loads(line.decode())
         except UnicodeDecodeError as error:

@@ -40,25 +40,28 @@ class Parquet(FieldsSource):
                     fields = {name: _values(batch.column(name)) for name in columns}
                     for values in zip(*fields.values()):
                         row += 1
-                        yield self._document(dict(zip(columns, values)), f"{path}:{row}")
+                        document = self._document(dict(zip(columns, values)), f"{path}:{row}")
+                        if document is not None:
+                            yield document
         except (pyarrow.ArrowException, OSError) as error:
             raise damaged(path, f"row {row}", error) from None
 
     def _columns(self, schema: pyarrow.Schema, path: str) -> list[str]:
-        for name in (self.text_field, *self.metadata):
+        for name in self.fields:
             if name not in schema.names:
+                key = "text_field" if name == self.text_field else "metadata" if name in self.metadata else "only"
                 raise DataError(
                     f"{path}: {name}: no such column; columns are {', '.join(schema.names)}; "
-                    f"mend {'text_field' if name == self.text_field else 'metadata'} of source {self.name}"
+                    f"mend {key} of source {self.name}"
                 )
         kind = schema.field(self.text_field).type
         if not _is_text(kind):
             raise DataError(
                 f"{path}: {self.text_field}: a column of {kind}; must be one of strings; mend text_field of source {self.name}"
             )
-        return [self.text_field, *(name for name in self.metadata if name != self.text_field)]
+        return self.fields
 
-    def _document(self, record: dict[str, Any], where: str) -> Document | Unreadable:
+    def _document(self, record: dict[str, Any], where: str) -> Document | Unreadable | None:
         text = record[self.text_field]
         try:
             decoded = {name: value.decode() if isinstance(value, bytes) else value for name, value in record.items()}

@@ -1,5 +1,9 @@
 """JSON lines, whatever is wrong with one of them."""
 
+import json
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.data.sources.reading import lines, reasons, records, texts
@@ -63,3 +67,12 @@ def test_a_lone_surrogate_becomes_something_with_utf8(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b", "url": "\\udfff"}\n')
     (document,) = records(kind="jsonl", path=str(tmp_path), metadata=["url"])
     assert (document.text, document.metadata) == ("a?b", {"url": "?"})
+
+
+def test_one_file_may_hold_several_sources(tmp_path):
+    found = [{"text": f"{lang}{n}", "lang": lang} for n in range(3) for lang in ("en", "zh", "c")] + [{"text": "none"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    only = {"lang": ["en", "c"]}
+    assert texts(kind="jsonl", path=str(tmp_path), only=only) == ["en0", "c0", "en1", "c1", "en2", "c2"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), tmp_path / "a.parquet")
+    assert texts(kind="parquet", path=str(tmp_path), only=only) == ["en0", "c0", "en1", "c1", "en2", "c2"]
