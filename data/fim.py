@@ -19,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain, pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer
 from data.errors import DataError
 from data.indexed import Tokens, token_dtype
 from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, eos_token_id, load_tokenizer, vocab_size
+from data.tokenizer.words import Words
 
 # Text that the tokenizers library is given at a time: it takes about 130 bytes of memory for each byte of text.
 MOST_CHARACTERS = 1 << 18
@@ -54,9 +56,10 @@ class Encoder:
     def __init__(self, folder: Path, fim_rate: float = 0.0, split_joined_rate: float = 0.0, seed: int = 0) -> None:
         self.dtype = token_dtype(vocab_size(folder))
         self._tokenizer = load_tokenizer(folder)
+        self._words = Words.of(folder)
         self._end = eos_token_id(folder)
         self._marks = _fim_marks(folder, self._tokenizer, fim_rate) if fim_rate else ()
-        self._joined = JoinedTokens.of(self._tokenizer, vocab_size(folder)) if split_joined_rate else None
+        self._joined = JoinedTokens.of(folder) if split_joined_rate else None
         self._fim_rate, self._split_rate, self._seed = fim_rate, split_joined_rate, seed
 
     def encode(self, texts: Sequence[str], hashes: Sequence[bytes], plain: Sequence[bool]) -> list[Tokens]:
@@ -98,8 +101,11 @@ class Encoder:
 
     def _encode_runs(self, runs: Sequence["_Run"]) -> list[Tokens]:
         """Token ids [length] of each run."""
-        encodings = self._tokenizer.encode_batch_fast([run.text for run in runs], add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        if self._words is None:
+            encodings = self._tokenizer.encode_batch_fast([run.text for run in runs], add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+        else:
+            ids = [self._words.encode(run.text) for run in runs]
         for tokens_of_run, run in zip(ids, runs):
             tokens_of_run[:0] = run.before
             tokens_of_run += run.after
@@ -143,23 +149,9 @@ class JoinedTokens:
     lengths: npt.NDArray[np.int64]  # [V] number of these ids; 1 for every other token
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, size: int) -> "JoinedTokens":
-        """Look through a vocabulary of `size` ids."""
-        halves: dict[int, list[int]] = {}
-        for number, text in enumerate(tokenizer.decode_batch([[number] for number in range(size)])):
-            punctuation = text.rstrip("\r\n")
-            if len(punctuation) in (0, len(text)) or not _is_punctuation(punctuation):
-                continue
-            ids = [
-                number
-                for half in (punctuation, text[len(punctuation) :])
-                for number in tokenizer.encode(half, add_special_tokens=False).ids
-            ]
-            if tokenizer.decode([number, *ids]) == tokenizer.decode([number, number]):
-                halves[number] = ids
-        lengths = np.ones(size, np.int64)
-        lengths[list(halves)] = [len(ids) for ids in halves.values()]
-        return cls(halves, lengths)
+    def of(cls, folder: Path) -> "JoinedTokens":
+        """Those of a tokenizer folder."""
+        return _joined_tokens(folder, (folder / "tokenizer.json").stat().st_mtime_ns)
 
     def split(
         self,
@@ -195,6 +187,27 @@ class JoinedTokens:
         for start, number in zip(starts.tolist(), numbers.tolist()):
             result[start : start + len(self.halves[number])] = self.halves[number]
         return result, counts + np.bincount(run, added, len(counts)).astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _joined_tokens(folder: Path, modified: int) -> JoinedTokens:
+    """`JoinedTokens.of`, once for each state of the file."""
+    tokenizer, size = load_tokenizer(folder), vocab_size(folder)
+    halves: dict[int, list[int]] = {}
+    for number, text in enumerate(tokenizer.decode_batch([[number] for number in range(size)])):
+        punctuation = text.rstrip("\r\n")
+        if len(punctuation) in (0, len(text)) or not _is_punctuation(punctuation):
+            continue
+        ids = [
+            half_id
+            for half in (punctuation, text[len(punctuation) :])
+            for half_id in tokenizer.encode(half, add_special_tokens=False).ids
+        ]
+        if tokenizer.decode([number, *ids]) == tokenizer.decode([number, number]):
+            halves[number] = ids
+    lengths = np.ones(size, np.int64)
+    lengths[list(halves)] = [len(ids) for ids in halves.values()]
+    return JoinedTokens(halves, lengths)
 
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64 (Steele, Lea and Flood, 2014)

@@ -9,7 +9,7 @@ from scipy.stats import binom
 from data.documents import text_hash
 from data.errors import DataError
 from data.fim import Encoder, JoinedTokens, fim_cuts
-from data.tokenizer import EOS, FIM_BEGIN, FIM_END, FIM_HOLE, copy_folder, decode, encode, load_tokenizer, train_bpe
+from data.tokenizer import EOS, FIM_BEGIN, FIM_END, FIM_HOLE, copy_folder, decode, encode, train_bpe
 
 SNIPPETS = (
     "void f() {\n  return g(x);\n}\n\n",
@@ -109,7 +109,7 @@ def test_tokens_do_not_depend_on_what_is_encoded_with_them(folder):
 
 def test_joined_tokens_are_split_at_the_rate_and_spell_the_same_text(folder):
     texts = some_text()
-    joined = JoinedTokens.of(load_tokenizer(folder), 400)
+    joined = JoinedTokens.of(folder)
     assert {".\n", ")\n\n", "。\n\n", " {\n"} & {decode(folder, [number]) for number in joined.halves}
     whole = encoded(folder, texts)
     before = sum(np.isin(ids, list(joined.halves)).sum() for ids in whole)
@@ -122,8 +122,7 @@ def test_joined_tokens_are_split_at_the_rate_and_spell_the_same_text(folder):
 
 
 def test_a_token_is_split_between_its_punctuation_and_its_line_breaks(folder):
-    tokenizer = load_tokenizer(folder)
-    joined = JoinedTokens.of(tokenizer, 400)
+    joined = JoinedTokens.of(folder)
     for number, ids in joined.halves.items():
         text = decode(folder, [number])
         punctuation = text.rstrip("\r\n")
