@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -31,8 +32,7 @@ def endless(samples=None):
 
 def children():
     """Processes that this one has forked and not yet waited for."""
-    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in listed.stdout.splitlines() if line.split()[1] != "ps"}
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
