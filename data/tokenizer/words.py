@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from data.tokenizer.bpe import CHINESE_AND_KANA, DIGITS, WORDS
 from data.tokenizer.folder import load_tokenizer
 
-MOST_CHARACTERS = 1 << 21  # in all words that are remembered; about 30 bytes of memory each
+MOST_CHARACTERS = 1 << 20  # in all words that are remembered; about 50 bytes of memory each
 MOST_ADDED = 64  # tokens that a text is searched for
 
 

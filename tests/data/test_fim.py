@@ -9,7 +9,17 @@ from scipy.stats import binom
 from data.documents import text_hash
 from data.errors import DataError
 from data.fim import Encoder, JoinedTokens, fim_cuts
-from data.tokenizer import EOS, FIM_BEGIN, FIM_END, FIM_HOLE, copy_folder, decode, encode, train_bpe
+from data.tokenizer import (
+    EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
+    copy_folder,
+    decode,
+    encode,
+    train_bpe,
+    train_sentencepiece,
+)
 
 SNIPPETS = (
     "void f() {\n  return g(x);\n}\n\n",
@@ -143,6 +153,16 @@ def test_a_long_text_is_sliced_where_its_tokens_do_not_change(folder, monkeypatc
         assert encoded(folder, [text])[0].tolist() == [*encode(folder, [text])[0], 1]
     endless = "¶!" * 3000 + "🐋"
     assert decode(folder, encoded(folder, [endless])[0]) == endless + EOS
+
+
+def test_sentencepiece_joins_nothing_that_could_be_split(tmp_path):
+    texts = some_text(60)
+    train_sentencepiece(texts, 390, tmp_path)
+    assert JoinedTokens.of(tmp_path).halves == {}
+    for text, ids in zip(texts, encoded(tmp_path, texts, fim_rate=1.0, split_joined_rate=1.0)):
+        rest, middle = decode(tmp_path, ids).removesuffix(EOS).removeprefix(FIM_BEGIN).split(FIM_END)
+        prefix, suffix = rest.split(FIM_HOLE)
+        assert prefix + middle + suffix == text
 
 
 def test_a_tokenizer_without_the_tokens_of_fim_is_refused(folder, tmp_path):
