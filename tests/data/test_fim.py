@@ -1,6 +1,7 @@
 """From text to tokens: fill-in-the-middle and split tokens, drawn by what a document says and by nothing else."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_a_long_text_is_sliced_where_its_tokens_do_not_change(folder, monkeypatc
 
 def test_sentencepiece_joins_nothing_that_could_be_split(tmp_path):
     texts = some_text(60)
-    train_sentencepiece(texts, 390, tmp_path)
+    train_sentencepiece([*texts, Path(random.__file__).read_text(encoding="utf-8")], 500, tmp_path)
     assert JoinedTokens.of(tmp_path).halves == {}
     for text, ids in zip(texts, encoded(tmp_path, texts, fim_rate=1.0, split_joined_rate=1.0)):
         rest, middle = decode(tmp_path, ids).removesuffix(EOS).removeprefix(FIM_BEGIN).split(FIM_END)
