@@ -15,6 +15,7 @@ from data.tokenizer import (
     FIM_BEGIN,
     FIM_END,
     FIM_HOLE,
+    SPECIAL_TOKENS,
     copy_folder,
     decode,
     encode,
@@ -22,6 +23,7 @@ from data.tokenizer import (
     train_sentencepiece,
 )
 
+MARKS = (FIM_BEGIN, FIM_HOLE, FIM_END)
 SNIPPETS = (
     "void f() {\n  return g(x);\n}\n\n",
     '"Call me Ishmael."\n',
@@ -161,9 +163,10 @@ def test_sentencepiece_joins_nothing_that_could_be_split(tmp_path):
     train_sentencepiece([*texts, Path(random.__file__).read_text(encoding="utf-8")], 500, tmp_path)
     assert JoinedTokens.of(tmp_path).halves == {}
     for text, ids in zip(texts, encoded(tmp_path, texts, fim_rate=1.0, split_joined_rate=1.0)):
-        rest, middle = decode(tmp_path, ids).removesuffix(EOS).removeprefix(FIM_BEGIN).split(FIM_END)
-        prefix, suffix = rest.split(FIM_HOLE)
-        assert prefix + middle + suffix == text
+        begin, hole, end = (int(np.flatnonzero(ids == SPECIAL_TOKENS.index(mark))[0]) for mark in MARKS)
+        assert begin == 0 and ids[-1] == 1
+        prefix, suffix, middle = ids[1:hole], ids[hole + 1 : end], ids[end + 1 : -1]
+        assert decode(tmp_path, [*prefix, *middle, *suffix]) == text
 
 
 def test_a_tokenizer_without_the_tokens_of_fim_is_refused(folder, tmp_path):
