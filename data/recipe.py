@@ -47,9 +47,7 @@ class DataRecipe(Record):
     )  # share of tokens of punctuation and line breaks that are split
     validation: float = Field(default=0.01, ge=0, le=1)  # share of the documents, by a hash of their text; 1: all
     seed: int = 0  # of the order of documents on disk, and of what is drawn in them
-    shard_bytes: int = Field(
-        default=32 << 20, ge=1
-    )  # text that one item of work holds; the store does not depend on it
+    shard_bytes: int = Field(default=16 << 20, ge=1)  # text of one item of work; the store does not depend on it
     tokens_per_file: int = Field(default=1 << 31, ge=1)  # a split with more lies in several files
 
     @model_validator(mode="after")
