@@ -179,12 +179,11 @@ def _make(
                 fill(entry, _map(memory, kinds))
             except Exception as error:
                 user.send(_pickled(error))
-                continue
+                break
             socket.send_fds(user, [b"="], [memory])
             os.close(memory)
-        while user.recv(
-            1
-        ):  # there is nothing left to make; a socket that is closed now could take with it what was sent
+        # Nothing is left to make. A socket that was closed now could take with it what has been sent.
+        while user.recv(1):
             pass
         code = 0
     except OSError:  # the user is gone
