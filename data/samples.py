@@ -115,7 +115,6 @@ class Samples:
         for store in self.stores[1:]:
             _check_same_tokenizer(self.stores[0], store)
         self._contents = {path: store_content(store) for path, store in self._stores.items()}
-        _check_different(self._contents)
         self._streams: dict[str, _Stream] = {}
         self._called: dict[str, str] = {}  # source by its name
         self._permutation = lru_cache(maxsize=256)(self._make_permutation)
@@ -204,6 +203,7 @@ class Samples:
     def _begin(self, phase: Phase) -> None:
         """Add the stretch of a phase behind those that there are."""
         before = self._counts(phase.first_sample)
+        _check_different({entry.path: self._contents[entry.path] for entry in phase.entries})
         if self._stretches:
             self._stretches[-1].end = phase.first_sample
         names: list[str] = []

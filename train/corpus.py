@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.packing import packed_file
-from data.samples import Batch, Phase, Read, Samples, StoreEntry
+from data.samples import Batch, Phase, Samples, StoreEntry
 from data.store import Store
 from data.validation import validation_batches
 from train.config import Recipe, RecipeError
@@ -60,40 +60,20 @@ class Corpus:
         self.start = Position() if record is None else Position.of(record)
         if record is not None:
             check_unchanged(recipe, record)
-        stages = section.consumption()
         starts, self.total_samples = self._stages_from_here(schedule)
-        phases = [
-            Phase(start.sample, _entries(stage), stage.sequence_length, stage.packing)
-            for start in starts
-            for stage in [stages[start.stage]]
-        ]
-        if any(phase.packing == "best_fit" for phase in phases):
-            ranks.first(lambda: _pack(phases))
-        paths = {source.path for stage in stages for source in stage.train}
-        continues = self._continues(starts[0].stage)
-        read = self.start.sections[-1].read if continues else self.start.read
-        self.samples = Samples(phases, self.depths, section.seed, read, by_store=len(paths) > 1)
+        self.samples = self._open_samples(starts, ranks)
         check_vocabulary(recipe, self.samples.stores[0])
         if record is not None and record["tokenizer_fingerprint"] != self.tokenizer_fingerprint:
             raise RecipeError(
-                f"data.train = {phases[0].entries[0].path}: its tokenizer is not the one that the run in {recipe.run.dir} has; "
+                f"data.train = {self.samples.stores[0].path}: its tokenizer is not the one that the run in {recipe.run.dir} has; "
                 "token ids must keep their meaning; prepare the text with the run's tokenizer, or set another run.dir"
             )
-        planned = [
-            Begun(start.sample, start.tokens, self.fingerprint(stages[start.stage]), self._read_until(start.sample))
-            for start in starts
-        ]
-        if continues:
-            self._check_content(planned[0].hash, phases[0])
-        self.sections = (*self.start.sections, *planned[continues:])
+        self.sections = self._with_those_to_come(starts)
         self.samples.check_available(self.total_samples)
         self.validation = [Store.open(source.path) for source in section.validation or section.train]
         for store in self.validation:
             check_same_tokenizer(self.samples.stores[0], store)
-        for _ in self._validation_batches(
-            1, 0, 1
-        ):  # raises where there is nothing to validate on: now, not after the last step
-            break
+        next(self._validation_batches(1, 0, 1))  # what cannot be validated on is refused now, not after the last step
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -146,10 +126,6 @@ class Corpus:
         limit = self.tokens_per_evaluation
         return validation_batches(self.validation, self.length, self.depths, batch, limit, rank, world_size)
 
-    def _read_until(self, sample: int) -> dict[str, Read]:
-        """What the samples before this one have read, without what they have not."""
-        return {name: read for name, read in self.samples.read(sample).items() if read.samples}
-
     def _stage_at(self, tokens: int) -> int:
         """Number of the stage that a step belongs to which starts after `tokens` tokens."""
         return value_at(tuple((stage.from_tokens, k) for k, stage in enumerate(self.recipe.data.consumption())), tokens)
@@ -171,18 +147,36 @@ class Corpus:
             sample += span.steps * span.sequences
         return starts, sample
 
-    def _check_content(self, found: str, phase: Phase) -> None:
-        """The stores of a stage that has begun must hold what they held."""
-        if found != self.start.sections[-1].hash:
+    def _open_samples(self, starts: list[_Start], ranks: Ranks) -> Samples:
+        """The samples from the first of these stages on, with what has been read before it."""
+        stages = self.recipe.data.consumption()
+        phases = []
+        for start in starts:
+            stage = stages[start.stage]
+            entries = [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in stage.train]
+            phases.append(Phase(start.sample, entries, stage.sequence_length, stage.packing))
+        if any(phase.packing == "best_fit" for phase in phases):
+            ranks.first(lambda: _pack(phases))
+        paths = {source.path for stage in stages for source in stage.train}
+        read = self.start.sections[-1].read if self._continues(starts[0].stage) else self.start.read
+        return Samples(phases, self.depths, self.recipe.data.seed, read, by_store=len(paths) > 1)
+
+    def _with_those_to_come(self, starts: list[_Start]) -> tuple[Begun, ...]:
+        """The stages that have begun and those that will. The stores of one that goes on must hold what they held."""
+        begun, stages = self.start.sections, self.recipe.data.consumption()
+        planned = []
+        for start in starts:
+            read = {name: read for name, read in self.samples.read(start.sample).items() if read.samples}
+            planned.append(Begun(start.sample, start.tokens, self.fingerprint(stages[start.stage]), read))
+        if not self._continues(starts[0].stage):
+            return (*begun, *planned)
+        if planned[0].hash != begun[-1].hash:
             raise RecipeError(
-                f"data.train = {phase.entries[0].path}: is not the text that the run in {self.recipe.run.dir} has read "
-                f"since sample {phase.first_sample:,}; bring that store back, or let the other one begin here with "
+                f"data.train = {self.samples.stores[0].path}: is not the text that the run in {self.recipe.run.dir} has read "
+                f"since sample {starts[0].sample:,}; bring that store back, or let the other one begin here with "
                 f"data.stages=[{{from_tokens: {self.start.tokens}, train: …}}]"
             )
-
-
-def _entries(stage: Consumption) -> list[StoreEntry]:
-    return [StoreEntry(Path(source.path), source.weight, source.max_epochs) for source in stage.train]
+        return (*begun, *planned[1:])
 
 
 def _pack(phases: list[Phase]) -> None:
