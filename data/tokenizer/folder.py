@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from data.errors import DataError
 from data.files import replace_file
@@ -60,6 +60,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def _load(folder: Path, modified: int) -> Tokenizer:
     """`load_tokenizer`, once for each state of the file."""
     tokenizer = _read(folder)
+    # DeepSeek's own files do not call the tokens of fill-in-the-middle special, and a text could then hold them.
+    present = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in present])
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -92,6 +92,17 @@ def test_special_tokens_come_first_and_text_never_becomes_one(folder):
     assert (token_bytes(folder)[:6] == 0).all()
 
 
+def test_text_never_becomes_a_token_of_fill_in_the_middle_that_a_file_calls_ordinary(bpe, tmp_path):
+    copy_folder(bpe, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] in (BOS, EOS, PAD)  # as in DeepSeek's own
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert min(encode(tmp_path, ["".join(SPECIAL_TOKENS)])[0]) >= len(SPECIAL_TOKENS)
+    assert (token_bytes(tmp_path)[:6] == 0).all()
+
+
 @pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, PreTrainedTokenizerFast.from_pretrained])
 def test_transformers_loads_the_folder_and_gives_the_same_ids(folder, load):
     tokenizer = load(folder)
