@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import psutil
 import pytest
@@ -96,15 +97,17 @@ def test_steps_that_are_forgotten_end_their_processes(samples):
 
 
 class Counted:
-    """Samples that note in a file every batch that is made of them."""
+    """Samples that note in a file every batch that is made of them. One of them takes its time."""
 
-    def __init__(self, notes):
-        self.notes = notes
+    def __init__(self, notes, slow=None):
+        self.notes, self.slow = notes, slow
 
     def width(self, i):
         return 4
 
     def fill(self, first, tokens, documents):
+        tokens.fill(first)
+        time.sleep(0.2 if first == self.slow else 0)
         with self.notes.open("ab") as file:
             file.write(b".")
 
@@ -120,6 +123,16 @@ def test_processes_make_a_few_batches_ahead_and_wait(tmp_path):
         time.sleep(0.05)
         assert notes.stat().st_size == taken + 2 * ITEMS_AHEAD
     steps.close()
+
+
+def test_the_last_batch_of_a_plan_arrives_after_its_maker_has_no_more_to_do(tmp_path):
+    """The maker is told of three batches taken while it makes its last: it must not go with that unread."""
+    last = 2 * ITEMS_AHEAD
+    steps = Loader(Counted(tmp_path / "notes", slow=last)).steps(islice(endless(), ITEMS_AHEAD + 1))
+    for _ in range(ITEMS_AHEAD):
+        next(steps)
+    time.sleep(0.4)
+    assert next(steps)[0].tokens[0, 0] == last
 
 
 class Broken:
