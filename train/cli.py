@@ -219,8 +219,8 @@ def prepare(
     recipe: DataRecipeName,
     out: Annotated[Path, typer.Option(help="The store to write.")],
     workers: Workers = None,
-    task: Annotated[int, typer.Option(help="Which of several tasks this is that share the work; from 0.")] = 0,
-    tasks: Annotated[int, typer.Option(help="How many tasks share the work.")] = 1,
+    task: Annotated[int, typer.Option(min=0, help="Which of several tasks this is that share the work; from 0.")] = 0,
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks share the work.")] = 1,
 ) -> None:
     """Read sources, clean and deduplicate, train or take a tokenizer, and write a token store; continues what was interrupted."""
     from data.prepare import prepare as run
@@ -284,7 +284,7 @@ def data_import(
     from data.foreign import ForeignSource, import_store
 
     train, kept = _by_name(files), _by_name(held_out or [])
-    weights = {name: _weight(value) for name, (value,) in _by_name(weight or []).items()}
+    weights = {name: _weight(name, values) for name, values in _by_name(weight or []).items()}
     if unknown := sorted((kept.keys() | weights.keys()) - train.keys()):
         raise RecipeError(f"{unknown[0]}: no source is called so; the sources are {', '.join(train)}; write NAME=VALUE")
     sources = [
@@ -377,10 +377,6 @@ def _print_table(amounts: dict[str, Any]) -> None:
         )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _by_name(values: Sequence[str]) -> dict[str, list[str]]:
     """["a=x", "a=y", "z"] as {"a": ["x", "y"], "z": ["z"]}: what has no name is called by its file's."""
     found: dict[str, list[str]] = {}
@@ -390,8 +386,14 @@ def _by_name(values: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _weight(value: str) -> float:
+def _weight(name: str, values: Sequence[str]) -> float:
+    if len(values) > 1:
+        raise RecipeError(f"--weight {name}: given {len(values)} times; give each source one weight")
     try:
-        return float(value)
+        return float(values[0])
     except ValueError:
-        raise RecipeError(f"--weight = {value!r}: must be NAME=NUMBER") from None
+        raise RecipeError(f"--weight {name}={values[0]}: must be NAME=NUMBER") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -125,6 +125,28 @@ def test_what_is_not_built_yet_says_so(command: list[str], capsys: pytest.Captur
     assert capsys.readouterr().err.endswith("not built yet\n")
 
 
+def test_an_import_names_the_weight_it_does_not_understand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["data", "import", "a=a.bin", "--tokenizer", "folder", "--out", str(tmp_path / "store")]
+    assert main([*command, "--weight", "a=1", "--weight", "a=2"]) == 2
+    assert capsys.readouterr().err == "rorqual: --weight a: given 2 times; give each source one weight\n"
+    assert main([*command, "--weight", "a=much"]) == 2
+    assert capsys.readouterr().err == "rorqual: --weight a=much: must be NAME=NUMBER\n"
+
+
+def test_the_file_of_the_commands_is_itself_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.cli", "data", "import", "a=a.bin", "--weight", "b=1", "--tokenizer", "t"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("rorqual: b: no source is called so")) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(("option", "value"), [("--task", "-1"), ("--tasks", "0")])
+def test_a_share_of_the_work_is_one_that_there_can_be(
+    option: str, value: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["data", "prepare", "default", "--out", str(tmp_path / "store"), option, value]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
 def test_help_of_every_command_is_there_and_needs_no_torch() -> None:
     program = """
 import sys
