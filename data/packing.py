@@ -93,7 +93,7 @@ def packed_rows(store: Store, source: SourceTokens, sequence_length: int) -> Pac
 
 def packed_file(store: Store, source: SourceTokens, sequence_length: int) -> Path:
     """Where the rows of a source lie, packed now if they are not there."""
-    key = hashlib.sha256(f"{store_content(store)} {source.name} {GROUP}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{store.content} {source.name} {GROUP}".encode()).hexdigest()[:16]
     name = f"{sequence_length}-{key}.rows"
     folders = (store.path / BESIDE, Path.home() / ".cache" / "rorqual" / "packing")
     for folder in folders:
@@ -108,12 +108,6 @@ def packed_file(store: Store, source: SourceTokens, sequence_length: int) -> Pat
         pack(source, sequence_length, cache / name)
         return cache / name
     return beside / name
-
-
-def store_content(store: Store) -> str:
-    """A hash of what is in a store, wherever it lies."""
-    manifest = store.manifest.model_dump_json(include={"tokenizer_fingerprint", "splits", "files"})
-    return hashlib.sha256(manifest.encode()).hexdigest()
 
 
 def pack(source: SourceTokens, sequence_length: int, path: Path) -> None:

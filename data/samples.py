@@ -27,7 +27,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.mixture import Mixture
-from data.packing import packed_rows, store_content
+from data.packing import packed_rows
 from data.permutation import Permutation
 from data.store import SourceTokens, Store
 from data.windows import Sequences, Windows
@@ -114,7 +114,6 @@ class Samples:
         self.stores = list(self._stores.values())
         for store in self.stores[1:]:
             _check_same_tokenizer(self.stores[0], store)
-        self._contents = {path: store_content(store) for path, store in self._stores.items()}
         self._streams: dict[str, _Stream] = {}
         self._called: dict[str, str] = {}  # source by its name
         self._permutation = lru_cache(maxsize=256)(self._make_permutation)
@@ -181,9 +180,9 @@ class Samples:
         """How often each source has been read after n samples."""
         return _by_source((read.source, read.epochs) for read in self.read(n).values())
 
-    def content(self, path: Path) -> str:
-        """What tells the store at this path from others: a hash of what is in it."""
-        return self._contents[path]
+    def store(self, path: Path) -> Store:
+        """The store that the phases name by this path."""
+        return self._stores[path]
 
     def check_available(self, n: int) -> None:
         """Raise DataError unless n samples can be drawn within every source's `max_epochs`; call it before a run."""
@@ -203,7 +202,7 @@ class Samples:
     def _begin(self, phase: Phase) -> None:
         """Add the stretch of a phase behind those that there are."""
         before = self._counts(phase.first_sample)
-        _check_different({entry.path: self._contents[entry.path] for entry in phase.entries})
+        _check_different({entry.path: self._stores[entry.path].content for entry in phase.entries})
         if self._stretches:
             self._stretches[-1].end = phase.first_sample
         names: list[str] = []
@@ -224,7 +223,7 @@ class Samples:
     def _open_stream(self, phase: Phase, path: Path, source: SourceTokens, taken: Sequence[str]) -> str:
         """The name of a source's stream of sequences for a phase."""
         store, length = self._stores[path], phase.sequence_length
-        of = f"{self._contents[path][:16]}/{source.name}"
+        of = f"{store.content[:16]}/{source.name}"
         name = f"{of}@{length}" + (f"-{phase.packing}" if phase.packing != "concat" else "")
         called = f"{store.path.name}/{source.name}" if self._by_store else source.name
         if name in taken or self._called.setdefault(called, of) != of:

@@ -4,6 +4,7 @@ Opening reads sizes and headers only, so that it is quick however large the stor
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,6 +179,29 @@ class Store:
         """Number of ids of the tokenizer, special tokens included."""
         return self.manifest.vocab_size
 
+    @cached_property
+    def content(self) -> str:
+        """A hash of the tokens and what they mean: the same whatever the weights, the paths and the report say."""
+        tokens = {name: record for name, record in self.manifest.files.items() if name.endswith((".bin", ".idx"))}
+        what = {
+            "tokenizer": self.manifest.tokenizer_fingerprint,
+            "splits": {
+                name: {
+                    **record.model_dump(),
+                    "sources": [span.model_dump(exclude={"weight"}) for span in record.sources],
+                }
+                for name, record in self.manifest.splits.items()
+            },
+            "files": {name: record.model_dump() for name, record in tokens.items()},
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def shares(self, split: str) -> dict[str, float]:
+        """Share of each source in the samples of a split."""
+        spans = self.manifest.splits[split].sources
+        total = sum(span.weight for span in spans)
+        return {span.name: span.weight / total for span in spans}
+
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes that each id stands for [V]; 0 for special tokens."""
         return self._token_bytes
@@ -213,11 +237,11 @@ def store_stats(store: Store) -> dict[str, Any]:
     """Counts of each split and source: documents, tokens, bytes, bytes per token, share of the samples."""
     stats: dict[str, Any] = {"vocab_size": store.vocab_size, "dtype": store.manifest.dtype}
     for split, record in store.manifest.splits.items():
-        weights = sum(span.weight for span in record.sources)
+        shares = store.shares(split)
         stats[split] = {"documents": record.documents, "tokens": record.tokens}
         stats[split]["sources"] = {
             span.name: {
-                "share": span.weight / weights,
+                "share": shares[span.name],
                 "documents": span.documents,
                 "tokens": span.tokens,
                 "bytes": span.bytes,

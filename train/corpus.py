@@ -109,8 +109,10 @@ class Corpus:
     def fingerprint(self, stage: Consumption) -> str:
         """SHA-256 of all that decides a stage's samples, with the stores' contents in place of their paths."""
         section = self.recipe.data
+        stores = [self.samples.store(Path(source.path)) for source in stage.train]
+        weights = [source.weight for source in stage.train]
         what = {
-            "train": [[self.samples.content(Path(source.path)), source.weight] for source in stage.train],
+            "train": [[store.content, store.shares("train"), weight] for store, weight in zip(stores, weights)],
             "sequence_length": stage.sequence_length,
             "packing": stage.packing,
             "mask_documents": section.mask_documents,
@@ -172,9 +174,9 @@ class Corpus:
             return (*begun, *planned)
         if planned[0].hash != begun[-1].hash:
             raise RecipeError(
-                f"data.train = {self.samples.stores[0].path}: is not the text that the run in {self.recipe.run.dir} has read "
-                f"since sample {starts[0].sample:,}; bring that store back, or let the other one begin here with "
-                f"data.stages=[{{from_tokens: {self.start.tokens}, train: …}}]"
+                f"data.train = {self.samples.stores[0].path}: holds another text, or other weights, than the run in "
+                f"{self.recipe.run.dir} has read since sample {starts[0].sample:,}; bring that store back, or let the other one "
+                f"begin here with data.stages=[{{from_tokens: {self.start.tokens}, train: …}}]"
             )
         return (*begun, *planned[1:])
 

@@ -1,5 +1,6 @@
 """The data of a run is known by its content, not by where it lies; what has begun stays, and what shall change is a stage."""
 
+import json
 import random
 import re
 import shutil
@@ -64,6 +65,36 @@ def altered(store: Store, path: Path) -> Path:
     manifest = path / "manifest.json"
     manifest.write_text(manifest.read_text().replace(store.manifest.files["train.bin"].sha256, "0" * 64))
     return path
+
+
+def relabelled(store: Store, path: Path, weight: float) -> Path:
+    """A copy of a store with another report, recipe and library, whose first source has this weight."""
+    shutil.copytree(store.path, path)
+    manifest = store.manifest.model_dump()
+    manifest["files"]["report.json"]["sha256"] = "0" * 64
+    manifest |= {"recipe": {"sources": []}, "versions": {"numpy": "9.9"}, "steps": []}
+    manifest["splits"]["train"]["sources"][0]["weight"] = weight
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_a_store_is_known_by_its_tokens_and_not_by_how_its_recipe_was_called(tiny_store: Store, tmp_path: Path) -> None:
+    other = relabelled(tiny_store, tmp_path / "other", weight=0.75)
+    assert Store.open(other).content == tiny_store.content
+    assert fingerprint(other) == fingerprint(tiny_store.path)
+    runs = [Journey().go_on(recipe(store), 4) for store in (tiny_store.path, other)]
+    assert runs[0].rows == runs[1].rows
+    assert runs[0].go_on(recipe(other), 2).rows == runs[1].go_on(recipe(tiny_store.path), 2).rows
+
+
+def test_other_weights_in_a_store_are_the_same_text_in_another_mixture(tiny_store: Store, tmp_path: Path) -> None:
+    other = relabelled(tiny_store, tmp_path / "other", weight=0.5)
+    assert Store.open(other).content == tiny_store.content
+    assert fingerprint(other) != fingerprint(tiny_store.path)
+    run = Journey().go_on(recipe(tiny_store.path), 4)
+    with pytest.raises(RecipeError, match="holds another text, or other weights"):
+        run.go_on(recipe(other), 1)
+    run.go_on(recipe(tiny_store.path, f"data.stages=[{{from_tokens: 1024, train: {other}}}]"), 1)
 
 
 class Journey:
@@ -201,8 +232,8 @@ def test_what_only_earlier_stages_have_read_need_not_be_there(tiny_store: Store,
         ("data.stages=[{from_tokens: 512, packing: best_fit}]", "data.stages: .* at 512 tokens; .* from_tokens: 1024 or more"),
         (
             "data.train=OTHER",
-            "data.train = .*other: is not the text that the run in run has read since sample 0; bring that store back, or let the "
-            "other one begin here with data.stages=[{from_tokens: 1024, train: …}]",
+            "data.train = .*other: holds another text, or other weights, than the run in run has read since sample 0; bring that "
+            "store back, or let the other one begin here with data.stages=[{from_tokens: 1024, train: …}]",
         ),
     ],
 )  # fmt: skip
