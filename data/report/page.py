@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from data.counts import Count
 from data.dedup.duplicates import Pair
+from data.errors import DataError
 from data.files import replace_file
 from data.report import plots
 from data.report.shape import RejectedDocument, Report, Tokens
@@ -21,7 +22,14 @@ TEMPLATE = "page.html"
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page. Equal reports give equal bytes."""
+    """Write the page. Equal reports give equal bytes.
+
+    Raises:
+        DataError: there is no place for a file at `path`.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        found = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise DataError(f"html = {str(path)!r}: {found}; give the page a file's name in a folder that exists")
     page = render(report)
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

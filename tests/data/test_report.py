@@ -109,6 +109,12 @@ def test_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "here.html").read_bytes() == (tmp_path / "there.html").read_bytes()
 
 
+@pytest.mark.parametrize(("place", "said"), [("", "is a folder"), ("none/page.html", "there is no folder .*none")])
+def test_a_page_needs_a_file_name_in_a_folder_that_exists(tmp_path: Path, place: str, said: str) -> None:
+    with pytest.raises(DataError, match=rf"^html = '.*': .*{said}; give the page a file's name"):
+        write_report(example(), tmp_path / place)
+
+
 def test_a_report_without_steps_duplicates_or_references_has_a_page() -> None:
     nothing = Report(
         recipe="plain",
