@@ -20,6 +20,7 @@ class Trained(Record):
     """A tokenizer that is trained on a sample of the train split."""
 
     kind: Literal["bpe", "sentencepiece"] = "bpe"
+    model: Literal["unigram", "bpe"] = "unigram"  # of sentencepiece
     vocab_size: int = Field(default=4096, ge=300)  # ids in all, special tokens and the 256 bytes included
     sample_bytes: int = Field(default=20_000_000, ge=1)  # text it is trained on, shared among the sources by weight
 
@@ -54,14 +55,14 @@ class DataRecipe(Record):
     def _names_differ(self) -> "DataRecipe":
         name, count = Counter(source.name for source in self.sources).most_common(1)[0]
         if count > 1:
-            raise ValueError(f"source name {name!r} is used {count} times; give each source its own name")
+            raise ValueError(f"sources: name {name!r} is used {count} times; give each source its own name")
         return self
 
     @model_validator(mode="after")
     def _tokenizer_has_text(self) -> "DataRecipe":
         if self.validation == 1 and not isinstance(self.tokenizer, Given):
             raise ValueError(
-                "validation 1 leaves no text to train a tokenizer on; give one: tokenizer: {kind: folder, path: …}"
+                "validation: 1: leaves no text to train a tokenizer on; give one: tokenizer: {kind: folder, path: …}"
             )
         return self
 

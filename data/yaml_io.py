@@ -5,12 +5,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from data.errors import DataError
+
+# Of pydantic's types of errors.
+WITHOUT_VALUE = {"extra_forbidden", "missing", "union_tag_not_found"}
+NO_MAPPING = {"model_type", "model_attributes_type", "dict_type"}
+NO_LIST = {"list_type", "tuple_type"}
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -47,48 +53,96 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], content: Any) -> str:
-    """The first problem of a validation as one line: field, value, rule and, for an unknown key, the nearest known one.
+    """The first problem of a validation as one line: field, value, rule and, for an unknown key or kind, the nearest known one.
+
+    An unknown key comes before all else, since what is missing may be what it stands for. Mappings and lists are not shown. What
+    a validator of a whole model says begins with the field that it is about.
 
     Args:
         error: what pydantic raised when `model` validated `content`.
     """
-    problem = error.errors(include_url=False, include_context=False)[0]
-    field = _written_path(problem["loc"], content)
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = _known_keys(model, problem["loc"][:-1])
-        near = get_close_matches(key, known, n=1)
+    problems = error.errors(include_url=False)
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    paths = [_written_path(problem, content) for problem in problems]
+    # Of a union's members, the one that got furthest was meant; of several that got as far, any may have been.
+    path = max((path for path in paths if path[: len(paths[0])] == paths[0]), key=len)
+    mine = [problem for problem, of in zip(problems, paths) if of == path]
+    value = mine[0]["input"]
+    rules = " or ".join(dict.fromkeys(_rule(problem, model) for problem in mine)).replace(" or must be ", " or ")
+    if mine[0]["type"] == "value_error" and isinstance(value, dict):
+        return ".".join([*path, rules])
+    shown = [] if mine[0]["type"] in WITHOUT_VALUE or isinstance(value, dict | list) else [repr(value)]
+    return ": ".join([".".join(path) or "top level", *shown, rules])
+
+
+def _rule(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """What is wrong with a value and what would be right."""
+    kind, context, value = problem["type"], problem.get("ctx", {}), problem["input"]
+    if kind == "extra_forbidden":
+        known = sorted(_keys(_models_at(model, problem["loc"][:-1])))
+        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}" if known else "remove it"
-        return f"{field}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{field}: required, but not given; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{field}: {problem['input']!r}: {message[:1].lower()}{message[1:]}"
+        return f"unknown key; {hint}"
+    if kind == "missing":
+        return "required, but not given; add it"
+    kinds = _kinds(_models_at(model, problem["loc"]))
+    if kind == "union_tag_not_found":
+        return f"required, but not given; one of {', '.join(kinds)}"
+    if kind == "union_tag_invalid":
+        near = get_close_matches(context["tag"], kinds, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{context['tag']!r}: unknown kind; {hint}known kinds: {', '.join(kinds)}"
+    if kind in NO_MAPPING:
+        near = get_close_matches(str(value), kinds, n=1)
+        example = f", e.g. {{kind: {near[0]}}}" if near else f", e.g. {{kind: {kinds[0]}, …}}" if kinds else ""
+        return f"must be a mapping{example}"
+    if kind in NO_LIST:
+        return "must be a list"
+    if kind == "too_short":
+        return "must have at least " + {1: "one"}.get(context["min_length"], str(context["min_length"]))
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
+    return message[:1].lower() + message[1:]
 
 
-def _written_path(location: tuple[int | str, ...], content: Any) -> str:
-    """A pydantic location as the user wrote it: without the tags of unions, which are no keys of the file."""
+def _written_path(problem: ErrorDetails, content: Any) -> list[str]:
+    """A problem's location as the user wrote it: without the tags of unions, which are no keys of the file."""
     parts: list[str] = []
-    for position, part in enumerate(location):
+    for part in problem["loc"]:
         inside = isinstance(content, dict) and part in content
         inside = inside or (isinstance(content, list) and isinstance(part, int) and part < len(content))
         if inside:
             content = content[part]
-        elif position < len(location) - 1:
-            continue
-        parts.append(str(part))
-    return ".".join(parts) or "top level"
+            parts.append(str(part))
+    if problem["type"] == "missing":
+        parts.append(str(problem["loc"][-1]))
+    if problem["type"].startswith("union_tag"):
+        parts.append(problem["ctx"]["discriminator"].strip("'"))
+    return parts
 
 
-def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Keys that the model at `location` below `model` accepts; at a union's tag, the model with that tag."""
+def _models_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """The models that may stand at `location` below `model`; at a union's tag, the model with that tag."""
     models = [model]
     for part in location:
         if isinstance(part, int):
             continue
         inner = [i for m in models if part in m.model_fields for i in _models_in(m.model_fields[part].annotation)]
         models = inner or [m for m in models if any(part in get_args(f.annotation) for f in m.model_fields.values())]
-    return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
+    return models
+
+
+def _keys(models: list[type[BaseModel]]) -> set[str]:
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+
+
+def _kinds(models: list[type[BaseModel]]) -> list[str]:
+    """The tags by which the models of a union are told apart."""
+    return [
+        tag
+        for model in models
+        if "kind" in model.model_fields
+        for tag in get_args(model.model_fields["kind"].annotation)
+    ]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -96,3 +150,14 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def matching(pattern: str, rule: str) -> AfterValidator:
+    """For `Annotated[str, matching(…)]`: a string that the whole pattern fits, refused with the rule in words."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {rule}")
+        return value
+
+    return AfterValidator(check)

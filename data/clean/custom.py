@@ -1,20 +1,21 @@
 """A step of the user's own, by its import path: any class with `apply(document) -> Document | Rejected`."""
 
 import importlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from data.clean.step import Step, StepRecord
 from data.documents import Document, Rejected
 from data.errors import DataError
+from data.yaml_io import matching
 
 
 class Custom(StepRecord):
     """`step: "package.module:Class"`, made as `Class(**options)` once in every process that cleans."""
 
     kind: Literal["custom"] = "custom"
-    step: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    step: Annotated[str, matching(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", "package.module:Class")]
     options: dict[str, Any] = Field(default={})
 
     def build(self) -> Step:

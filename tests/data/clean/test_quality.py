@@ -263,7 +263,7 @@ def test_a_long_document_falls_before_its_words_are_cut() -> None:
     assert not any(
         LETTER_RUN.match(character) for character in PUNCTUATION_SET
     )  # so a run with a letter has a word that counts
-    with pytest.raises(ValidationError, match="min_words 60 is more than max_words 50; lower it"):
+    with pytest.raises(ValidationError, match="min_words: 60: is more than max_words = 50; lower it"):
         GopherQuality(min_words=60, max_words=50)
 
 

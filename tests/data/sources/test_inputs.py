@@ -108,8 +108,16 @@ def test_a_wrong_field_is_noticed_after_a_thousand_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_unreadable": 1.1}, {"max_document_bytes": 0}, {"priority": "high"}, {"zzz": 1}, {"weight": 0}]
+    "wrong",
+    [
+        {"max_unreadable": 1.1},
+        {"max_document_bytes": 0},
+        {"priority": "high"},
+        {"zzz": 1},
+        {"weight": 0},
+        {"name": ".."},
+    ],
 )
 def test_a_source_refuses_what_it_cannot_mean(wrong):
     with pytest.raises(ValidationError):
-        source(kind="jsonl", path="a", **wrong)
+        source(**{"kind": "jsonl", "path": "a", **wrong})
