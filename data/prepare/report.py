@@ -4,6 +4,8 @@ from collections import Counter
 from typing import Any
 
 from data.counts import Count
+from data.dedup.duplicates import Kind
+from data.errors import DataError
 from data.manifest import SPLITS
 from data.packing import packing_statistics
 from data.prepare import clean, duplicates, encode, read, vocabulary, write
@@ -57,25 +59,56 @@ def manifest_steps(job: Job, shards: list[Shard]) -> list[dict[str, Any]]:
 
 
 def stages(job: Job, shards: list[Shard]) -> list[Stage]:
-    """What is left of each source after reading, after each step of its cleaning, and after both removals of duplicates."""
-    found: dict[str, dict[str, Count]] = {"read": {}}
+    """What is left of each source after reading, after each step of its cleaning, and after both removals of duplicates.
+
+    Steps come in the order of the first source that has them; where another source has them in another order, a step is named a
+    second time, so that no source grows on the way down.
+    """
+    found: list[tuple[str, dict[str, Count]]] = [("read", {})]
     removed = duplicates.summary(job).removed
+    ends: dict[str, Count] = {}
     for number, source in enumerate(job.recipe.sources):
         left = sum((account.read for account in read.accounts(job, number)), Count())
-        found["read"][source.name] = left
+        found[0][1][source.name] = left
+        place = 0
         for name, left in zip(names_of(steps_of(job.recipe, number)), _cleaning(job, shards, number).after):
-            found.setdefault(name, {})[source.name] = left
-    for source in job.recipe.sources:
-        left = [of_step[source.name] for of_step in found.values() if source.name in of_step][-1]
-        for kind, fallen in removed[source.name].items():
-            left -= fallen
-            found.setdefault(f"{kind} duplicates", {})[source.name] = left
-    return [Stage(name=name, sources=sources) for name, sources in found.items()]
+            place = next((later for later in range(place + 1, len(found)) if found[later][0] == name), 0) or len(found)
+            if place == len(found):
+                found.append((name, {}))
+            found[place][1][source.name] = left
+        ends[source.name] = left
+    kinds: tuple[tuple[Kind, bool], ...]
+    kinds = (("exact", job.recipe.dedup.exact), ("near", job.recipe.dedup.minhash is not None))
+    for kind in (kind for kind, is_on in kinds if is_on):
+        ends = {name: left - removed[name][kind] for name, left in ends.items()}
+        found.append((f"{kind} duplicates", dict(ends)))
+    return [Stage(name=name, sources=sources) for name, sources in found]
 
 
 def kept(job: Job, shards: list[Shard]) -> Count:
     """What all steps and the removal of duplicates leave."""
-    return sum(stages(job, shards)[-1].sources.values(), Count())
+    return sum(_left(job, shards).values(), Count())
+
+
+def check_every_source(job: Job, shards: list[Shard]) -> None:
+    """Each source must have something left.
+
+    Raises:
+        DataError: a source of which everything fell.
+    """
+    for name, left in _left(job, shards).items():
+        if not left.documents:
+            raise DataError(
+                f"source {name}: no document is left after its steps and the removal of duplicates; loosen them, raise its "
+                "priority, or leave the source out"
+            )
+
+
+def _left(job: Job, shards: list[Shard]) -> dict[str, Count]:
+    found: dict[str, Count] = {}
+    for stage in stages(job, shards):
+        found |= stage.sources
+    return found
 
 
 def _cleaning(job: Job, shards: list[Shard], source: int) -> Cleaning:

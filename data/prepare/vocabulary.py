@@ -43,8 +43,10 @@ def make_tokenizer(job: Job, shards: list[Shard]) -> str:
         record: dict[str, Any] = {"kind": config.kind}
     else:
         sample = weighted_sample(job, shards, config.sample_bytes)
-        train = tokenizer.train_bpe if config.kind == "bpe" else tokenizer.train_sentencepiece
-        train(sample, config.vocab_size, unfinished)
+        if config.kind == "bpe":
+            tokenizer.train_bpe(sample, config.vocab_size, unfinished)
+        else:
+            tokenizer.train_sentencepiece(sample, config.vocab_size, unfinished, config.model)
         versions = {"tokenizers": tokenizers.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
         size = sum(len(text.encode()) for text in sample)
         record = {"kind": config.kind, "documents": len(sample), "bytes": size, "versions": versions}
@@ -76,28 +78,24 @@ def weighted_sample(job: Job, shards: list[Shard], size: int) -> list[str]:
 def _sample(job: Job, shards: list[Shard], size: int) -> list[str]:
     """Of one source, in the order of the hashes."""
     candidates = [_candidates(job, shard) for shard in shards]
-    numbers = np.concatenate([own[0] for own in candidates])
-    sizes = np.concatenate([own[1] for own in candidates])
-    places = np.concatenate(
-        [[(shard, row) for row in own[2]] or np.zeros((0, 2), int) for shard, own in enumerate(candidates)]
-    )
+    numbers, sizes, rows = (np.concatenate(column) for column in zip(*candidates))
+    of_shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(own[0]) for own in candidates])
     order = np.argsort(numbers, kind="stable")
     taken = max(int(np.cumsum(sizes[order]).searchsorted(size, side="right")), 1)
     chosen = order[:taken]
     texts: dict[int, str] = {}
-    for shard in np.unique(places[chosen, 0]).tolist():
-        mine = chosen[places[chosen, 0] == shard]
+    for shard in np.unique(of_shard[chosen]).tolist():
+        mine = chosen[of_shard[chosen] == shard]
         column = read_columns(clean_shard(job, shards[shard]), ["text"])["text"]
-        found = column.take(pyarrow.array(places[mine, 1])).to_pylist()
-        texts |= dict(zip(mine.tolist(), found))
+        texts |= dict(zip(mine.tolist(), column.take(pyarrow.array(rows[mine])).to_pylist()))
     return [texts[number] for number in chosen.tolist()]
 
 
-def _candidates(job: Job, shard: Shard) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _candidates(job: Job, shard: Shard) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Hash, bytes and row of each document of a shard that is kept and belongs to the train split."""
     table = read_columns(clean_shard(job, shard), ["hash", "bytes"])
     hashes = table["hash"].to_pylist()
     in_train = np.asarray([not in_validation_split(digest, job.recipe.validation) for digest in hashes], np.bool_)
     rows = np.flatnonzero(in_train & is_kept(job, shard))
     numbers = np.asarray([hash_number(hashes[row]) for row in rows], np.uint64)
-    return numbers, table["bytes"].to_numpy()[rows], rows
+    return numbers, table["bytes"].to_numpy()[rows], rows.astype(np.int32)

@@ -6,8 +6,7 @@ left. An item's results depend on its arguments alone, never on who does it or w
 
 Several tasks, e.g. of a Slurm array, may share one folder. Each begins with its own range of a stage's items and goes on with
 what the others have not begun, so that a task may start late, die or never come. An item in work is locked by its task; the lock
-ends with the task. (Where a file system knows no locks, an item may be done twice, with the same result.) A stage ends when all
-its items are done.
+ends with the task. A stage ends when all its items are done.
 """
 
 import fcntl
@@ -15,13 +14,15 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -69,8 +70,7 @@ class Work:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Work":
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(_held(self.folder / f"task-{self.share.task}.lock"))
+        self._stack.enter_context(_held(self.folder, self.share.task))
         self._pool = self._stack.enter_context(_pool(self._workers)) if self._workers > 1 else None
         return self
 
@@ -92,22 +92,26 @@ class Work:
         left = [item for item in (*items[first:], *items[:first]) if not item.done.exists()]
         pause = SHORTEST_PAUSE
         while left:
-            shown = None
-            for shown in self._results(function, self._begun(left)):
-                self.progress.update(f"{stage}: {shown}, {_undone(left):,} of {len(items):,} items left")
+            done = 0
+            for done, shown in enumerate(self._results(function, self._begun(left)), start=1):
+                self.progress.update(f"{stage}: {shown}, {len(left) - done:,} of {len(items):,} items left")
             left = [item for item in left if not item.done.exists()]
-            if left and shown is None:
+            if left and not done:
                 self.progress.update(f"{stage}: waiting for {len(left):,} of {len(items):,} items of other tasks")
                 time.sleep(pause)
                 pause = min(pause * 1.5, LONGEST_PAUSE)
+
+    def is_alone(self) -> bool:
+        """Whether no other task of the folder is at work."""
+        with ExitStack() as stack:
+            own = f"task-{self.share.task}.lock"
+            return all(_try_lock(lock, stack) for lock in self.folder.glob("task-*.lock") if lock.name != own)
 
     def _begun(self, items: list[Item]) -> Iterator[tuple[Item, ExitStack]]:
         """The items that nobody does, each locked for this task until its stack is closed."""
         for item in items:
             with ExitStack() as stack:
-                if self.share.tasks > 1 and not _try_lock(self._lock_of(item), stack):
-                    continue
-                if not item.done.exists():
+                if _try_lock(self._lock_of(item), stack) and not item.done.exists():
                     yield item, stack.pop_all()
 
     def _lock_of(self, item: Item) -> Path:
@@ -135,46 +139,59 @@ class Work:
                 "a worker process died, most likely for want of memory; what is finished is kept: start again with fewer workers"
             ) from None
         finally:
-            for future, lock in running.items():
-                future.cancel()
+            if (
+                running
+            ):  # an error or an interruption: nobody waits for the rest, and no lock is given up before its item ends
+                _kill(self._pool)
+            for lock in running.values():
                 lock.close()
-
-
-def _undone(items: list[Item]) -> int:
-    return sum(not item.done.exists() for item in items)
 
 
 def remove_if_unused(folder: Path) -> None:
     """Remove a finished store's work, unless a task still looks at it."""
-    with ExitStack() as stack:
-        if all(_try_lock(lock, stack) for lock in folder.glob("task-*.lock")):
-            shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack, suppress(FileNotFoundError):  # another task may be removing it
+        if not all(_try_lock(lock, stack, "r+") for lock in folder.glob("task-*.lock")):
+            return
+    shutil.rmtree(folder, ignore_errors=True)  # no lock file is open any more, which NFS would keep
 
 
-def _try_lock(path: Path, stack: ExitStack) -> bool:
-    """Lock a file until the stack is closed or this process ends, however it ends; False where another process has it locked."""
-    file = stack.enter_context(path.open("a+"))
+def _try_lock(path: Path, stack: ExitStack, mode: str = "a+") -> bool:
+    """Lock a file until the stack is closed or this process ends, however it ends; False where another process has it locked.
+
+    Raises:
+        DataError: the file system has no locks.
+    """
+    file = stack.enter_context(path.open(mode))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be locked ({error.strerror}); mount the file system with locks (flock), or give --out on another"
+        ) from None
     return True
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _held(folder: Path, task: int) -> Iterator[None]:
     """Hold a task of the work.
 
     Raises:
         DataError: another process does.
     """
+    path = folder / f"task-{task}.lock"
     with ExitStack() as stack:
-        if not _try_lock(path, stack):
-            raise DataError(
-                f"--out = {path.parent.parent}: process {path.read_text() or 'unknown'} is preparing it; "
-                "wait for it, or give another folder"
-            )
-        path.write_text(str(os.getpid()))
+        while True:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # a finished task has removed the folder in between
+                if _try_lock(path, stack):
+                    break
+                raise DataError(
+                    f"--out = {folder.parent}: process {path.read_text() or 'unknown'} is preparing it; "
+                    "wait for it, or give another folder"
+                )
+        path.write_text(f"{os.getpid()} on {platform.node()}")
         yield
 
 
@@ -189,7 +206,15 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         executor.shutdown(cancel_futures=True)
 
 
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """End the workers in the middle of their items (`kill_workers` of Python 3.14)."""
+    for process in list((executor._processes or {}).values()):
+        process.kill()
+        process.join()
+
+
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only way to be told; processes share out the cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,22 +1,27 @@
 """Preparation: the same store from any number of workers and tasks, however often it is interrupted; care with what is there."""
 
+import contextlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+import data.prepare
 from data.counts import Count
+from data.dedup.signatures import Dedup
 from data.documents import Rejected, text_hash
 from data.errors import DataError
 from data.prepare import STAGING, prepare, train_tokenizer
 from data.prepare.encode import in_validation_split
 from data.prepare.work import Share, Work
 from data.progress import Progress
-from data.recipe import DataRecipe
+from data.recipe import DataRecipe, Given
 from data.report.shape import Report
 from data.store import inspect_document, verify_store
 from data.tokenizer import fingerprint
@@ -51,9 +56,8 @@ def test_the_store_does_not_depend_on_the_number_of_workers(recipe, tmp_path):
 
 def test_tasks_share_the_work_and_make_the_same_store(recipe, tmp_path):
     expected = content(prepare(recipe, tmp_path / "one").path)
-    tasks = [
-        PROCESSES.Process(target=prepare, args=(recipe, tmp_path / "three", 1, Share(task, 3))) for task in range(3)
-    ]
+    shares = [Share(1, 3), Share(2, 3), Share()]  # the last is somebody who is impatient
+    tasks = [PROCESSES.Process(target=prepare, args=(recipe, tmp_path / "three", 1, share)) for share in shares]
     for task in tasks:
         task.start()
     for task in tasks:
@@ -110,7 +114,7 @@ def test_two_runs_do_not_write_one_folder(recipe, tmp_path):
     with (
         Work(tmp_path / "store" / STAGING, 1, Share(), Progress()),
         pytest.raises(
-            DataError, match=rf"--out = .*store: process {os.getpid()} is preparing it; wait for it, or give"
+            DataError, match=rf"--out = .*store: process {os.getpid()} on .* is preparing it; wait for it, or give"
         ),
     ):
         prepare(recipe, tmp_path / "store")
@@ -122,17 +126,143 @@ def test_what_was_begun_is_not_finished_with_something_else(recipe, tmp_path, mo
         with pytest.raises(ZeroDivisionError):
             prepare(recipe, tmp_path / "store")
     with pytest.raises(
-        DataError, match=r"holds the unfinished store of another recipe; delete .*\.preparing to begin again"
+        DataError, match=r"unfinished store of another recipe \(steps differs\); delete .*\.preparing to begin again"
     ):
-        prepare(recipe.model_copy(update={"seed": 1}), tmp_path / "store")
+        prepare(recipe.model_copy(update={"steps": recipe.steps[:1]}), tmp_path / "store")
     with monkeypatch.context() as patch:
-        patch.setattr("data.prepare._versions", lambda: {"tokenizers": "0.1"})
+        patch.setattr("data.prepare.beginning.versions", lambda: {"tokenizers": "0.1"})
         with pytest.raises(DataError, match=r"was begun with tokenizers \d.*, here is 0.1; install that one"):
             prepare(recipe, tmp_path / "store")
     with (tmp_path / "verse.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(DataError, match=r"verse.jsonl: changed since the store in .* was begun"):
         prepare(recipe, tmp_path / "store")
+
+
+def test_a_mistake_in_a_late_stage_is_mended_without_reading_again(recipe, tmp_path):
+    store = tmp_path / "store"
+    wrong = recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update={"vocab_size": 60_000})})
+    with pytest.raises(DataError, match=r"tokenizer.vocab_size = 60000: the text yields only"):
+        prepare(wrong, store)
+    early = {path: path.stat().st_mtime_ns for path in (store / STAGING / "clean").rglob("*.json")}
+    assert early
+    changes = {
+        "fim_rate": 0.5,
+        "seed": 3,
+        "sources": [source.model_copy(update={"weight": 1}) for source in recipe.sources],
+    }
+    mended = recipe.model_copy(update=changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.prepare.write.write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(mended, store)
+    assert {path: path.stat().st_mtime_ns for path in early} == early
+    assert content(prepare(mended, store).path) == content(prepare(mended, tmp_path / "fresh").path)
+
+
+def test_what_is_missing_is_said_before_anything_is_read(recipe, tmp_path):
+    given = recipe.model_dump(mode="json")
+    for changes, message in [
+        (
+            {"reference_tokenizer": "nowhere"},
+            r"reference_tokenizer = nowhere: no such folder; give the folder of a Hugging",
+        ),
+        ({"tokenizer": {"kind": "folder", "path": str(tmp_path)}}, r"tokenizer.path = .*: has no tokenizer.json"),
+        ({"steps": [{"kind": "custom", "step": "no_such_module:Step"}]}, r"no_such_module"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            prepare(DataRecipe.model_validate(given | changes), tmp_path / "store")
+        assert not (tmp_path / "store" / STAGING / "read").exists()
+        shutil.rmtree(tmp_path / "store")
+
+
+def test_a_stop_between_any_two_renames_of_the_end_loses_nothing(recipe, tmp_path):
+    expected = content(prepare(recipe, tmp_path / "whole").path)
+    store, stops = tmp_path / "store", 0
+    while not (store / "manifest.json").exists():
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr("data.prepare.Path.replace", stop_after(1, Path.replace))  # each start moves one piece more
+            prepare(recipe, store)
+        stops += 1
+    assert stops > 5
+    assert content(store) == expected
+
+
+def stop_after(calls, function):
+    """The function, which is interrupted instead of being called once more."""
+    left = iter(range(calls))
+
+    def limited(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return limited
+
+
+def test_what_an_abandoned_preparation_has_left_does_not_get_into_another(recipe, tmp_path):
+    store = tmp_path / "store"
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr("data.prepare.Manifest.write", stop_after(0, None))
+        prepare(recipe, store)
+    assert (store / "train-00000.bin").exists() and not (store / "manifest.json").exists()
+    shutil.rmtree(store / STAGING)
+    other = recipe.model_copy(update={"seed": 1, "tokens_per_file": 9_000})
+    assert content(prepare(other, store).path) == content(prepare(other, tmp_path / "fresh").path)
+
+
+def test_many_shards_need_few_open_files(recipe, tmp_path):
+    many = recipe.model_copy(update={"shard_bytes": 1_000, "dedup": Dedup()})
+    process = PROCESSES.Process(target=prepare_with_few_files, args=(many, tmp_path / "store"))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    assert len(list((tmp_path / "locks").iterdir())) > 3 * FEW_FILES
+
+
+FEW_FILES = 40
+
+
+def prepare_with_few_files(recipe, out):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    data.prepare.write.OPEN_FILES = 8
+    data.prepare.remove_if_unused = lambda folder: (folder / "locks").rename(out.parent / "locks")
+    prepare(recipe, out)
+
+
+def test_steps_in_another_order_are_counted_apart(recipe, tmp_path):
+    some = {"kind": "custom", "step": "tests.data.test_prepare:OnlyWords", "options": {"letters": 150}}
+    orders = [[some, {"kind": "normalise"}], [{"kind": "normalise"}, some]]
+    given = recipe.model_dump(mode="json")
+    given["sources"] = [source | {"steps": steps} for source, steps in zip(given["sources"], orders)]
+    store = prepare(DataRecipe.model_validate(given), tmp_path / "store")
+    report = Report.read(store.path)
+    assert [stage.name for stage in report.stages] == [
+        *("read", "custom", "normalise", "custom"),
+        *("exact duplicates", "near duplicates"),
+    ]
+    for source in ("verse", "code"):
+        left = [stage.sources[source].documents for stage in report.stages if source in stage.sources]
+        assert left == sorted(left, reverse=True) and left[0] > left[2]
+        assert left[-1] == sum(tokens.documents for tokens in report.tokens[source].values())
+
+
+def test_a_source_of_which_nothing_is_left_is_named(recipe, tmp_path):
+    given = recipe.model_dump(mode="json")
+    given["sources"].append(given["sources"][0] | {"name": "again"})
+    with pytest.raises(
+        DataError, match=r"source again: no document is left after its steps and the removal of duplicates"
+    ):
+        prepare(DataRecipe.model_validate(given), tmp_path / "store")
+    with pytest.raises(DataError, match=r"source verse: all its documents fell to validation; add documents or lower"):
+        prepare(
+            recipe.model_copy(update={"validation": 1 - 1e-9, "tokenizer": given_tokenizer(recipe, tmp_path)}),
+            tmp_path / "v",
+        )
+
+
+def given_tokenizer(recipe, tmp_path):
+    return Given(kind="folder", path=train_tokenizer(recipe, tmp_path / "tokenizer"))
 
 
 def test_every_document_is_counted_where_it_fell(recipe, tmp_path):
