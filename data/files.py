@@ -1,9 +1,14 @@
-"""Writing files so that a reader sees the old file or the whole new one, never a part."""
+"""Writing files so that a reader sees the old file or the whole new one, never a part; and where a cache lies."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept when no other place is named."""
+    return Path.home() / ".cache" / "rorqual"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ What is taken in keeps its bytes: a `.bin` of the store is a hard link to the fi
 a copy, and only the index beside it is new. So other files must not be written to after that; `rorqual data verify` would see it.
 """
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -23,8 +24,9 @@ import tokenizers
 
 from data.errors import DataError
 from data.files import replace_file
-from data.indexed import DTYPES, HEADER, MAGIC, Indexed, Tokens, token_dtype
+from data.indexed import HEADER, Indexed, Tokens, file_of, token_dtype, write_index
 from data.manifest import SPLITS, Manifest, SourceSpan, SplitRecord
+from data.mapped import map_file
 from data.store import CHUNK, Store, record_files
 from data.tokenizer import copy_folder, decode, eos_token_id, fingerprint, token_bytes, vocab_size
 
@@ -146,15 +148,15 @@ def _open(path: Path) -> Iterator[_File]:
     elif path.suffix == ".ds":
         yield _open_datatrove(path)
     else:
-        binary = path if path.suffix in (".bin", ".idx") else path.with_name(f"{path.name}.bin")
-        yield _open_megatron(binary.with_suffix(".bin"))
+        yield _open_megatron(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
 
 
-def _open_megatron(path: Path) -> _File:
+def _open_megatron(prefix: Path) -> _File:
     """A pair `.bin`/`.idx`; the sequences of a document become one."""
-    indexed = Indexed.open(path)
+    indexed = Indexed.open(prefix)
+    path, index = file_of(prefix, "bin"), file_of(prefix, "idx")
     count = len(indexed.sizes)
-    with path.with_suffix(".idx").open("rb") as file:
+    with index.open("rb") as file:
         documents = HEADER.unpack(file.read(HEADER.size))[4]
         file.seek(HEADER.size + 12 * count)
         first = np.frombuffer(file.read(8 * documents), "<i8")  # sequence of each document, and the number of sequences
@@ -163,7 +165,7 @@ def _open_megatron(path: Path) -> _File:
         raise DataError(f"{path}: its sequences do not follow one another; write it again with Megatron's builder")
     if not len(first) or first[0] != 0 or first[-1] != count or (np.diff(first) < 0).any():
         raise DataError(
-            f"{path.with_suffix('.idx')}: its documents do not cover its {count} sequences; "
+            f"{index}: its documents do not cover its {count} sequences; "
             "end each with end_document() or add_document() and write it again"
         )
     lengths = np.diff(ends[first])
@@ -186,9 +188,8 @@ def _open_datatrove(path: Path) -> _File:
         raise DataError(
             f"{path}: {size} bytes; its index says {count} tokens of 2 or 4 bytes; copy both files again, or write them again"
         )
-    tokens = np.asarray(np.memmap(path, dtype, mode="r")) if count else np.zeros(0, dtype)
     lengths = np.diff(ends, prepend=0)
-    return _File(path, tokens, lengths[lengths > 0])
+    return _File(path, map_file(path, dtype, count), lengths[lengths > 0])
 
 
 class _Texts:
@@ -258,7 +259,7 @@ def _write_split(
     pieces = [split] if len(files) == 1 else [f"{split}-{number:05d}" for number in range(len(files))]
     for file, piece in zip(files, pieces):
         _place(file, out / f"{piece}.bin", dtype)
-        _write_index(out / f"{piece}.idx", file.lengths, dtype)
+        write_index(out / piece, file.lengths, dtype)
     spans: list[SourceSpan] = []
     first = 0
     for source, own, size in zip(sources, of_sources, sizes):
@@ -295,16 +296,6 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         with replace_file(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-def _write_index(path: Path, lengths: npt.NDArray[np.int64], dtype: np.dtype[Any]) -> None:
-    """An `.idx` for tokens that lie there already."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    with replace_file(path) as temporary, temporary.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        file.write(lengths.astype("<i4").tobytes())
-        file.write(((np.cumsum(lengths) - lengths) * dtype.itemsize).astype("<i8").tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
 
 
 def _write_datatrove(path: Path, piece: Indexed, token_size: int) -> None:
@@ -351,8 +342,8 @@ def _check_request(sources: Sequence[ForeignSource], out: Path, validation: floa
     if count > 1:
         raise DataError(f"source name {name!r} is used {count} times; give each source its own name")
     for source in sources:
-        if not source.weight > 0:
-            raise DataError(f"source {source.name}: weight = {source.weight}: must be above 0")
+        if not 0 < source.weight < math.inf:
+            raise DataError(f"source {source.name}: weight = {source.weight}: must be a number above 0")
     if not 0 <= validation < 1:
         raise DataError(f"validation = {validation}: must be a share of the documents, from 0 to below 1")
 

@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import replace_file
+from data.files import cache_folder, replace_file
+from data.mapped import map_file
 from data.store import SourceTokens, Store
 
 MAGIC = b"RQROWS1\x00"
@@ -60,8 +61,8 @@ class PackedRows:
         end = HEADER.size + pieces * PIECE.itemsize
         if magic != MAGIC or size != end + 8 * (rows + 1):
             raise DataError(f"{path}: {size} bytes that are no packed rows; delete it, and it is made again")
-        self._pieces = np.asarray(np.memmap(path, PIECE, "r", HEADER.size, (pieces,))) if pieces else np.zeros(0, PIECE)
-        self._edges = np.asarray(np.memmap(path, "<i8", "r", end, (rows + 1,)))
+        self._pieces = map_file(path, PIECE, pieces, HEADER.size)
+        self._edges = map_file(path, np.dtype("<i8"), rows + 1, end)
 
     def __len__(self) -> int:
         return len(self._edges) - 1
@@ -95,7 +96,7 @@ def packed_file(store: Store, source: SourceTokens, sequence_length: int) -> Pat
     """Where the rows of a source lie, packed now if they are not there."""
     key = hashlib.sha256(f"{store.content} {source.name} {GROUP}".encode()).hexdigest()[:16]
     name = f"{sequence_length}-{key}.rows"
-    folders = (store.path / BESIDE, Path.home() / ".cache" / "rorqual" / "packing")
+    folders = (store.path / BESIDE, cache_folder() / "packing")
     for folder in folders:
         if (folder / name).is_file():
             return folder / name

@@ -225,6 +225,12 @@ def test_what_does_not_fit_is_refused(megatron, datatrove, folder, documents, tm
     refused(folder, tmp_path, r"its documents do not cover its 1 sequences; end each", tmp_path / "unfinished")
 
 
+@pytest.mark.parametrize("weight", [0, float("nan"), float("inf")])
+def test_a_weight_that_gives_no_share_is_refused(tmp_path, weight):
+    with pytest.raises(DataError, match=r"source web: weight = \w+: must be a number above 0"):
+        import_store([ForeignSource("web", [tmp_path], weight=weight)], tmp_path, tmp_path / "store")
+
+
 def test_a_folder_in_use_is_left_alone(megatron, folder, documents, tmp_path):
     write_megatron(megatron, tmp_path / "web", documents)
     (tmp_path / "store").mkdir()
