@@ -19,6 +19,7 @@ from data.indexed import REMEDY, Indexed, Tokens
 from data.manifest import FILE_NAME, SPLITS, FileRecord, Manifest, SourceSpan
 from data.tokenizer import decode, fingerprint, token_bytes
 
+MOST_DOCUMENTS = 2**31 - 1  # of a source, for batches hold their numbers as int32
 CHUNK = 1 << 24  # bytes or tokens looked at in one go by what reads a whole store
 
 
@@ -59,7 +60,7 @@ class Split:
         parts = (self._part(self._pieces[piece].tokens, piece, start, stop) for piece in range(first, last + 1))
         return np.concatenate(list(parts))
 
-    def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+    def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Number of the document of each token in [start, stop): [stop − start]."""
         first, last = self._pieces_of(start, stop)
         parts = []
@@ -67,7 +68,7 @@ class Split:
             offset = int(self._first_tokens[piece])
             begin, end = max(start - offset, 0), min(stop - offset, len(self._pieces[piece].tokens))
             numbers = self._pieces[piece].documents_of(begin, end)
-            parts.append(numbers + np.int32(self._first_documents[piece]))
+            parts.append(numbers + self._first_documents[piece])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def lengths(self, first: int, last: int) -> npt.NDArray[np.int32]:
@@ -131,7 +132,7 @@ class SourceTokens:
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Number within this source of the document of each token in [start, stop): [stop − start]."""
         numbers = self.split.documents_of(self.first_token + start, self.first_token + stop)
-        return numbers - np.int32(self.span.first_document)
+        return (numbers - self.span.first_document).astype(np.int32)
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each document [documents]."""
@@ -167,6 +168,12 @@ class Store:
                 raise DataError(
                     f"{folder}: {name} has {found} documents; the manifest says {split_record.documents}; {REMEDY}"
                 )
+            for span in split_record.sources:
+                if span.documents > MOST_DOCUMENTS:
+                    raise DataError(
+                        f"{folder}: source {span.name} of {name} has {span.documents:,} documents; batches number at most "
+                        f"{MOST_DOCUMENTS:,} of a source; prepare it as several sources"
+                    )
         return cls(folder, manifest, splits)
 
     @property

@@ -1,16 +1,19 @@
 """The token store: its bytes, its round trips, and what it refuses."""
 
 import json
+import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.errors import DataError
 from data.files import replace_file
-from data.indexed import Indexed, token_dtype, write_indexed
-from data.store import Store, inspect_document, store_stats, verify_store
+from data.indexed import Indexed, read_sizes, token_dtype, write_index, write_indexed
+from data.manifest import SourceSpan
+from data.store import SourceTokens, Split, Store, inspect_document, store_stats, verify_store
 
 
 def test_index_has_megatrons_bytes(tmp_path):
@@ -32,9 +35,9 @@ def test_index_has_megatrons_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "dtype", "code"), [(65_535, "uint16", 8), (65_536, "int32", 4), (129_280, "int32", 4)]
+    ("vocab_size", "dtype", "code"), [(65_536, "uint16", 8), (65_537, "int32", 4), (129_280, "int32", 4)]
 )
-def test_large_vocabularies_take_int32(tmp_path, vocab_size, dtype, code):
+def test_vocabularies_of_which_uint16_does_not_hold_all_ids_take_int32(tmp_path, vocab_size, dtype, code):
     assert token_dtype(vocab_size) == np.dtype(dtype)
     write_indexed(tmp_path / "train", [np.array([vocab_size - 1, 0])], token_dtype(vocab_size))
     assert (tmp_path / "train.idx").read_bytes()[17] == code
@@ -44,6 +47,66 @@ def test_large_vocabularies_take_int32(tmp_path, vocab_size, dtype, code):
 def test_an_empty_split_can_be_written_and_read(tmp_path):
     write_indexed(tmp_path / "validation", [], np.dtype(np.uint16))
     assert len(Indexed.open(tmp_path / "validation").tokens) == 0
+
+
+def test_a_prefix_may_have_dots(tmp_path):
+    for name in ("web.v1.2", "web.v1.3"):
+        write_indexed(tmp_path / name, [np.array([7, 8, 1])], np.dtype(np.uint16))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "web.v1.2.bin",
+        "web.v1.2.idx",
+        "web.v1.3.bin",
+        "web.v1.3.idx",
+    ]
+    assert Indexed.open(tmp_path / "web.v1.2").document(0).tolist() == [7, 8, 1]
+
+
+def test_sizes_are_read_without_the_tokens(tmp_path):
+    write_indexed(tmp_path / "train", [np.arange(3), np.arange(2)], np.dtype(np.uint16))
+    (tmp_path / "train.bin").unlink()
+    assert read_sizes(tmp_path / "train").tolist() == [3, 2]
+    with pytest.raises(DataError, match=r"validation.idx: missing; prepare the store again"):
+        read_sizes(tmp_path / "validation")
+
+
+def test_an_opened_file_is_mapped_without_a_descriptor_until_its_last_array_is_gone(tmp_path):
+    write_indexed(tmp_path / "train", [np.array([7, 8, 1])], np.dtype(np.uint16))
+
+    def maps():
+        return sum(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    before = len(os.listdir("/proc/self/fd"))
+    opened = Indexed.open(tmp_path / "train")
+    assert (len(os.listdir("/proc/self/fd")), maps()) == (before, 2)
+    tokens = opened.document(0)
+    del opened
+    assert maps() == 1 and tokens.tolist() == [7, 8, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 0
+    del tokens
+    assert maps() == 0
+
+
+def test_a_document_that_is_too_long_for_an_index_is_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"train.idx: document 1 has 2,147,483,648 tokens; .* at most 2,147,483,647 of one"
+    ):
+        write_index(tmp_path / "train", np.array([5, 2**31]), np.dtype(np.uint16))
+    write_index(tmp_path / "train", np.array([5, 2**31 - 1, 3]), np.dtype(np.uint16))
+    assert read_sizes(tmp_path / "train").tolist() == [5, 2**31 - 1, 3]
+
+
+def test_documents_keep_their_numbers_behind_two_billion_others(tmp_path):
+    write_indexed(tmp_path / "train", [np.arange(3), np.arange(2)], np.dtype(np.uint16))
+    piece = Indexed.open(tmp_path / "train")
+    split = Split([piece, piece])
+    split._first_documents += 2**31  # as if so many lay in front of these
+    assert split.documents_of(1, 9).tolist() == [2**31 + n for n in (0, 0, 1, 1, 2, 2, 2, 3)]
+    span = SourceSpan(
+        name="web", weight=1, first_document=2**31, last_document=2**31 + 3, documents=4, tokens=10, bytes=9
+    )
+    numbers = SourceTokens(span, split, 0).documents_of(1, 9)
+    assert numbers.tolist() == [0, 0, 1, 1, 2, 2, 2, 3] and numbers.dtype == np.int32
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -144,6 +207,14 @@ def test_a_binary_shorter_than_its_index_is_refused_without_a_manifest(tmp_path)
         file.truncate(18)
     with pytest.raises(DataError, match=r"train.bin: 18 bytes; its index says 20"):
         Indexed.open(tmp_path / "train")
+
+
+def test_a_source_of_more_documents_than_batches_can_number_is_refused(copy, monkeypatch):
+    monkeypatch.setattr("data.store.MOST_DOCUMENTS", 100)
+    with pytest.raises(
+        DataError, match=r"store: source verse of train has \d+ documents; batches number at most 100 of a source"
+    ):
+        Store.open(copy)
 
 
 def test_verify_finds_a_changed_byte(copy):
