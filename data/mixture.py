@@ -27,13 +27,14 @@ class Mixture:
     """Shares samples among sources by weight.
 
     Args:
-        weights: one positive number a source; only their ratios matter.
+        weights: one number a source, none below 0 and not all 0; only their ratios matter.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        assert weights and all(weight > 0 for weight in weights), weights
+        assert any(weights) and all(weight >= 0 for weight in weights), weights
         exact = [Fraction(weight) for weight in weights]
         total = sum(exact)
+        self.too_small = [source for source, weight in enumerate(exact) if weight * M < total]  # may never be drawn
         self._bounds = [int(M * sum(exact[:j]) / total) for j in range(len(exact) + 1)]  # [S+1] from 0 to M
 
     def counts(self, n: int) -> list[int]:
@@ -55,11 +56,14 @@ class Mixture:
 
     def samples_until(self, limits: Sequence[int | None]) -> int | None:
         """The largest n for which no source gives more than its limit among the first n; None without any limit."""
-        if all(limit is None for limit in limits):
+        drawn = [left < right for left, right in pairwise(self._bounds)]
+        limited = {source: limit for source, limit in enumerate(limits) if limit is not None and drawn[source]}
+        if not limited:
             return None
 
         def fits(n: int) -> bool:
-            return all(limit is None or count <= limit for count, limit in zip(self.counts(n), limits))
+            counts = self.counts(n)
+            return all(counts[source] <= limit for source, limit in limited.items())
 
         high = 1
         while fits(high):

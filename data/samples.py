@@ -94,7 +94,7 @@ class Samples:
 
     Raises:
         DataError: a store cannot be used, its tokenizer differs from the first one's, a source is too short for one
-            sample, or two sources have one name.
+            sample, a weight is too small for one, or two sources have one name.
     """
 
     def __init__(
@@ -216,6 +216,11 @@ class Samples:
                 weights.append(entry.weight * source.span.weight / total)
                 limits.append(None if entry.max_epochs is None else self._left(name, entry.max_epochs, before))
         mixture = Mixture(weights)
+        for few in mixture.too_small:
+            raise DataError(
+                f"data.train: source {self._streams[names[few]].source} has {weights[few] / sum(weights):.2g} of the weight; "
+                "with less than 2^-48 (3.6e-15) it may never be drawn; raise its weight, or leave it out"
+            )
         self._stretches.append(
             _Stretch(phase.first_sample, phase.sequence_length, mixture, tuple(names), tuple(limits), before)
         )

@@ -56,6 +56,23 @@ def test_counts_are_exact_where_the_sequence_comes_round():
     assert Mixture([1, 3]).counts(M) == [M // 4, 3 * M // 4]  # x_i takes each of the M values once
 
 
+@pytest.mark.parametrize("tiny", [0, 1, 2])
+def test_a_weight_too_small_to_be_drawn_is_named_and_its_limit_is_no_endless_search(tiny):
+    weights = [1.0, 2.0]
+    weights.insert(tiny, 1e-20)
+    mixture = Mixture(weights)
+    assert mixture.too_small == [tiny]
+    n = mixture.samples_until([5 if source == tiny else None for source in range(3)])
+    assert n is None or n > 2**48  # the rounding of a neighbour's share may leave it one place in 2^48
+    n = mixture.samples_until([0 if source == tiny else 7 for source in range(3)])
+    assert max(mixture.counts(n)) == 7 and max(mixture.counts(n + 1)) == 8
+
+
+def test_the_smallest_weight_that_is_taken_is_drawn_once_in_a_round():
+    mixture = Mixture([1, M - 1])
+    assert mixture.too_small == [] and mixture.counts(M) == [1, M - 1]
+
+
 def test_samples_end_where_a_limited_source_ends():
     mixture = Mixture([0.25, 0.75])
     n = mixture.samples_until([10, None])

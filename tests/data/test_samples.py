@@ -138,6 +138,13 @@ def test_a_source_shorter_than_a_sample_is_refused(tiny_store):
         one_phase(tiny_store, 1_000_000)
 
 
+def test_a_weight_too_small_for_a_single_sample_is_refused(tiny_store, tmp_path):
+    other = altered_copy(tiny_store, tmp_path / "other")
+    for weight in (1e-16, 1e-320):
+        with pytest.raises(DataError, match=r"data.train: source other/verse has .* of the weight; .* or leave it out"):
+            Samples([Phase(0, [StoreEntry(tiny_store.path), StoreEntry(other, weight)], T)], D_MTP, seed=0)
+
+
 def test_a_phase_with_other_weights_goes_on_where_the_sources_were_left(tiny_store, tmp_path):
     """Nothing comes twice before an epoch ends, whatever the mixture was."""
     known = windows(tiny_store, T)
