@@ -20,14 +20,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from data.counts import Count
+from data.errors import DataError
 from data.manifest import Record
 from data.shards import read_columns
 
 KEPT, EXACT, NEAR = 0, 1, 2  # verdicts
+MOST_JOINED = 2**31 - 1  # scipy numbers the nodes of a graph with int32
 EXAMPLES = 10  # pairs of each kind that are kept to look at
 EXAMPLE_CHARACTERS = 500
 
@@ -127,9 +127,17 @@ def _join(edges: Iterable[Edges]) -> Edges:
     The graph grows by one column at a time and is cut back to a star for each component, so that its size is that of the
     documents, not of all their edges.
     """
+    from scipy.sparse import coo_matrix  # half a second that a look at the recipe need not wait for
+    from scipy.sparse.csgraph import connected_components
+
     stars = np.empty((0, 2), np.int64)
     for more in edges:
         documents, ends = np.unique(np.concatenate([stars, more]), return_inverse=True)
+        if len(documents) > MOST_JOINED:
+            raise DataError(
+                f"dedup: {len(documents):,} documents resemble others; at most {MOST_JOINED:,} can be compared; "
+                "prepare the sources as several stores"
+            )
         ends = ends.reshape(-1, 2).astype(np.int32)
         graph = coo_matrix((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), (len(documents), len(documents)))
         _, component = connected_components(graph, directed=False)

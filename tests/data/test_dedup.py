@@ -2,6 +2,8 @@
 
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
 from math import sqrt
@@ -12,8 +14,10 @@ import numpy as np
 import pyarrow
 import pytest
 
-from data.dedup import Cleaned, Decision, Dedup, MinHash, Signer, columns, decide, edges_of
+from data.dedup.duplicates import Cleaned, Decision, decide, edges_of
+from data.dedup.signatures import Dedup, MinHash, Signer, columns
 from data.documents import Document, text_hash
+from data.errors import DataError
 from data.shards import write_shard
 
 FINEWEB = Dedup(minhash=MinHash())
@@ -143,6 +147,17 @@ def test_shards_and_the_order_of_columns_make_no_difference(tmp_path: Path) -> N
     assert backwards.summary == whole.summary
     assert lists(backwards) == lists(whole)
     assert 20 < np.count_nonzero(whole.verdicts[0]) < len(texts) - 20
+
+
+def test_more_documents_than_a_graph_can_number_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.dedup.duplicates.MOST_JOINED", 1)
+    with pytest.raises(DataError, match="dedup: 2 documents resemble others; at most 1 can be compared; prepare"):
+        duplicates([documents(["The same.", "The same."])], tmp_path, Dedup())
+
+
+def test_scipy_is_not_read_before_there_is_something_to_compare() -> None:
+    look = "import sys, data.dedup.duplicates; sys.exit(any(name.startswith('scipy') for name in sys.modules))"
+    subprocess.run([sys.executable, "-c", look], check=True)
 
 
 def test_without_minhash_or_without_hashes_the_other_still_works(tmp_path: Path) -> None:
