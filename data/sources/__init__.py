@@ -12,8 +12,9 @@ What the formats add:
     text         Markdown sections: the whole file, of at most `max_document_bytes`
     dataset      what `datasets` holds: a row group of Parquet, some 10 MB of JSON lines
 
-Bad input. A record that cannot be read is an `Unreadable` in the stream, and reading goes on; where more than `max_unreadable`
-of an input is unreadable, or its file is damaged, it is refused with a `DataError`.
+Bad input. A record that gives no document is an `Unreadable` in the stream, and reading goes on; where more than `max_unreadable`
+of an input is unreadable, or its file is damaged, it is refused with a `DataError`. Records without text and binary files of a
+tree are counted too, but speak against no input.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ Source = Annotated[
     Field(discriminator="kind"),
 ]
 
+NO_FAULT = {"no_text", "binary"}  # reasons that max_unreadable does not count
 FIRST_LOOK = 1000  # records after which a wrong text_field should have been noticed
 
 
@@ -57,7 +59,7 @@ def inputs(source: Source, cache: Path | None = None) -> list[Input]:
 
 
 def read_input(source: Source, item: Input, cache: Path | None = None) -> Iterator[Document | Unreadable]:
-    """The documents of one input and what is unreadable between them, in order. Documents without text are left out.
+    """The documents of one input, all of them with text, and what gives no document between them, in order.
 
     Raises:
         DataError: a file is damaged, or too much of the input is unreadable.
@@ -66,12 +68,12 @@ def read_input(source: Source, item: Input, cache: Path | None = None) -> Iterat
     first: Unreadable | None = None
     for record in source.records(item, cache or _default_cache()):
         count += 1
-        if isinstance(record, Unreadable):
+        if isinstance(record, Document) and (not record.text or record.text.isspace()):
+            record = Unreadable(record.where, "no_text", "nothing but white space")
+        if isinstance(record, Unreadable) and record.reason not in NO_FAULT:
             first = first or record
             unreadable += 1
-            yield record
-        elif record.text and not record.text.isspace():
-            yield record
+        yield record
         if count == FIRST_LOOK:
             _judge(source, item, first, unreadable, count)
     _judge(source, item, first, unreadable, count)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from data.documents import Document
+from data.documents import Document, Unreadable
 from data.sources.base import Input, SourceBase
 
 SKIPPED_FOLDERS = {
@@ -34,19 +34,20 @@ class StandardLibrary(SourceBase):
     def inputs(self, cache: Path) -> list[Input]:
         return [Input("the standard library")]
 
-    def records(self, item: Input, cache: Path) -> Iterator[Document]:
+    def records(self, item: Input, cache: Path) -> Iterator[Document | Unreadable]:
         root = Path(sysconfig.get_path("stdlib"))
         taken = 0
         for name in sorted(_names(root), key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
-            content = (root / name).read_bytes()
+            where, content = f"stdlib:{name.as_posix()}", (root / name).read_bytes()
             try:
                 text = content.decode("utf-8")
-            except UnicodeDecodeError:
+            except UnicodeDecodeError as error:
+                yield Unreadable(where, "not_utf8", f"byte {error.start} is not UTF-8")
                 continue
             if self.max_bytes is not None and taken + len(content) > self.max_bytes:
                 return
             taken += len(content)
-            yield Document(text, f"stdlib:{name.as_posix()}", self.language)
+            yield Document(text, where, self.language)
 
 
 def _names(root: Path) -> Iterator[Path]:

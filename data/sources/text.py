@@ -22,7 +22,8 @@ class TextSource(SourceBase):
         """The documents of one text. The n-th of several is located as `name#n`."""
         separator = self.separator.encode() if self.separator and self.markdown_sections is None else None
         offset = 0  # bytes before the record
-        for number, record in enumerate(records(file, separator, self.max_document_bytes), start=1):
+        found = records(file, separator, self.max_document_bytes)
+        for number, record in enumerate(_ended(found) if separator else found, start=1):
             where = f"{name}#{number}" if separator else name
             if isinstance(record, TooLong):
                 yield self.too_long(where, record.bytes)
@@ -44,8 +45,22 @@ class TextSource(SourceBase):
         if self.markdown_sections is None:
             yield Document(text, where, self.language)
             return
+        number = 0
         for number, section in enumerate(markdown.sections(text, self.markdown_sections), start=1):
             yield Document(section, f"{where}#{number}", self.language)
+        if not number:
+            yield Document("", where, self.language)
+
+
+def _ended(found: Iterator[bytearray | TooLong]) -> Iterator[bytearray | TooLong]:
+    """Records but for a last one of white space alone: what follows the separator that ends the file."""
+    blank: bytearray | None = None
+    for record in found:
+        if blank is not None:
+            yield blank
+        blank = None if isinstance(record, TooLong) or record.strip() else record
+        if blank is None:
+            yield record
 
 
 class TextFiles(TextSource):

@@ -20,10 +20,11 @@ VENDORED_FOLDERS = {"vendor", "vendored", "_vendor", "third_party", "third-party
 SKIPPED_FOLDERS = BUILT_FOLDERS | PACKAGE_FOLDERS | VENDORED_FOLDERS
 
 BINARY_PREFIX = 8192  # a NUL byte this early shows a binary file without reading it whole
+BINARY = "holds a NUL byte; exclude such files"
 
 
 class SourceTree(SourceBase):
-    """The UTF-8 files of folders, one document each; hidden, vendored and binary ones and links are left out."""
+    """The UTF-8 files of folders, one document each; hidden and vendored ones and links are left out, binary ones are counted."""
 
     kind: Literal["tree"]
     path: str | list[str]  # a folder, a pattern of folders, or a list of these
@@ -50,8 +51,7 @@ class SourceTree(SourceBase):
 
     def records(self, item: Input, cache: Path) -> Iterator[Document | Unreadable]:
         for file in item.files:
-            if (record := self._read(file)) is not None:
-                yield record
+            yield self._read(file)
 
     def _files(self, root: Path) -> list[Path]:
         found: list[Path] = []
@@ -69,13 +69,12 @@ class SourceTree(SourceBase):
         )
         return included and not excluded
 
-    def _read(self, path: str) -> Document | Unreadable | None:
-        """None for a binary file."""
+    def _read(self, path: str) -> Document | Unreadable:
         try:
             with open(path, "rb") as file:
                 content = file.read(BINARY_PREFIX)
                 if b"\0" in content:
-                    return None
+                    return Unreadable(path, "binary", BINARY)
                 size = os.fstat(file.fileno()).st_size
                 if size > self.max_document_bytes:
                     return self.too_long(path, size)
@@ -85,7 +84,7 @@ class SourceTree(SourceBase):
                 f"{path}: cannot be read ({error.strerror or error}); check the file and its rights"
             ) from None
         if b"\0" in content:
-            return None
+            return Unreadable(path, "binary", BINARY)
         try:
             return Document(content.decode(), path, self.language)
         except UnicodeDecodeError as error:

@@ -52,3 +52,11 @@ def test_the_standard_library_is_bounded_and_always_the_same():
     total = sum(len(document.encode()) for document in documents)
     assert limit / 2 < total <= limit
     assert documents == texts(kind="stdlib", max_bytes=limit)
+
+
+def test_a_file_of_the_standard_library_that_is_no_utf8_is_counted(tmp_path, monkeypatch):
+    (tmp_path / "latin.py").write_bytes(b"caf\xe9")
+    (tmp_path / "utf8.py").write_text("good")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert texts(kind="stdlib", max_unreadable=0.5) == ["good"]
+    assert reasons(kind="stdlib", max_unreadable=0.5) == [("stdlib:latin.py", "not_utf8")]

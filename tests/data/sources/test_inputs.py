@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from data.documents import Document, Unreadable
 from data.errors import DataError
 from data.sources import base, inputs, read_input
-from tests.data.sources.reading import lines, records, source, texts
+from tests.data.sources.reading import lines, reasons, records, source, texts
 
 
 def names(**fields):
@@ -60,7 +60,7 @@ def test_an_empty_file_holds_no_documents(tmp_path, name):
     assert records(kind="jsonl", path=str(tmp_path)) == []
 
 
-@pytest.mark.parametrize(("kind", "name"), [("parquet", "a.parquet"), ("text", "a.txt"), ("wikipedia", "a.xml.bz2")])
+@pytest.mark.parametrize(("kind", "name"), [("parquet", "a.parquet"), ("wikipedia", "a.xml.bz2")])
 def test_an_empty_file_of_another_kind_holds_none_either(tmp_path, kind, name):
     (tmp_path / name).write_bytes(b"")
     assert records(kind=kind, path=str(tmp_path)) == []
@@ -75,9 +75,11 @@ def test_documents_say_where_they_are_from_in_which_language_and_what_was_kept_o
     assert document == Document("x", f"{tmp_path}/a.jsonl:2", "de", metadata)
 
 
-def test_white_space_alone_is_no_document(tmp_path):
+def test_white_space_alone_is_no_document_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines("one", " \n\t", "", "two"))
-    assert texts(kind="jsonl", path=str(tmp_path)) == ["one", "two"]
+    fields = {"kind": "jsonl", "path": str(tmp_path), "max_unreadable": 0}
+    assert texts(**fields) == ["one", "two"]
+    assert reasons(**fields) == [("a.jsonl:2", "no_text"), ("a.jsonl:3", "no_text")]
 
 
 def test_an_input_with_too_much_that_is_unreadable_is_refused_with_the_first_of_it(tmp_path):

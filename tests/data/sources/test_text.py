@@ -17,6 +17,19 @@ def test_text_files_keep_every_byte_and_may_be_cut(tmp_path):
     cut = records(kind="text", path=str(tmp_path / "**" / "b.txt"), separator="===")
     assert [record.text for record in cut] == ["deux é", "trois"]
     assert [record.where for record in cut] == [f"{tmp_path}/deep/b.txt#1", f"{tmp_path}/deep/b.txt#2"]
+    (tmp_path / "a.txt").write_bytes(b"one=== ===\n===two")
+    assert reasons(kind="text", path=str(tmp_path / "a.txt"), separator="===") == [
+        ("a.txt#2", "no_text"),
+        ("a.txt#3", "no_text"),
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"markdown_sections": 2}])
+def test_a_text_file_without_text_is_counted(tmp_path, more):
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.txt").write_bytes(b" \n")
+    fields = {"kind": "text", "path": str(tmp_path), **more}
+    assert reasons(**fields) == [("a.txt", "no_text"), ("b.txt", "no_text")]
 
 
 def test_a_compressed_text_is_read_as_its_content(tmp_path):

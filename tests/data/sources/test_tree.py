@@ -2,6 +2,7 @@
 
 import pytest
 
+from data.documents import Document
 from data.errors import DataError
 from data.sources import inputs
 from tests.data.sources.reading import reasons, records, source, texts
@@ -33,12 +34,18 @@ def tree(tmp_path):
 
 def test_what_people_wrote_is_read_and_nothing_that_tools_put_there(tree):
     found = records(kind="tree", path=str(tree), language="code")
-    assert [(record.where, record.text) for record in found] == [
+    assert [(record.where, record.text) for record in found if isinstance(record, Document)] == [
         (f"{tree}/lib/util.c", "c"),
         (f"{tree}/lib/util.py", "util"),
         (f"{tree}/main.py", "main"),
     ]
     assert len(inputs(source(kind="tree", path=str(tree)))) == 1
+
+
+def test_binary_and_empty_files_are_counted_and_speak_against_no_tree(tree):
+    fields = {"kind": "tree", "path": str(tree), "max_unreadable": 0}
+    assert reasons(**fields) == [("late.py", "binary"), ("empty.py", "no_text"), ("logo.py", "binary")]
+    assert reasons(**fields, exclude=["late.py", "logo.py"]) == [("empty.py", "no_text")]
 
 
 def test_patterns_choose_files_by_their_name_or_path(tree):
@@ -54,5 +61,5 @@ def test_patterns_choose_files_by_their_name_or_path(tree):
 def test_a_file_that_is_too_long_or_no_utf8_is_located(tree):
     (tree / "latin.py").write_bytes(b"caf\xe9")
     (tree / "long.py").write_bytes(b"x" * 101)
-    fields = {"kind": "tree", "path": str(tree), "include": ["l*.py"], "max_unreadable": 1, "max_document_bytes": 100}
+    fields = {"kind": "tree", "path": str(tree), "include": ["la*.py", "long.py"], "max_unreadable": 1, "max_document_bytes": 100}
     assert reasons(**fields) == [("late.py", "too_long"), ("latin.py", "not_utf8"), ("long.py", "too_long")]

@@ -5,6 +5,7 @@ from xml.sax.saxutils import escape
 
 import pytest
 
+from data.documents import Document
 from data.errors import DataError
 from data.sources.wikitext import plain
 from tests.data.sources.reading import reasons, records, texts
@@ -74,8 +75,11 @@ def test_articles_become_text_and_nothing_else_does(tmp_path):
     )  # a multistream dump
     found = records(kind="wikipedia", path=str(tmp_path), language="de")
     expected = [(f"{name}:{title}", text) for name in ("a.xml", "b.xml.bz2") for title, text in PAGES]
-    assert [(record.where.removeprefix(f"{tmp_path}/"), record.text) for record in found] == expected
-    assert {record.language for record in found} == {"de"}
+    documents = [record for record in found if isinstance(record, Document)]
+    assert [(document.where.removeprefix(f"{tmp_path}/"), document.text) for document in documents] == expected
+    empty = [f"{name}:{title}" for name in ("a.xml", "b.xml.bz2") for title in ("Data", "Only a box")]
+    assert reasons(kind="wikipedia", path=str(tmp_path)) == [(where, "no_text") for where in empty]
+    assert {document.language for document in documents} == {"de"}
 
 
 PAGES = [("Sable", TEXT), ("Zwei", "Zwei\n\nNew.\n")]
