@@ -1,6 +1,7 @@
 """A step of the user's own, by its import path: any class with `apply(document) -> Document | Rejected`."""
 
-import importlib
+import importlib.util
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -43,6 +44,14 @@ class Custom(StepRecord):
         if not callable(getattr(step, "apply", None)):
             raise DataError(f"{where}: has no method apply(document); a step returns the document, or a Rejected")
         return _Custom(step, where)
+
+    def files(self) -> list[Path]:
+        """The file of the step's module; none where there is no such file, which `build` says."""
+        try:
+            found = importlib.util.find_spec(self.step.split(":")[0])
+        except Exception:  # the packages above the module are imported, and raise what they like
+            return []
+        return [Path(found.origin)] if found and found.has_location and found.origin else []
 
 
 class _Custom:

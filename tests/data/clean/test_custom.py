@@ -51,6 +51,14 @@ def test_a_class_by_its_import_path_is_a_step() -> None:
     assert Custom(step="own_steps:Shout").build().apply(replace(document, text="")) == Rejected("silent")
 
 
+def test_the_files_of_a_step_are_its_module_which_is_not_imported_for_that(tmp_path: Path) -> None:
+    assert Custom(step="own_steps:Shout").files() == [tmp_path / "own_steps.py"]
+    assert Custom(step="own_broken:Shout").files() == [tmp_path / "own_broken.py"]
+    assert "own_steps" not in sys.modules
+    assert Custom(step="own_nothing:Shout").files() == Custom(step="own_nothing.inner:Shout").files() == []
+    assert Custom(step="itertools:count").files() == []
+
+
 @pytest.mark.parametrize(
     ("step", "options", "message"),
     [
