@@ -25,6 +25,7 @@ from pydantic import Field
 
 from data.documents import Document, Unreadable
 from data.errors import DataError
+from data.files import cache_folder
 from data.sources.base import Input
 from data.sources.dataset import HubDataset
 from data.sources.jsonl import JsonLines
@@ -55,7 +56,7 @@ def inputs(source: Source, cache: Path | None = None) -> list[Input]:
     Raises:
         DataError: a path gives nothing, a wheel or a data set cannot be had, a package is missing.
     """
-    return source.inputs(cache or _default_cache())
+    return source.inputs(cache or cache_folder())
 
 
 def read_input(source: Source, item: Input, cache: Path | None = None) -> Iterator[Document | Unreadable]:
@@ -66,7 +67,7 @@ def read_input(source: Source, item: Input, cache: Path | None = None) -> Iterat
     """
     count = unreadable = 0
     first: Unreadable | None = None
-    for record in source.records(item, cache or _default_cache()):
+    for record in source.records(item, cache or cache_folder()):
         count += 1
         if isinstance(record, Document) and (not record.text or record.text.isspace()):
             record = Unreadable(record.where, "no_text", "nothing but white space")
@@ -87,7 +88,3 @@ def _judge(source: Source, item: Input, first: Unreadable | None, unreadable: in
         f"{first.where}: {first.detail}; {unreadable:,} of {count:,} records of {item.name} unreadable, more than "
         f"max_unreadable = {source.max_unreadable} of source {source.name}; mend or remove them, or raise max_unreadable"
     )
-
-
-def _default_cache() -> Path:
-    return Path.home() / ".cache" / "rorqual"

@@ -72,9 +72,10 @@ def expand(paths: str | list[str], source: str, endings: tuple[str, ...] = ()) -
             files = sorted(path for path in expanded.rglob("*") if _counts(path, expanded, endings))
         else:
             files = sorted(Path(match) for match in glob(str(expanded), recursive=True) if Path(match).is_file())
-        if not files and expanded.is_dir() and endings:
+        if not files and expanded.is_dir():
+            wanted = f" that ends in {' or '.join(endings)} (or that, compressed)" if endings else ""
             raise DataError(
-                f"source {source}: path = {pattern!r}: has no file that ends in {' or '.join(endings)} (or that, compressed); "
+                f"source {source}: path = {pattern!r}: a folder that has no file{wanted}; "
                 "mend the path, or name the files by a pattern"
             )
         if not files:

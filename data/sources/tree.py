@@ -45,7 +45,8 @@ class SourceTree(SourceBase):
             files.update(dict.fromkeys(file for root in roots for file in self._files(Path(root))))
         if not files:
             raise DataError(
-                f"source {self.name}: include = {self.include}: no file of {self.path} is called so; mend the patterns"
+                f"source {self.name}: path = {self.path!r}: has no file that `include` and `exclude` leave; mend the path or "
+                f"the patterns (include: {self.include}, exclude: {self.exclude})"
             )
         return grouped(list(files))
 

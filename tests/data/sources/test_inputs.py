@@ -49,8 +49,10 @@ def test_a_path_that_matches_nothing_is_refused(tmp_path, kind):
 
 
 def test_a_folder_without_files_of_the_kind_says_which_endings_count(tmp_path):
+    with pytest.raises(DataError, match=r"path = '.*': a folder that has no file; mend the path"):
+        inputs(source(kind="text", path=str(tmp_path)))
     (tmp_path / "README.md").write_text("x")
-    with pytest.raises(DataError, match=r"has no file that ends in \.parquet"):
+    with pytest.raises(DataError, match=r"path = '.*': a folder that has no file that ends in \.parquet"):
         inputs(source(kind="parquet", path=str(tmp_path)))
 
 

@@ -53,7 +53,8 @@ def test_patterns_choose_files_by_their_name_or_path(tree):
     assert texts(kind="tree", path=str(tree), include=["lib/*"], exclude=["*.c"]) == ["util"]
     assert texts(kind="tree", path=[str(tree / "li*"), str(tree)], include=["*.py"]) == ["util", "main"]
     with pytest.raises(
-        DataError, match=r"source it: include = \['\*.rs'\]: no file of .* is called so; mend the patterns"
+        DataError,
+        match=r"source it: path = '.*': has no file that `include` .* leave; .* \(include: \['\*.rs'\], exclude",
     ):
         inputs(source(kind="tree", path=str(tree), include=["*.rs"]))
 
@@ -61,5 +62,11 @@ def test_patterns_choose_files_by_their_name_or_path(tree):
 def test_a_file_that_is_too_long_or_no_utf8_is_located(tree):
     (tree / "latin.py").write_bytes(b"caf\xe9")
     (tree / "long.py").write_bytes(b"x" * 101)
-    fields = {"kind": "tree", "path": str(tree), "include": ["la*.py", "long.py"], "max_unreadable": 1, "max_document_bytes": 100}
+    fields = {
+        "kind": "tree",
+        "path": str(tree),
+        "include": ["la*.py", "long.py"],
+        "max_unreadable": 1,
+        "max_document_bytes": 100,
+    }
     assert reasons(**fields) == [("late.py", "too_long"), ("latin.py", "not_utf8"), ("long.py", "too_long")]
