@@ -30,12 +30,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from data.errors import DataError
+from data.hashing import scramble
 from data.indexed import Tokens, token_dtype
 from data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, eos_token_id, load_tokenizer, vocab_size
 from data.tokenizer.words import Words
 
 # Text that the tokenizers library is given at a time: it takes about 130 bytes of memory for each byte of text.
 MOST_CHARACTERS = 1 << 18
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64 (Steele, Lea and Flood, 2014)
 LINE_START = re.compile(r".*\n(?=[^\W_])", re.DOTALL)  # matches up to the last one
 WORD_START = re.compile(r".*[^\W\d_](?= [^\W\d_])", re.DOTALL)
 
@@ -175,7 +177,7 @@ class JoinedTokens:
         ends = np.cumsum(counts)
         run = ends.searchsorted(found, side="right")
         place = (found - (ends - counts)[run]).astype(np.uint64)
-        chosen = _scramble(keys[run] + (place + np.uint64(1)) * GOLDEN)
+        chosen = scramble(keys[run] + (place + np.uint64(1)) * GOLDEN)
         kept = (chosen >> np.uint64(11)) * 2.0**-53 < rates[run]
         found, run = found[kept], run[kept]
         numbers = tokens[found]
@@ -208,16 +210,6 @@ def _joined_tokens(folder: Path, modified: int) -> JoinedTokens:
     lengths = np.ones(size, np.int64)
     lengths[list(halves)] = [len(ids) for ids in halves.values()]
     return JoinedTokens(halves, lengths)
-
-
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64 (Steele, Lea and Flood, 2014)
-
-
-def _scramble(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64: every input bit reaches every output bit."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
 
 
 def _draws(purpose: str, seed: int, digest: bytes, *place: int) -> list[int]:

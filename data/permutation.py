@@ -11,6 +11,8 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from data.hashing import scramble
+
 ROUNDS = 8  # half-rounds; 4 full Feistel rounds suffice for a pseudorandom permutation (Luby and Rackoff, 1988)
 
 
@@ -43,13 +45,6 @@ class Permutation:
         high_mask, low_mask = self._masks
         high, low = numbers >> self._low_bits, numbers & low_mask
         for turn in range(0, ROUNDS, 2):
-            high = high ^ (_hash(low + self._keys[turn]) & high_mask)
-            low = low ^ (_hash(high + self._keys[turn + 1]) & low_mask)
+            high = high ^ (scramble(low + self._keys[turn]) & high_mask)
+            low = low ^ (scramble(high + self._keys[turn + 1]) & low_mask)
         return (high << self._low_bits) | low
-
-
-def _hash(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): every input bit reaches every output bit."""
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
