@@ -17,7 +17,7 @@ from data.tokenizer.folder import (
     load_tokenizer,
     vocab_size,
 )
-from data.tokenizer.measure import bytes_per_token, evaluate_tokenizer, token_bytes
+from data.tokenizer.measure import evaluate_tokenizer, token_bytes
 from data.tokenizer.pieces import train_sentencepiece
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "FIM_HOLE",
     "PAD",
     "SPECIAL_TOKENS",
-    "bytes_per_token",
     "copy_folder",
     "decode",
     "encode",

@@ -1,4 +1,4 @@
-"""How much text tokens stand for: bytes of each token, bytes per token of a text, and one tokenizer held against another."""
+"""How much text tokens stand for: bytes of each token, and one tokenizer held against another."""
 
 import json
 from collections.abc import Sequence
@@ -31,12 +31,6 @@ def token_bytes(folder: Path) -> npt.NDArray[np.int64]:
     if (unknown := tokenizer.token_to_id("<unk>")) is not None:
         lengths[unknown] = 0
     return lengths
-
-
-def bytes_per_token(folder: Path, texts: Sequence[str]) -> float:
-    """UTF-8 bytes of some texts over their tokens; 0 for no text."""
-    tokens = sum(len(encode(folder, [text])[0]) for text in texts)  # one by one: encodings take much memory
-    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
 
 
 def evaluate_tokenizer(
