@@ -7,7 +7,8 @@ name in /dev/shm that could be left behind, and the memory is free as soon as no
 
 The socket is also how each side learns of the other's end, however it came: a maker whose user is gone reads its end and exits, and
 the user of a dead maker gets an error that says so. Signals that ask a run to stop reach all its processes; makers leave
-them to the run, which may still need a batch before it saves.
+them to the run, which may still need a batch before it saves, from the moment of the fork on: an exception there would make
+a second run of them.
 
 Linux only. Fork before large tensors are made: what is written later is copied for as long as a maker may look at the old pages.
 """
@@ -22,7 +23,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Generic, NoReturn, TypeVar
@@ -32,6 +33,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that ask a run to stop
 ITEMS_AHEAD = 4  # of each process: made, and not yet asked for
 MESSAGE = 1 << 16  # bytes; the largest error that is passed on as it is
 PATIENCE = 5.0  # seconds that a process gets to end by itself
@@ -60,17 +62,16 @@ class Prefetch(Generic[E]):
     ) -> None:
         self._shapes = shapes
         self._makers: list[_Maker] = []
-        plan = iter(plan)
-        for number in range(workers):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            if not (process := os.fork()):
-                for end in [ours, *(maker.socket for maker in self._makers)]:
-                    end.close()
-                _make(theirs, _every(plan, number, workers), shapes, fill)
-            theirs.close()
-            self._makers.append(_Maker(process, ours))
-        self._plan = enumerate(plan)
         self._end = weakref.finalize(self, _end, self._makers)
+        plan = iter(plan)
+        self._plan = enumerate(plan)
+        try:
+            with _signals_blocked():
+                for number in range(workers):
+                    self._makers.append(_start(self._makers, _every(plan, number, workers), shapes, fill))
+        except BaseException:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[tuple[E, Arrays]]:
         return self
@@ -141,6 +142,39 @@ class _Maker:
         return f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let signals that ask a run to stop wait: a process that is forked here never gets them, and this thread gets them at the end.
+
+    Another thread may still take one. If the exception then comes between a fork and its record, the maker finds its socket closed.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start(
+    makers: Sequence[_Maker],
+    entries: Iterator[E],
+    shapes: Callable[[E], Sequence[Shape]],
+    fill: Callable[[E, Arrays], None],
+) -> _Maker:
+    """One more maker beside these, which makes these entries."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        if process := os.fork():
+            return _Maker(process, ours)
+        try:
+            for end in [ours, *(maker.socket for maker in makers)]:
+                end.close()
+            _make(theirs, entries, shapes, fill)
+        finally:
+            os._exit(1)  # whatever went wrong, the forked program does not go on here
+
+
 def _end(makers: Sequence[_Maker]) -> None:
     for maker in makers:
         maker.socket.close()
@@ -166,8 +200,6 @@ def _make(
     """The life of a process. It ends without running what the forked program has registered for its exit."""
     code = 1
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
         gc.freeze()  # what the forked program has made is not for this process to collect
         for made, entry in enumerate(entries):
             if made >= ITEMS_AHEAD and not user.recv(1):

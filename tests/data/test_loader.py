@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 
@@ -220,6 +221,62 @@ def test_signals_to_all_processes_of_a_run_leave_its_batches(samples):
         os.kill(process, number)
     assert len([next(steps) for _ in range(20)]) == 20
     steps.close()
+
+
+FORKING = """
+import os, signal, sys
+from pathlib import Path
+from data.loader import Loader
+from tests.data.test_loader import Counted, endless
+fork = os.fork
+def interrupted():
+    process = fork()
+    if not process:
+        os.kill(os.getpid(), signal.SIGINT)
+    return process
+os.fork = interrupted
+try:
+    steps = Loader(Counted(Path(sys.argv[1])), workers=2).steps(endless())
+    print(len([next(steps) for _ in range(8)]), flush=True)
+    steps.close()
+finally:
+    print("the run ends", flush=True)
+"""
+
+
+def test_a_signal_at_the_moment_of_the_fork_makes_no_second_run(tmp_path):
+    run = subprocess.run([sys.executable, "-c", FORKING, str(tmp_path / "notes")], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "8\nthe run ends\n", "")
+
+
+def test_a_run_that_is_stopped_while_its_processes_start_leaves_none(tmp_path, monkeypatch):
+    before, fork = children(), os.fork
+
+    def stopping():
+        if process := fork():
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(os, "fork", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        Loader(Counted(tmp_path / "notes"), workers=2).steps(endless())
+    assert children() == before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_process_that_cannot_be_started_ends_those_before_it(tmp_path, monkeypatch):
+    before, fork, started = children(), os.fork, []
+
+    def once():
+        if started:
+            raise BlockingIOError("Resource temporarily unavailable")
+        started.append(fork())
+        return started[0]
+
+    monkeypatch.setattr(os, "fork", once)
+    with pytest.raises(BlockingIOError):
+        Loader(Counted(tmp_path / "notes"), workers=2).steps(endless())
+    assert started and children() == before
 
 
 PARENT = """
