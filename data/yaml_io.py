@@ -1,5 +1,6 @@
-"""YAML files as plain dictionaries, and what is wrong with them in one line."""
+"""YAML as plain dictionaries and back, and what is wrong with them in one line."""
 
+import io
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,6 +51,16 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: the top level is a {type(content).__name__}; it must be a mapping of keys to values")
     return content
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """Plain values as YAML, keys in their order."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    written = io.StringIO()
+    yaml.dump(content, written)
+    return written.getvalue()
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], content: Any) -> str:

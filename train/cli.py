@@ -262,7 +262,7 @@ def stats(
     opened = Store.open(store)
     print(json.dumps(store_stats(opened), indent=1))
     if html is not None:
-        write_report(Report.read(opened.path), html)
+        write_report(Report.read(opened.path), html, opened.manifest.recipe)
 
 
 @data.command("import")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,12 +17,16 @@ from data.errors import DataError
 from data.files import replace_file
 from data.report import plots
 from data.report.shape import RejectedDocument, Report, Tokens
+from data.yaml_io import as_yaml
 
 TEMPLATE = "page.html"
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: Report, path: Path, recipe: dict[str, Any] | None = None) -> None:
     """Write the page. Equal reports give equal bytes.
+
+    Args:
+        recipe: what the manifest says of the recipe; None: the page does not show it.
 
     Raises:
         DataError: there is no place for a file at `path`.
@@ -30,12 +34,12 @@ def write_report(report: Report, path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         found = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise DataError(f"html = {str(path)!r}: {found}; give the page a file's name in a folder that exists")
-    page = render(report)
+    page = render(report, recipe)
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def render(report: Report) -> str:
+def render(report: Report, recipe: dict[str, Any] | None = None) -> str:
     """The page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -49,6 +53,7 @@ def render(report: Report) -> str:
     train = {source: splits["train"] for source, splits in report.tokens.items() if "train" in splits}
     return environment.get_template(TEMPLATE).render(
         report=report,
+        recipe=as_yaml(recipe) if recipe else "",
         colours=colours,
         stages=_stages(report, colours),
         reasons=_reasons(report, colours),

@@ -90,6 +90,12 @@ def test_texts_are_shown_and_never_run() -> None:
     assert page.words.count(attack) > 20
 
 
+def test_the_recipe_is_shown_with_all_its_settings() -> None:
+    page = Page(render(example(), {"sources": [{"name": "<b>ä</b>", "weight": 1.5, "steps": None}], "seed": 7}))
+    assert page.words.rstrip().endswith("sources:\n- name: <b>ä</b>\n  weight: 1.5\n  steps: null\nseed: 7")
+    assert "The whole recipe" not in Page(render(example())).words
+
+
 def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     text = render(example())
     page = Page(text)

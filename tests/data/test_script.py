@@ -44,10 +44,10 @@ def test_any_tasks_of_an_array_make_one_store_and_its_report(tmp_path, copy):
         started(SCRIPT, tmp_path, "recipe.yaml", "store/", **slurm, SLURM_ARRAY_TASK_ID="7"),
     ]
     said = [task.communicate()[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
+    assert [task.returncode for task in tasks] == [0, 0], "\n".join(said)
     assert sorted('"documents": 120' in words for words in said) == [False, True] and not (store / STAGING).exists()
     text = page.read_text(encoding="utf-8")
-    assert "verse" in text and "code" in text
+    assert "verse" in text and "code" in text and "vocab_size: 400" in text
 
     page.unlink()
     alone = started(SCRIPT, tmp_path, "recipe.yaml", "store")
