@@ -33,14 +33,14 @@ def started(script, folder, *arguments, **more):
 
 
 def test_any_tasks_of_an_array_make_one_store_and_its_report(tmp_path, copy):
-    """3 and 7: Slurm's copy of the script, submitted from the repository, and the script itself with relative paths."""
+    """3 by Slurm's copy of the script, 7 by the script itself, with paths from where they are called."""
     recipe = write_tiny_recipe(tmp_path, documents=60, vocab_size=400).model_dump_json()
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")  # JSON is YAML
     store, page = tmp_path / "store", tmp_path / "store-report.html"
     slurm = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}
     slurm |= {"SLURM_CPUS_PER_TASK": "1", "SLURM_SUBMIT_DIR": str(ROOT)}
     tasks = [
-        started(copy, ROOT, tmp_path / "recipe.yaml", store, **slurm, SLURM_ARRAY_TASK_ID="3"),
+        started(copy, tmp_path, "recipe.yaml", "store/", **slurm, SLURM_ARRAY_TASK_ID="3"),
         started(SCRIPT, tmp_path, "recipe.yaml", "store/", **slurm, SLURM_ARRAY_TASK_ID="7"),
     ]
     said = [task.communicate()[0] for task in tasks]
