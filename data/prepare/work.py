@@ -115,7 +115,8 @@ class Work:
                     yield item, stack.pop_all()
 
     def _lock_of(self, item: Item) -> Path:
-        return self.folder / "locks" / hashlib.sha256(str(item.done).encode()).hexdigest()[:16]
+        place = os.path.relpath(item.done, self.folder)  # the same however two tasks spell the folder
+        return self.folder / "locks" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
     def _results(self, function: Callable[..., str], begun: Iterator[tuple[Item, ExitStack]]) -> Iterator[str]:
         """What the function returns of each item, in the order in which they end."""

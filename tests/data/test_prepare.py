@@ -57,7 +57,9 @@ def test_the_store_does_not_depend_on_the_number_of_workers(recipe, tmp_path):
 def test_tasks_share_the_work_and_make_the_same_store(recipe, tmp_path):
     expected = content(prepare(recipe, tmp_path / "one").path)
     shares = [Share(1, 3), Share(2, 3), Share()]  # the last is somebody who is impatient
-    tasks = [PROCESSES.Process(target=prepare, args=(recipe, tmp_path / "three", 1, share)) for share in shares]
+    spelt = [tmp_path / "three", tmp_path / "three", tmp_path / "killed" / ".." / "three"]
+    (tmp_path / "killed").mkdir()
+    tasks = [PROCESSES.Process(target=prepare, args=(recipe, out, 1, share)) for out, share in zip(spelt, shares)]
     for task in tasks:
         task.start()
     for task in tasks:
