@@ -260,23 +260,17 @@ def _write_split(
     for file, piece in zip(files, pieces):
         _place(file, out / f"{piece}.bin", dtype)
         write_index(out / piece, file.lengths, dtype)
-    spans: list[SourceSpan] = []
-    first = 0
-    for source, own, size in zip(sources, of_sources, sizes):
-        documents = sum(len(file.lengths) for file in own)
-        spans.append(
-            SourceSpan(
-                name=source.name,
-                weight=source.weight,
-                first_document=first,
-                last_document=first + documents - 1,
-                documents=documents,
-                tokens=sum(len(file.tokens) for file in own),
-                bytes=size,
-            )
+    spans = [
+        SourceSpan(
+            name=source.name,
+            weight=source.weight,
+            documents=sum(len(file.lengths) for file in own),
+            tokens=sum(len(file.tokens) for file in own),
+            bytes=size,
         )
-        first += documents
-    return SplitRecord(documents=first, tokens=sum(span.tokens for span in spans), pieces=pieces, sources=spans)
+        for source, own, size in zip(sources, of_sources, sizes)
+    ]
+    return SplitRecord.of(spans, pieces)
 
 
 def _place(file: _File, target: Path, dtype: np.dtype[Any]) -> None:

@@ -1,5 +1,6 @@
 """What a store is made of: written last, so that a store without its manifest is an unfinished one."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,8 @@ class SourceSpan(Record):
 
     name: str
     weight: float  # share of the samples, relative to the other sources of the store
-    first_document: int
-    last_document: int  # inclusive; first_document − 1 for a source without documents
+    first_document: int = 0
+    last_document: int = -1  # inclusive; first_document − 1 for a source without documents
     documents: int
     tokens: int  # each document's end-of-sentence token included
     bytes: int  # UTF-8 bytes of the text, without end-of-sentence tokens
@@ -39,6 +40,17 @@ class SplitRecord(Record):
         str
     ]  # names of its `.bin`/`.idx` pairs without their endings, in order: ["train"], or ["train-00000", …]
     sources: list[SourceSpan]
+
+    @classmethod
+    def of(cls, spans: Iterable[SourceSpan], pieces: list[str]) -> "SplitRecord":
+        """The record of sources that lie one after the other in this order."""
+        placed: list[SourceSpan] = []
+        first = 0
+        for span in spans:
+            last = first + span.documents - 1
+            placed.append(span.model_copy(update={"first_document": first, "last_document": last}))
+            first = last + 1
+        return cls(documents=first, tokens=sum(span.tokens for span in placed), pieces=pieces, sources=placed)
 
 
 class FileRecord(Record):

@@ -78,12 +78,6 @@ class Split:
             parts.append(self._part(indexed.sizes, piece, first, last, self._first_documents))
         return np.concatenate(parts)
 
-    def chunks(self, size: int) -> Iterator[Tokens]:
-        """All tokens, at most `size` of them at a time."""
-        for piece in self._pieces:
-            for start in range(0, len(piece.tokens), size):
-                yield piece.tokens[start : start + size]
-
     @property
     def pieces(self) -> list[Indexed]:
         return self._pieces

@@ -130,24 +130,19 @@ def first_lengths(job: Job, shards: list[Shard], split: str, most: int) -> list[
 def split_record(job: Job, shards: list[Shard], split: str) -> SplitRecord:
     """Counts of a split, and where each source lies in it."""
     spans: list[SourceSpan] = []
-    first = 0
     for number, source in enumerate(job.recipe.sources):
         counts = [encoding_of(job, shard).splits[split] for shard in shards if shard.source == number]
-        documents = sum(count.documents for count in counts)
         spans.append(
             SourceSpan(
                 name=source.name,
                 weight=source.weight,
-                first_document=first,
-                last_document=first + documents - 1,
-                documents=documents,
+                documents=sum(count.documents for count in counts),
                 tokens=sum(count.tokens for count in counts),
                 bytes=sum(count.bytes for count in counts),
             )
         )
-        first += documents
     prefixes = [piece.prefix for piece in read_record(_plan(job), Plan).splits[split]]
-    return SplitRecord(documents=first, tokens=sum(span.tokens for span in spans), pieces=prefixes, sources=spans)
+    return SplitRecord.of(spans, prefixes)
 
 
 def file_records(job: Job, records: dict[str, SplitRecord]) -> dict[str, FileRecord]:
