@@ -5,7 +5,6 @@ Opening reads sizes and headers only, so that it is quick however large the stor
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
