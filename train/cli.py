@@ -25,6 +25,7 @@ USERS_MISTAKES = {
     "train.config.RecipeError",
     "train.loggers.MetricsError",
     "train.planning.devices.DeviceError",
+    "train.scaling.errors.ScalingError",
 }
 
 # What the machine refuses, wherever it happens: strerror and the file name say it in one line.

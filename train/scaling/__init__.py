@@ -1,0 +1,1 @@
+"""Scaling laws: runs that measure them, fits, forecasts, and the law that a schedule reads."""
