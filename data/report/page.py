@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from data.counts import Count
 from data.dedup.duplicates import Pair
-from data.errors import DataError
-from data.files import replace_file
-from data.report import plots
+from data.report import html, plots
+from data.report.figures import PALETTE
 from data.report.shape import RejectedDocument, Report, Tokens
 from data.yaml_io import as_yaml
 
@@ -31,25 +29,14 @@ def write_report(report: Report, path: Path, recipe: dict[str, Any] | None = Non
     Raises:
         DataError: there is no place for a file at `path`.
     """
-    if path.is_dir() or not path.parent.is_dir():
-        found = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise DataError(f"html = {str(path)!r}: {found}; give the page a file's name in a folder that exists")
-    page = render(report, recipe)
-    with replace_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    html.write(render(report, recipe), path)
 
 
 def render(report: Report, recipe: dict[str, Any] | None = None) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = html.environment(Path(__file__).parent)
     environment.filters |= {"number": number, "size": size, "share": share}
-    colours = {source: plots.PALETTE[n % len(plots.PALETTE)] for n, source in enumerate(report.stages[0].sources)}
+    colours = {source: PALETTE[n % len(PALETTE)] for n, source in enumerate(report.stages[0].sources)}
     train = {source: splits["train"] for source, splits in report.tokens.items() if "train" in splits}
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -73,7 +60,7 @@ def render(report: Report, recipe: dict[str, Any] | None = None) -> str:
         difference=_difference,
         lengths_plot=Markup(plots.lengths(report.lengths, colours, "bytes")),
         token_lengths_plot=Markup(plots.lengths(report.token_lengths, colours, "tokens")),
-        clusters_plot=Markup(plots.clusters(report.duplicates.clusters, plots.PALETTE[0])),
+        clusters_plot=Markup(plots.clusters(report.duplicates.clusters, PALETTE[0])),
         bytes_per_token_plot=Markup(
             plots.bytes_per_token(
                 {source: tokens.bytes_per_token for source, tokens in train.items() if tokens.documents},

@@ -1,39 +1,13 @@
-"""Figures of the report as SVG that lies in the page: their text takes font and colour from the page, so dark pages work.
+"""Figures of the report of a preparation."""
 
-Equal input gives equal bytes.
-"""
-
-import re
 from collections.abc import Mapping
-from io import StringIO
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-# Observable's categorical palette; tells ten sources apart on white and on black.
-PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-GREY = "#8a8f98"  # of axes; readable on both
-WIDTH = 5.6  # inches: 403 of the page's pixels, what a narrow window has
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "rorqual",  # ids of markers and clips: the same in every run
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": "black",
-    "ytick.labelcolor": "black",
-}
+from data.report.figures import GREY, STYLE, WIDTH, svg
 
 
 def lengths(counts: Mapping[str, Mapping[int, int]], colours: Mapping[str, str], unit: str) -> str:
@@ -58,7 +32,7 @@ def lengths(counts: Mapping[str, Mapping[int, int]], colours: Mapping[str, str],
         ticks = edges[:: max(1, len(edges) // 7)]
         axes.set_xticks(ticks, [_short(1 << k, 1024) if k >= 0 else "0" for k in ticks])
         axes.set_xlabel(f"{unit} in a document")
-        return _svg(figure)
+        return svg(figure)
 
 
 def clusters(sizes: Mapping[int, int], colour: str) -> str:
@@ -77,7 +51,7 @@ def clusters(sizes: Mapping[int, int], colour: str) -> str:
         axes.set_xticks(places, [_short(1 << place, 1024) if place > 1 else str(place + 2) for place in places])
         axes.set_xlabel("documents in a group (from 4 on: up to the next number)")
         axes.grid(axis="x", visible=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def bytes_per_token(own: Mapping[str, float], reference: Mapping[str, float], colours: Mapping[str, str]) -> str:
@@ -98,7 +72,7 @@ def bytes_per_token(own: Mapping[str, float], reference: Mapping[str, float], co
         axes.set_xlim(0, max([*own.values(), *reference.values()]) * 1.08)
         axes.set_xlabel("bytes per token")
         axes.tick_params(axis="y", length=0)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -122,18 +96,3 @@ def _short(value: int, thousand: int) -> str:
             break
         value, unit = value // thousand, larger
     return f"{value}{unit}"
-
-
-def _svg(figure: Figure) -> str:
-    """The element alone, without a background, sizes in points, and ids that other figures of the page would repeat."""
-    figure.patch.set_visible(False)
-    for axes in figure.axes:
-        axes.patch.set_visible(False)
-    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with StringIO() as file:
-        figure.savefig(file, format="svg", metadata=nothing)
-        text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    return re.sub(r'<g id="[a-zA-Z0-9_.]+_\d+">', "<g>", text)
