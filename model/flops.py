@@ -1,7 +1,8 @@
 """Exact counts: parameters, training FLOPs per token, bytes kept for the backward pass. Each is tested against the real module.
 
-FLOPs are those of matrix products, 2 for a multiply-add, and a training step is three times its forward pass. Two conventions have
-two names: `flops_scaling` is the M of the scaling laws, `flops_mfu` what model FLOPs utilisation divides.
+FLOPs are those of matrix products, 2 for a multiply-add, and a training step is three times its forward pass. Conventions have
+names: `flops_scaling` is the M of the scaling laws, `flops_training` what a budget pays for, `flops_mfu` what model FLOPs
+utilisation divides.
 """
 
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ def flops_scaling(config: ModelConfig, sequence_length: int) -> int:
     layers = range(config.num_hidden_layers)
     per_layer = sum(_layer_matrices(config, layer).active for layer in layers)
     return TRAINING * (per_layer + config.num_hidden_layers * _attention_products(config, sequence_length))
+
+
+def flops_training(config: ModelConfig, sequence_length: int) -> int:
+    """Training FLOPs per token of everything that is trained, attention counted full: M, the output head, MTP with its heads.
+
+    A budget pays for this; the laws count M alone.
+    """
+    return flops_mfu(config, 2 * sequence_length)  # causal attention over 2T tokens has T keys a query
 
 
 def flops_mfu(config: ModelConfig, sequence_length: int) -> int:

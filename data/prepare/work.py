@@ -9,7 +9,6 @@ what the others have not begun, so that a task may start late, die or never come
 ends with the task. A stage ends when all its items are done.
 """
 
-import fcntl
 import hashlib
 import multiprocessing
 import multiprocessing.connection
@@ -29,6 +28,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from data.errors import DataError
+from data.locks import try_lock
 from data.progress import Progress
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 5.0  # seconds between two looks at what other tasks have done
@@ -105,13 +105,13 @@ class Work:
         """Whether no other task of the folder is at work."""
         with ExitStack() as stack:
             own = f"task-{self.share.task}.lock"
-            return all(_try_lock(lock, stack) for lock in self.folder.glob("task-*.lock") if lock.name != own)
+            return all(try_lock(lock, stack) for lock in self.folder.glob("task-*.lock") if lock.name != own)
 
     def _begun(self, items: list[Item]) -> Iterator[tuple[Item, ExitStack]]:
         """The items that nobody does, each locked for this task until its stack is closed."""
         for item in items:
             with ExitStack() as stack:
-                if _try_lock(self._lock_of(item), stack) and not item.done.exists():
+                if try_lock(self._lock_of(item), stack) and not item.done.exists():
                     yield item, stack.pop_all()
 
     def _lock_of(self, item: Item) -> Path:
@@ -151,27 +151,9 @@ class Work:
 def remove_if_unused(folder: Path) -> None:
     """Remove a finished store's work, unless a task still looks at it."""
     with ExitStack() as stack, suppress(FileNotFoundError):  # another task may be removing it
-        if not all(_try_lock(lock, stack, "r+") for lock in folder.glob("task-*.lock")):
+        if not all(try_lock(lock, stack, "r+") for lock in folder.glob("task-*.lock")):
             return
     shutil.rmtree(folder, ignore_errors=True)  # no lock file is open any more, which NFS would keep
-
-
-def _try_lock(path: Path, stack: ExitStack, mode: str = "a+") -> bool:
-    """Lock a file until the stack is closed or this process ends, however it ends; False where another process has it locked.
-
-    Raises:
-        DataError: the file system has no locks.
-    """
-    file = stack.enter_context(path.open(mode))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be locked ({error.strerror}); mount the file system with locks (flock), or give --out on another"
-        ) from None
-    return True
 
 
 @contextmanager
@@ -186,7 +168,7 @@ def _held(folder: Path, task: int) -> Iterator[None]:
         while True:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # a finished task has removed the folder in between
-                if _try_lock(path, stack):
+                if try_lock(path, stack):
                     break
                 raise DataError(
                     f"--out = {folder.parent}: process {path.read_text() or 'unknown'} is preparing it; "

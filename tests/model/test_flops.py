@@ -14,6 +14,7 @@ from model.flops import (
     activation_bytes,
     flops_mfu,
     flops_scaling,
+    flops_training,
     parameter_counts,
 )
 from model.init import initialize
@@ -96,6 +97,7 @@ def test_scaling_flops_are_those_of_mfu_without_head_and_mtp_and_with_full_atten
     config = make_config(num_nextn_predict_layers=0)
     head = TRAINING * config.vocab_size * config.hidden_size
     assert flops_scaling(config, 100) == flops_mfu(config, 200) - head
+    assert flops_training(config, 100) == flops_scaling(config, 100) + head
     assert flops_scaling(make_config(num_nextn_predict_layers=2), 100) == flops_scaling(config, 100)
 
 

@@ -1,0 +1,229 @@
+"""A cell of a ladder as a run: its recipe, its folder, and what it came to.
+
+A cell's folder carries a hash of its recipe in its name, so that a ladder that was edited finds the results that still hold and
+runs the others anew. `result.json` is written last; it is all that a table of runs is made from.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import data
+import model
+import parallel
+import train
+from data.files import replace_file
+from data.store import Store
+from model.config import ModelConfig
+from model.flops import flops_scaling, flops_training, parameter_counts
+from train.config import Recipe, parse_recipe
+from train.scaling.errors import ScalingError
+from train.scaling.family import at_width
+from train.scaling.ladder import Cell, Ladder
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. Losses are means over the training mixture, a source counting by its weight; infinite where it diverged."""
+
+    cell: Cell
+    recipe_hash: str
+    code_version: str
+    params: int  # N, without embedding and head; all experts counted
+    active: int
+    flops_per_token: int  # M
+    all_flops_per_token: int  # with the output head and MTP
+    tokens: int
+    steps: int
+    loss: float  # nats per token
+    bits_per_byte: float
+    by_source: dict[str, float] = field(default_factory=dict)  # nats per token
+    seconds: float = 0.0
+    reused_tokens: int = 0  # of another cell's constant stage
+
+    @property
+    def flops(self) -> int:
+        """C = M·D."""
+        return self.flops_per_token * self.tokens
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From `result.json`.
+
+        Raises:
+            ScalingError: the file is damaged.
+        """
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            values["cell"] = Cell(**values["cell"])
+            return cls(**{**values, **{k: math.inf for k in ("loss", "bits_per_byte") if values[k] is None}})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ScalingError(
+                f"{path}: is not a cell's result ({error}); remove it and run the ladder again"
+            ) from None
+
+    def write(self, folder: Path) -> None:
+        values = asdict(self)
+        for name in ("loss", "bits_per_byte"):
+            values[name] = values[name] if math.isfinite(values[name]) else None  # JSON has no infinity
+        with replace_file(folder / RESULT) as path:
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+class Cells:
+    """The cells of one ladder: recipes and folders."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        self.ladder = ladder
+        self.folder = Path(ladder.dir) / "cells"
+        self._template = ladder.template()
+        self._base = self._template.model_config_resolved()
+        self._common = self._template.model_dump(mode="json", by_alias=True)
+        sources = (*self._template.data.train, *(self._template.data.validation or ()))
+        self._text = [[Store.open(Path(source.path)).content, source.weight] for source in sources]
+        self._recipes: dict[Cell, Recipe] = {}
+
+    def model(self, cell: Cell) -> ModelConfig:
+        return at_width(self._base, cell.width)
+
+    def tokens(self, cell: Cell) -> int:
+        """D = C / M, in whole batches."""
+        tokens = cell.budget / flops_scaling(self.model(cell), self._template.data.sequence_length)
+        return max(1, round(tokens / cell.batch_tokens)) * cell.batch_tokens
+
+    def recipe(self, cell: Cell) -> Recipe:
+        """What `rorqual train` runs.
+
+        Raises:
+            RecipeError: the cell breaks a rule of recipes.
+        """
+        if cell not in self._recipes:
+            self._recipes[cell] = self._make(cell)
+        return self._recipes[cell]
+
+    def place(self, cell: Cell) -> Path:
+        """The cell's folder: `recipe.yaml`, `result.json`, `log.txt`, and `run/`."""
+        return self.folder / f"{cell.name}-{self.hash(cell)[:8]}"
+
+    def hash(self, cell: Cell) -> str:
+        """Of all that decides the cell's result."""
+        values = self.recipe(cell).model_dump(mode="json", by_alias=True)
+        decisive = {name: values[name] for name in ("model", "precision", "optimizer", "schedule", "evaluate")}
+        for name in ("train", "validation", "workers"):  # where the text lies and who reads it
+            del values["data"][name]
+        decisive |= {"data": values["data"], "text": self._text, "seed": values["run"]["seed"]}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def result(self, cell: Cell) -> Result | None:
+        """What the cell came to, if it has been run."""
+        path = self.place(cell) / RESULT
+        return Result.read(path) if path.exists() else None
+
+    def _make(self, cell: Cell) -> Recipe:
+        common, tokens, batch = self._common, self.tokens(cell), cell.batch_tokens
+        schedule = {**common["schedule"], "tokens": tokens, "lr": cell.lr, "batch_tokens": batch}
+        for name in ("gamma", "alpha", "lambda"):  # positions of a curve move in proportion to the run
+            if isinstance(points := schedule[name], list):
+                schedule[name] = [[start * tokens // self._template.schedule.tokens, value] for start, value in points]
+        if self.ladder.warmup_tokens:
+            schedule["warmup_steps"] = max(1, round(self.ladder.warmup_tokens / batch))
+        sequences = max(1, batch // self._template.data.sequence_length)
+        changes: dict[str, dict[str, Any]] = {
+            "model": differences(self._base, self.model(cell)),
+            "data": {"seed": cell.seed},
+            "parallel": {"micro_batch": min(common["parallel"]["micro_batch"], sequences)},
+            "schedule": schedule,
+            "evaluate": {"every_steps": None},
+            "checkpoint": {"every_steps": None, "keep_every_steps": None, "keep": 1},
+            "run": {"seed": cell.seed},
+        }
+        return parse_recipe(common | {section: common[section] | values for section, values in changes.items()})
+
+
+def result_of(cells: Cells, cell: Cell, run: Path, seconds: float) -> Result | None:
+    """Read what a run wrote; None where it was stopped before its end.
+
+    Raises:
+        ScalingError: it has no validation at its end.
+    """
+    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        steps = [json.loads(line) for line in lines if line.strip()]
+    first, last = steps[0], steps[-1]
+    if last["tokens"] < cells.recipe(cell).schedule.tokens:
+        return None
+    if not last.get("validation"):
+        raise ScalingError(f"{run}: its last step has no validation; give the store a validation split")
+    loss, bits = mixture_loss(last["validation"], last["tokens_by_source"])
+    return replace(
+        diverged(cells, cell, seconds),
+        tokens=last["tokens"],
+        steps=last["step"],
+        loss=loss,
+        bits_per_byte=bits,
+        by_source={source: values["nats_per_token"] for source, values in last["validation"].items()},
+        reused_tokens=first["tokens"] - cell.batch_tokens,
+    )
+
+
+def diverged(cells: Cells, cell: Cell, seconds: float) -> Result:
+    """Of a run that gave up after too many steps without a finite gradient."""
+    recipe, config = cells.recipe(cell), cells.model(cell)
+    counts, length = parameter_counts(config), recipe.data.sequence_length
+    vocabulary = config.vocab_size * config.hidden_size
+    return Result(
+        cell=cell,
+        recipe_hash=cells.hash(cell),
+        code_version=code_version(),
+        params=counts.total - 2 * vocabulary,
+        active=counts.active - vocabulary,
+        flops_per_token=flops_scaling(config, length),
+        all_flops_per_token=flops_training(config, length),
+        tokens=recipe.schedule.tokens,
+        steps=recipe.schedule.tokens // cell.batch_tokens,
+        loss=math.inf,
+        bits_per_byte=math.inf,
+        seconds=seconds,
+    )
+
+
+def mixture_loss(validation: Mapping[str, Mapping[str, float]], trained: Mapping[str, float]) -> tuple[float, float]:
+    """Nats per token and bits per byte of the training mixture.
+
+        nats = Σ w·n,   bits/byte = Σ w·n / (ln 2 · Σ w·bytes per token)        w a source's share of the training tokens
+
+    Args:
+        validation: nats_per_token, bits_per_byte and tokens of each source.
+        trained: training tokens of each source. Validation text that is none of them counts by its own tokens.
+    """
+    known = {source: trained[source] for source in validation if source in trained}
+    weights = known if len(known) == len(validation) else {s: v["tokens"] for s, v in validation.items()}
+    total = sum(weights.values())
+    nats = sum(w / total * validation[s]["nats_per_token"] for s, w in weights.items())
+    size = sum(
+        w / total * validation[s]["nats_per_token"] / (math.log(2) * validation[s]["bits_per_byte"])
+        for s, w in weights.items()
+    )
+    return (nats, nats / math.log(2) / size) if math.isfinite(nats) else (math.inf, math.inf)
+
+
+def differences(base: ModelConfig, other: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that are not those of another."""
+    return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
+
+
+@cache
+def code_version() -> str:
+    """A hash of the source files that a run is made of: the same in a clone, another after any change."""
+    digest = hashlib.sha256()
+    for package in (data, model, parallel, train):
+        folder = Path(str(package.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,269 @@
+"""Running a ladder: several cells at once, each the project's own trainer in processes of its own.
+
+Nothing is remembered but the cells' results, so a ladder may be interrupted anywhere and started again, and several tasks (of a
+Slurm array, on machines that share the folder) may work on it together: a cell in work is locked, and each asks anew what is
+wanted after every cell that ends. A cell that a kill has left half-way goes on from its checkpoint.
+"""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.files import replace_file
+from data.locks import try_lock
+from train.scaling.cells import RESULT, Cells, Result, diverged, result_of
+from train.scaling.errors import ScalingError
+from train.scaling.ladder import Cell, Ladder, wanted
+from train.scaling.pace import Pace
+from train.scaling.reuse import LEAST, shared_steps
+from train.scaling.table import TABLE, write_table
+from train.trainer import DIVERGED, FINISHED
+
+POLL = 0.2  # seconds between two looks at the running cells
+POLL_OTHERS = 5.0  # seconds between two looks at cells that other tasks run
+
+
+@dataclass
+class _Running:
+    """A cell in work."""
+
+    cell: Cell
+    slot: int  # which share of the machine it has
+    process: subprocess.Popen[bytes]
+    lock: ExitStack
+    started: float = field(default_factory=time.monotonic)
+
+
+class Execution:
+    """One task's work on a ladder.
+
+    Args:
+        jobs: cells at once.
+        processes: of each cell, started with torchrun.
+        say: where lines about the progress go.
+    """
+
+    def __init__(self, ladder: Ladder, jobs: int, processes: int, say: Callable[[str], None]) -> None:
+        self.ladder, self.jobs, self.processes, self.say = ladder, jobs, processes, say
+        self.cells = Cells(ladder)
+        self.results: dict[Cell, Result] = {}
+        self.failed: dict[Cell, str] = {}
+        self._running: list[_Running] = []
+        self.pace = Pace(self.cells, _threads(jobs, processes))
+
+    def run(self) -> None:
+        """Run what is wanted until nothing is.
+
+        Raises:
+            ScalingError: cells failed; the line names the first one, and where its log is.
+            KeyboardInterrupt: after the cells in work have saved themselves, at a signal.
+        """
+        (self.cells.folder / "locks").mkdir(parents=True, exist_ok=True)
+        with _terminate_as_interrupt():
+            try:
+                while left := self._left():
+                    self._start(left)
+                    if self._running:
+                        self._wait()
+                    elif all(cell in self.failed for cell in left):
+                        break
+                    else:
+                        time.sleep(POLL_OTHERS)
+            finally:
+                self._stop()
+                self._write_table()
+        if self.failed:
+            cell, reason = next(iter(self.failed.items()))
+            more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+            raise ScalingError(
+                f"cell {cell.name}: failed: {reason}; see {self.cells.place(cell) / 'log.txt'}, mend the cause and start the "
+                f"same command again{more}"
+            )
+        if not self.ladder.keep_checkpoints:
+            for cell in self.results:
+                shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
+
+    def wanted(self) -> list[Cell]:
+        """What the results so far ask for."""
+        return wanted(self.ladder, {cell: result.loss for cell, result in self.results.items()})
+
+    def look(self) -> None:
+        """Read the results that there are, whoever made them."""
+        while new := [cell for cell in self.wanted() if cell not in self.results and self._read(cell)]:
+            assert new
+
+    def _read(self, cell: Cell) -> bool:
+        result = self.cells.result(cell)
+        if result is not None:
+            self.results[cell] = result
+        return result is not None
+
+    def _left(self) -> list[Cell]:
+        self.look()
+        return [cell for cell in self.wanted() if cell not in self.results]
+
+    def _start(self, left: list[Cell]) -> None:
+        """Fill the free slots with cells that nobody runs and whose donor is not in work."""
+        for cell in left:
+            free = set(range(self.jobs)) - {running.slot for running in self._running}
+            if not free:
+                return
+            donor = self._donor(cell)
+            waits = donor is not None and donor in left and donor not in self.failed
+            if cell in self.failed or waits or any(cell == running.cell for running in self._running):
+                continue
+            with ExitStack() as stack:
+                lock = try_lock(self.cells.folder / "locks" / self.cells.place(cell).name, stack)
+                if lock is not None and not (self.cells.place(cell) / RESULT).exists():
+                    process = self._launch(cell, min(free), lock.fileno())
+                    self._running.append(_Running(cell, min(free), process, stack.pop_all()))
+
+    def _launch(self, cell: Cell, slot: int, lock: int) -> subprocess.Popen[bytes]:
+        """Start a cell's trainer. It inherits the lock, so that it keeps the cell even if this process is killed."""
+        place, run = self.cells.place(cell), self._run(cell)
+        place.mkdir(parents=True, exist_ok=True)
+        recipe = self.cells.recipe(cell)
+        changes = {"run": recipe.run.model_copy(update={"dir": str(run)})}
+        if step := self._step_for_heir(cell):
+            saving = {"every_steps": step, "keep_every_steps": step}
+            changes["checkpoint"] = recipe.checkpoint.model_copy(update=saving)  # type: ignore[assignment]
+        with replace_file(place / "recipe.yaml") as path:
+            path.write_text(recipe.model_copy(update=changes).to_yaml(), encoding="utf-8")
+        donor = self._donor(cell)
+        if donor is not None and not (run / "checkpoints").exists():
+            self._inherit(self._run(donor) / "checkpoints", run / "checkpoints", self._step_for_heir(donor))
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
+        command = [sys.executable, "-m", *(launcher if self.processes > 1 else []), "train", str(place / "recipe.yaml")]
+        environment = os.environ | {"OMP_NUM_THREADS": str(_threads(self.jobs, self.processes))}
+        if torch.cuda.is_available():
+            first = slot * self.processes
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(self.processes))
+        with (place / "log.txt").open("ab") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, pass_fds=(lock,), start_new_session=True
+            )
+
+    def _wait(self) -> None:
+        """Return when a cell has ended."""
+        while all(running.process.poll() is None for running in self._running):
+            time.sleep(POLL)
+        for running in [running for running in self._running if running.process.poll() is not None]:
+            self._running.remove(running)
+            with running.lock:
+                self._finish(running)
+
+    def _finish(self, running: _Running) -> None:
+        cell, code, place = running.cell, running.process.returncode, self.cells.place(running.cell)
+        seconds = time.monotonic() - running.started
+        if code == FINISHED:
+            result = result_of(self.cells, cell, self._run(cell), seconds)
+        elif code == DIVERGED:
+            result = diverged(self.cells, cell, seconds)
+        else:
+            result = None
+        if result is None:
+            self.failed[cell] = _last_line(place / "log.txt") or f"exit code {code}"
+            self.say(f"{cell.name}: failed: {self.failed[cell]}")
+            return
+        result.write(place)
+        self.results[cell] = result
+        self.pace.learn(result)
+        kept = f"step-{self._step_for_heir(cell) or 0:08d}"
+        if not self.ladder.keep_checkpoints:
+            for checkpoint in (self._run(cell) / "checkpoints").glob("step-*"):
+                if checkpoint.name != kept:
+                    shutil.rmtree(checkpoint)
+        self._write_table()
+        self._say(result)
+
+    def _say(self, result: Result) -> None:
+        left = [cell for cell in self.wanted() if cell not in self.results]
+        loss = f"{result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte"
+        reused = f", {result.reused_tokens:,} tokens reused" if result.reused_tokens else ""
+        self.say(
+            f"[{len(self.results)} of {len(self.results) + len(left)}] {result.cell.name}: "
+            f"{loss if math.isfinite(result.loss) else 'diverged'} ({result.seconds:.0f} s{reused}); "
+            f"about {_duration(self.pace.seconds(left) / self.jobs)} for those known to be wanted"
+        )
+
+    def _stop(self) -> None:
+        """Let the cells in work save themselves and end."""
+        for running in self._running:
+            running.process.terminate()
+        for running in self._running:
+            running.process.wait()
+            running.lock.close()
+        self._running.clear()
+
+    def _write_table(self) -> None:
+        write_table(Path(self.ladder.dir) / TABLE, self.results.values())
+
+    def _run(self, cell: Cell) -> Path:
+        return self.cells.place(cell) / "run"
+
+    def _donor(self, cell: Cell) -> Cell | None:
+        """The cell of a smaller budget whose constant stage this one can go on from."""
+        smaller = [budget for budget in self.ladder.budgets if budget < cell.budget]
+        for budget in reversed(smaller):
+            donor = Cell(budget, cell.width, cell.lr, cell.batch_tokens, cell.seed)
+            if donor in self.results or donor in self.wanted():
+                return donor if self._step_for_heir(donor, cell) else None
+        return None
+
+    def _step_for_heir(self, cell: Cell, heir: Cell | None = None) -> int:
+        """Where a longer run may go on from this one; 0 where none is to be expected, or too little is common."""
+        if heir is None:
+            larger = [b for b in self.ladder.budgets if b > cell.budget and self.ladder.width(b) == cell.width]
+            if not larger or self.ladder.width(cell.budget) != cell.width:
+                return 0
+            heir = Cell(larger[0], cell.width, cell.lr, cell.batch_tokens, cell.seed)
+        recipe = self.cells.recipe(cell)
+        shared = shared_steps(recipe, self.cells.recipe(heir))
+        return shared.steps if shared.tokens >= LEAST * recipe.schedule.tokens else 0
+
+    def _inherit(self, donors: Path, own: Path, step: int) -> None:
+        """Hard links to a donor's checkpoint, which is never written again."""
+        source = donors / f"step-{step:08d}"
+        if (source / "COMPLETE").exists():
+            temporary = own.with_name(".checkpoints.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary / source.name, copy_function=os.link)
+            temporary.rename(own)
+
+
+def _threads(jobs: int, processes: int) -> int:
+    """Cores of each process where all share the machine equally."""
+    return max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a ladder as Ctrl-C does: its cells save themselves first."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,229 @@
+"""A ladder: small runs that measure how the best learning rate, batch and size go with compute. This file says which runs.
+
+DeepSeek LLM §3 measures in two parts, and so does a ladder, budget by budget:
+
+1. hyper-parameters: at one width and C = M·D, a grid of learning rates × batches. It grows by its own spacing until every run
+   within the near-optimal band has been tried at its four neighbours, so that the band is covered on both sides;
+2. allocation: with the best of these, the same compute at other widths (an IsoFLOP row). It grows until its minimum lies inside.
+
+The best run of each budget is repeated with other seeds, which tells the noise. Which cells are wanted is a pure function of the
+ladder and of the results so far; `execute.py` runs them, and any number of processes may ask at any time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from data.errors import DataError
+from data.yaml_io import first_problem, read_yaml
+from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
+from train.fields import Count, Name, Positive, PositiveCount, mistake
+from train.scaling.errors import ScalingError
+from train.scaling.family import STEP
+
+NEAR = 0.0025  # of the minimum: DeepSeek LLM §3.1
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Grid(Section):
+    """Part 1: what each budget starts with."""
+
+    widths: tuple[PositiveCount, ...]  # of each budget, or one for all
+    lr: tuple[Positive, ...]
+    batch_tokens: tuple[PositiveCount, ...]
+    spacing: Positive = 2.0  # ratio of two neighbours, with which the grid grows
+    max_cells: PositiveCount = 20  # of a budget
+
+    @model_validator(mode="after")
+    def _is_a_grid(self) -> Self:
+        if self.spacing <= 1:
+            raise mistake(
+                "is the ratio of two neighbours and more than 1", "write 2", field="spacing", value=self.spacing
+            )
+        for name in ("widths", "lr", "batch_tokens"):
+            if not getattr(self, name):
+                raise mistake("must have an entry", "write for example [1e-3, 2e-3]", field=name, value=[])
+        return self
+
+
+class Rows(Section):
+    """Part 2: the widths of an IsoFLOP row, from which every budget takes those around its own."""
+
+    widths: tuple[PositiveCount, ...]
+    sizes: PositiveCount = 5  # of a row to begin with
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if list(self.widths) != sorted(set(self.widths)):
+            raise mistake("must grow", "sort them", field="widths", value=self.widths)
+        return self
+
+
+class Ladder(Section):
+    """A ladder's YAML file. What `recipe` says of width, tokens, rate, batch and seeds stands for nothing: these are the ladder's."""
+
+    recipe: Name | dict[str, Any]  # a recipe's name or path, or the sections themselves
+    budgets: tuple[Positive, ...]  # C of each rung, FLOPs
+    hyperparameters: Grid
+    allocation: Rows | None = None
+    warmup_tokens: Count = 0  # of every run, rounded to steps; fixed, so that runs of one rate and batch begin alike
+    seeds: PositiveCount = 3  # runs of a budget's best cell
+    dir: Name  # cells/, runs.sqlite
+    keep_checkpoints: bool = False  # of finished cells
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if list(self.budgets) != sorted(set(self.budgets)) or not self.budgets:
+            raise mistake("must have an entry, and grow", "sort them", field="budgets", value=self.budgets)
+        widths = self.hyperparameters.widths
+        if len(widths) not in (1, len(self.budgets)):
+            raise mistake(
+                f"has {len(widths)} entries for {len(self.budgets)} budgets",
+                "give one width for each, or one for all",
+                field="hyperparameters.widths",
+                value=widths,
+            )
+        others = self.allocation.widths if self.allocation else ()
+        for width in (*widths, *others):
+            if width % STEP:
+                raise mistake(
+                    f"must be multiples of {STEP}", "give for example 64", field="hyperparameters.widths", value=width
+                )
+        if missing := sorted(set(widths) - set(others)) if self.allocation else ():
+            raise mistake(
+                f"lacks {missing[0]}, a width of hyperparameters.widths",
+                "add it",
+                field="allocation.widths",
+                value=others,
+            )
+        return self
+
+    def width(self, budget: float) -> int:
+        """Of part 1."""
+        widths = self.hyperparameters.widths
+        return widths[self.budgets.index(budget)] if len(widths) > 1 else widths[0]
+
+    def template(self) -> Recipe:
+        """What the runs have in common, as a recipe; its own tokens, rate and batch stand for nothing.
+
+        Raises:
+            RecipeError, ScalingError: it is no recipe.
+        """
+        if isinstance(self.recipe, str):
+            if not Path(self.recipe).is_file() and self.recipe not in builtin_recipes():
+                raise ScalingError(f"recipe = {self.recipe!r}: is no recipe; give the path of one")
+            return load_recipe(self.recipe)
+        schedule = {"tokens": 1e12, "lr": 1e-3, **self.recipe.get("schedule", {})}
+        schedule.setdefault("batch_tokens", self.recipe.get("data", {}).get("sequence_length"))
+        return parse_recipe(
+            {**self.recipe, "schedule": schedule, "run": {"dir": self.dir, **self.recipe.get("run", {})}}
+        )
+
+
+def load_ladder(path: Path) -> Ladder:
+    """Read a ladder's file.
+
+    Raises:
+        ScalingError: it cannot be read, or breaks a rule; the line names the key.
+    """
+    try:
+        content = read_yaml(path)
+        ladder = Ladder.model_validate(content)
+        ladder.template()
+    except (DataError, RecipeError) as error:
+        raise ScalingError(str(error)) from None
+    except ValidationError as error:
+        raise ScalingError(f"{path}: {first_problem(error, Ladder, content)}") from None
+    return ladder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a ladder."""
+
+    budget: float
+    width: int
+    lr: float
+    batch_tokens: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"c{self.budget:.4g}-d{self.width}-lr{self.lr:.3g}-b{self.batch_tokens}-s{self.seed}"
+
+
+Losses = Mapping[Cell, float]  # of the finished cells; a run that diverged has infinity
+
+
+def wanted(ladder: Ladder, losses: Losses) -> list[Cell]:
+    """The cells that the results so far ask for, finished ones among them, in the order in which to run them."""
+    cells: list[Cell] = []
+    for budget in ladder.budgets:
+        grid = _grid(ladder, budget, losses)
+        cells += grid
+        if all(cell in losses for cell in grid):
+            best = min(grid, key=lambda cell: losses[cell])
+            if losses[best] < float("inf"):
+                cells += _row(ladder, best, losses)
+                cells += [_with(best, seed=seed) for seed in range(1, ladder.seeds)]
+    return list(dict.fromkeys(cells))
+
+
+def _grid(ladder: Ladder, budget: float, losses: Losses) -> list[Cell]:
+    """Part 1 of a budget: the grid that it starts with, and the neighbours of what is near-optimal in it."""
+    grid, width = ladder.hyperparameters, ladder.width(budget)
+    cells = [Cell(budget, width, lr, batch) for batch in grid.batch_tokens for lr in grid.lr]
+    while all(cell in losses for cell in cells):
+        least = min(losses[cell] for cell in cells)
+        near = [cell for cell in cells if losses[cell] <= least * (1 + NEAR)] if least < float("inf") else []
+        new = [cell for cell in _neighbours(near, ladder) if cell not in cells][: max(grid.max_cells - len(cells), 0)]
+        if not new:
+            break
+        cells += new
+    return cells
+
+
+def _neighbours(near: Iterable[Cell], ladder: Ladder) -> list[Cell]:
+    """Each cell's neighbours in the learning rate and in the batch; batches stay whole sequences."""
+    ratio, length = ladder.hyperparameters.spacing, ladder.template().data.sequence_length
+    found: list[Cell] = []
+    for cell in near:
+        for lr in (cell.lr / ratio, cell.lr * ratio):
+            found.append(_with(cell, lr=float(f"{lr:.6g}")))
+        for batch in (cell.batch_tokens / ratio, cell.batch_tokens * ratio):
+            if (whole := round(batch / length) * length) and whole != cell.batch_tokens:
+                found.append(_with(cell, batch_tokens=whole))
+    return list(dict.fromkeys(found))
+
+
+def _row(ladder: Ladder, best: Cell, losses: Losses) -> list[Cell]:
+    """Part 2 of a budget: widths around its own, and one more beyond the best as long as that is the last on its side."""
+    if ladder.allocation is None:
+        return []
+    widths, sizes = ladder.allocation.widths, ladder.allocation.sizes
+    middle = widths.index(best.width)
+    low = max(0, min(middle - sizes // 2, len(widths) - sizes))
+    high = min(len(widths), low + sizes)
+    while True:
+        cells = [_with(best, width=width) for width in widths[low:high]]
+        if any(cell not in losses for cell in cells):
+            return cells
+        at = min(range(len(cells)), key=lambda i: losses[cells[i]])
+        if at == 0 and low > 0:
+            low -= 1
+        elif at == len(cells) - 1 and high < len(widths):
+            high += 1
+        else:
+            return cells
+
+
+def _with(cell: Cell, **changes: Any) -> Cell:
+    return Cell(**{**cell.__dict__, **changes})
