@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from train.config import Recipe, RecipeError, load_recipe
+from train.scaling.commands import scaling
 
 # The errors that stand for a user's mistake, by name: none of their modules needs to be loaded to know them.
 USERS_MISTAKES = {
@@ -41,6 +42,7 @@ data = typer.Typer(no_args_is_help=True, help="Raw text to token stores.")
 tokenizer = typer.Typer(no_args_is_help=True, help="Tokenizers.")
 app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
+app.add_typer(scaling, name="scaling")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, or a YAML file.")]
 DataRecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="default, or a YAML file: a data recipe.")]
@@ -339,12 +341,6 @@ def tokenizer_evaluate(
     from data.tokenizer import evaluate_tokenizer
 
     print(json.dumps(evaluate_tokenizer(folder, text, reference)))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def scaling(context: typer.Context) -> None:
-    """Scaling laws: not built yet."""
-    _not_built_yet("scaling")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

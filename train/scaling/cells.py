@@ -25,6 +25,7 @@ from train.config import Recipe, parse_recipe
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width
 from train.scaling.ladder import Cell, Ladder
+from train.scaling.reuse import Shared, shared_steps
 
 RESULT = "result.json"
 
@@ -89,6 +90,7 @@ class Cells:
         sources = (*self._template.data.train, *(self._template.data.validation or ()))
         self._text = [[Store.open(Path(source.path)).content, source.weight] for source in sources]
         self._recipes: dict[Cell, Recipe] = {}
+        self._shared: dict[tuple[Cell, Cell], Shared] = {}
 
     def model(self, cell: Cell) -> ModelConfig:
         return at_width(self._base, cell.width)
@@ -97,6 +99,20 @@ class Cells:
         """D = C / M, in whole batches."""
         tokens = cell.budget / flops_scaling(self.model(cell), self._template.data.sequence_length)
         return max(1, round(tokens / cell.batch_tokens)) * cell.batch_tokens
+
+    def flops(self, cell: Cell) -> int:
+        """C = M·D."""
+        return flops_scaling(self.model(cell), self._template.data.sequence_length) * self.tokens(cell)
+
+    def all_flops(self, cell: Cell) -> int:
+        """With the output head and MTP."""
+        return flops_training(self.model(cell), self._template.data.sequence_length) * self.tokens(cell)
+
+    def shared(self, shorter: Cell, longer: Cell) -> Shared:
+        """The steps that two cells have in common."""
+        if (shorter, longer) not in self._shared:
+            self._shared[shorter, longer] = shared_steps(self.recipe(shorter), self.recipe(longer))
+        return self._shared[shorter, longer]
 
     def recipe(self, cell: Cell) -> Recipe:
         """What `rorqual train` runs.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from train.scaling.cells import RESULT, Cells, Result, diverged, result_of
 from train.scaling.errors import ScalingError
 from train.scaling.ladder import Cell, Ladder, wanted
 from train.scaling.pace import Pace
-from train.scaling.reuse import LEAST, shared_steps
+from train.scaling.reuse import LEAST
 from train.scaling.table import TABLE, write_table
 from train.trainer import DIVERGED, FINISHED
 
@@ -92,6 +93,54 @@ class Execution:
         if not self.ladder.keep_checkpoints:
             for cell in self.results:
                 shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
+
+    def describe(self) -> list[str]:
+        """What the ladder amounts to on this machine, before it starts."""
+        self.look()
+        known, grid, rungs = self.wanted(), self.ladder.hyperparameters, len(self.ladder.budgets)
+        left = [cell for cell in known if cell not in self.results]
+        rows = self.ladder.allocation.sizes - 1 if self.ladder.allocation else 0
+        later = max(0, rungs * (len(grid.lr) * len(grid.batch_tokens) + rows + self.ladder.seeds - 1) - len(known))
+        refined = rungs * max(0, grid.max_cells - len(grid.lr) * len(grid.batch_tokens))
+        seconds = self.pace.seconds(left) / self.jobs
+        per_cell = self.pace.seconds(known) / self.jobs / max(1, len(known))
+        flops = sum(self.cells.flops(cell) for cell in known)
+        everything = sum(self.cells.all_flops(cell) for cell in known)
+        return [
+            f"{len(known)} cells of {rungs} budgets are known to be wanted, {len(self.results)} of them finished: "
+            f"C = {flops:.3g} FLOPs, {everything:.3g} with the output head and MTP",
+            f"{later} more follow from their results (IsoFLOP rows, seeds), and up to {refined} where a grid must grow",
+            f"{self.jobs} at once: about {_duration(seconds + later * per_cell)}, or up to "
+            f"{_duration(seconds + (later + refined) * per_cell)}",
+            *self._describe_reuse(known),
+        ]
+
+    def _describe_reuse(self, known: list[Cell]) -> list[str]:
+        """Which constant stages are used again, and why others are not."""
+        by_run: dict[tuple[int, float, int, int], list[Cell]] = {}
+        for cell in known:
+            by_run.setdefault((cell.width, cell.lr, cell.batch_tokens, cell.seed), []).append(cell)
+        pairs = [(one, other) for cells in by_run.values() for one, other in pairwise(cells)]
+        if not pairs:
+            return ["no constant stage is used again: no two cells differ in their budget alone"]
+        saved = {pair: self.cells.shared(*pair) for pair in pairs}
+        used = {pair: shared for pair, shared in saved.items() if self._step_for_heir(*pair)}
+        tokens, all_tokens = sum(s.tokens for s in used.values()), sum(self.cells.tokens(cell) for cell in known)
+        lines = (
+            [
+                f"{len(used)} cells go on from the constant stage of a shorter one: {tokens / all_tokens:.0%} of the tokens"
+            ]
+            if used
+            else []
+        )
+        for (one, other), shared in saved.items():
+            if (one, other) not in used:
+                return [
+                    *lines,
+                    f"{other.name} cannot go on from {one.name}: they have {shared.steps} steps in common, then "
+                    f"{shared.why_not_more} differs",
+                ]
+        return lines
 
     def wanted(self) -> list[Cell]:
         """What the results so far ask for."""
@@ -227,9 +276,8 @@ class Execution:
             if not larger or self.ladder.width(cell.budget) != cell.width:
                 return 0
             heir = Cell(larger[0], cell.width, cell.lr, cell.batch_tokens, cell.seed)
-        recipe = self.cells.recipe(cell)
-        shared = shared_steps(recipe, self.cells.recipe(heir))
-        return shared.steps if shared.tokens >= LEAST * recipe.schedule.tokens else 0
+        shared = self.cells.shared(cell, heir)
+        return shared.steps if shared.tokens >= LEAST * self.cells.tokens(cell) else 0
 
     def _inherit(self, donors: Path, own: Path, step: int) -> None:
         """Hard links to a donor's checkpoint, which is never written again."""

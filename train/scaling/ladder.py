@@ -68,7 +68,7 @@ class Rows(Section):
 
 
 class Ladder(Section):
-    """A ladder's YAML file. What `recipe` says of width, tokens, rate, batch and seeds stands for nothing: these are the ladder's."""
+    """A ladder's YAML file. Width, tokens, rate, batch and seeds are the ladder's; what `recipe` says of them stands for nothing."""
 
     recipe: Name | dict[str, Any]  # a recipe's name or path, or the sections themselves
     budgets: tuple[Positive, ...]  # C of each rung, FLOPs
@@ -205,12 +205,15 @@ def _neighbours(near: Iterable[Cell], ladder: Ladder) -> list[Cell]:
 
 
 def _row(ladder: Ladder, best: Cell, losses: Losses) -> list[Cell]:
-    """Part 2 of a budget: widths around its own, and one more beyond the best as long as that is the last on its side."""
+    """Part 2 of a budget: widths around its own, and one more beyond the best as long as that is the last on its side.
+
+    An even number of widths has one more above than below, where a run is shorter.
+    """
     if ladder.allocation is None:
         return []
     widths, sizes = ladder.allocation.widths, ladder.allocation.sizes
     middle = widths.index(best.width)
-    low = max(0, min(middle - sizes // 2, len(widths) - sizes))
+    low = max(0, min(middle - (sizes - 1) // 2, len(widths) - sizes))
     high = min(len(widths), low + sizes)
     while True:
         cells = [_with(best, width=width) for width in widths[low:high]]
