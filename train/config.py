@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
@@ -22,6 +22,7 @@ from data.errors import DataError
 from data.yaml_io import read_yaml
 from model.config import ConfigError, ModelConfig
 from parallel.layout import Layout, ParallelConfig
+from train.automatic import decided
 from train.fields import as_points, mistake, show, value_at
 from train.sections import (
     CheckpointSection,
@@ -95,6 +96,12 @@ class Recipe(Section):
         if not isinstance(given, dict):
             return given
         return {key: {} if value is None and key in cls.model_fields else value for key, value in given.items()}
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _decide(cls, given: Any, info: ValidationInfo) -> Any:
+        """What a law decides, as numbers; sections before this one that are wrong are missing in `info`."""
+        return decided(given, info.data.get("model"), info.data.get("data"))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

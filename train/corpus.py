@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +19,13 @@ from train.config import Recipe, RecipeError
 from train.fields import value_at
 from train.generate import load_tokenizer
 from train.launch import Process
+from train.planning.advice import law_warnings
 from train.position import Begun, Position, check_unchanged
 from train.ranks import Ranks
 from train.schedule import Schedule
 from train.sections import Consumption
+
+log = logging.getLogger(__name__)
 
 ALONE = Ranks(None)
 
@@ -68,6 +72,8 @@ class Corpus:
                 f"data.train = {self.samples.stores[0].path}: its tokenizer is not the one that the run in {recipe.run.dir} has; "
                 "token ids must keep their meaning; prepare the text with the run's tokenizer, or set another run.dir"
             )
+        for line in law_warnings(recipe, self.tokenizer_fingerprint) if ranks.rank == 0 else ():
+            log.warning("%s", line)
         self.sections = self._with_those_to_come(starts)
         self.samples.check_available(self.total_samples)
         self.validation = [Store.open(source.path) for source in section.validation or section.train]

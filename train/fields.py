@@ -87,13 +87,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _auto_or(parse: Callable[[Any], Any], instead: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if value == "auto":
-            raise not_built(instead)
-        return parse(value)
+def _rate(value: Any) -> float:
+    if isinstance(value, str):
+        raise mistake("must be a number more than 0, or auto", "write it like 4e-4")
+    return number(value, open_below=True)
 
-    return check
+
+def _batch_tokens(value: Any) -> Any:
+    example = "65536, auto, ramp or [[0, 65536], [1e9, 131072]]"
+    if isinstance(value, str):
+        raise mistake("must be a number, auto, ramp or a list of [tokens, batch_tokens]", f"write it like {example}")
+    return curve(value, _positive_int, example)
 
 
 def _compile(value: Any) -> Any:
@@ -151,16 +155,7 @@ Share = Annotated[float, BeforeValidator(_share)]  # in (0, 1)
 Decay = Annotated[float, BeforeValidator(_from_zero_below_one)]  # in [0, 1)
 Name = Annotated[str, AfterValidator(_non_empty)]
 CompileMode = Annotated[bool | str, PlainValidator(_compile), _AS_IS]
-Rate = Annotated[float, BeforeValidator(_auto_or(_positive, "give a number such as 4e-4"))]
+Rate = Annotated[float, BeforeValidator(_rate)]
 Curve = Annotated[float | Points, PlainValidator(lambda value: curve(value, number, "[[0, 0.001], [1e9, 0]]")), _AS_IS]
-BatchTokens = Annotated[
-    int | WholePoints,
-    PlainValidator(
-        _auto_or(
-            lambda value: curve(value, _positive_int, "65536, ramp or [[0, 65536], [1e9, 131072]]"),
-            "give a number such as 65536, ramp, or a list of [tokens, batch_tokens]",
-        )
-    ),
-    _AS_IS,
-]
+BatchTokens = Annotated[int | WholePoints, PlainValidator(_batch_tokens), _AS_IS]
 Milestones = Annotated[tuple[tuple[float, float], ...], PlainValidator(_milestones), _AS_IS]

@@ -3,7 +3,9 @@
 Nothing here remembers anything. A step is described by the tokens consumed before it, so that a resumed run, a longer run or a
 run on another number of processes sees the same values at the same place.
 
-    lr(tokens) = peak · min(1, (s + 1) / warmup_steps) · shape(tokens / total)        s = steps made before
+    lr(tokens) = peak · min(1, (s + 1) / warmup_steps) · shape(tokens / total) · (batch / last batch)^e       s = steps made before
+
+e is `lr_batch_exponent`: 0, and ½ where a law lets the batch grow (`train.scaling.apply`).
 
 The first step has s = 0 and so 1/warmup_steps of the peak; step warmup_steps - 1 is the first at the peak. Step numbers follow
 from the tokens by counting whole batches stage by stage, so a warm-up in steps is exact under a growing batch.
@@ -100,7 +102,8 @@ class Schedule:
     def learning_rate(self, tokens: int) -> float:
         """Learning rate of the step that starts after `tokens` tokens."""
         warmed = min(1.0, (self.step_at(tokens) + 1) / max(self.config.warmup_steps, 1))
-        return self.config.lr * warmed * self._shape(tokens / self.tokens)
+        grown = (value_at(self._batches, tokens) / self._batches[-1][1]) ** self.config.lr_batch_exponent
+        return self.config.lr * warmed * self._shape(tokens / self.tokens) * grown
 
 
 @dataclass(frozen=True)

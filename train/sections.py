@@ -233,31 +233,37 @@ class ScheduleSection(Section):
     """What changes with the tokens consumed; `train.schedule.Schedule` computes it.
 
     `preset` starts from a published run, moved in proportion where `tokens` differs; keys beside it win. `batch_tokens: ramp` is
-    DeepSeek-V3's, and so are gamma, alpha and lambda where they are not given, all in proportion to `tokens`. Once validated the
-    section holds numbers and lists only, so that a written recipe says everything.
+    DeepSeek-V3's, and so are gamma, alpha and lambda where they are not given, all in proportion to `tokens`. What a law decides,
+    `auto` and `ramp` beside a `law`, needs the whole recipe: `train.automatic`. Once validated the section holds numbers and lists
+    only, so that a written recipe says everything; its `law` then tells where they are from.
     """
 
     preset: Literal["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "deepseek-llm-7b", "deepseek-llm-67b"] | None = (
         None
     )
     tokens: PositiveCount  # of the whole run; rounded up to whole batches
-    lr: Rate  # the peak
-    batch_tokens: BatchTokens  # tokens of a global batch, or [[tokens, batch_tokens], …]
+    lr: Rate  # the peak, or auto
+    batch_tokens: BatchTokens  # tokens of a global batch, or [[tokens, batch_tokens], …], or auto, or ramp
     warmup_steps: Count = 2000  # every DeepSeek model from LLM to V3
     shape: Literal["v3", "multistep", "cosine", "wsd"] = "v3"
     milestones: Milestones | None = (
         None  # multistep: [[fraction of tokens, multiple of lr], …]; None: 31.6% at 80%, 10% at 90%
     )
-    law: Annotated[Name | None, only_built(None)] = None
+    law: Name | None = None  # of auto and ramp: deepseek-llm, step-law, ling-moe, or the path of a law file
+    batch_multiple: PositiveCount = 1  # sequences; a batch that is auto, or a law's ramp, is a multiple of so many
+    lr_batch_exponent: NonNegative = 0.0  # while the batch grows, lr · (batch / last batch)^this; a law's ramp has 0.5
     gamma: Curve  # speed of the balancing bias
     alpha: Curve  # weight of the sequence-wise balance loss
     lambda_: Curve = Field(alias="lambda")  # weight of the MTP losses
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_published(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _fill(cls, given: Any) -> Any:
+        return cls.filled(given) if isinstance(given, dict) else given
+
+    @classmethod
+    def filled(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What was given, with the published values of what was not. Filling twice is filling once."""
         name = str(given.get("preset"))
         preset = PUBLISHED.get(name)
         try:
@@ -273,7 +279,7 @@ class ScheduleSection(Section):
         merged = {**base, **given}
         for key in ("gamma", "alpha", "lambda"):
             merged[key] = v3[key] if merged[key] is None else merged[key]
-        if merged.get("batch_tokens") == "ramp":
+        if merged.get("batch_tokens") == "ramp" and merged.get("law") is None:
             merged["batch_tokens"] = v3["batch_tokens"]
         if merged.get("shape") == "multistep" and merged.get("milestones") is None:
             merged["milestones"] = PUBLISHED["deepseek-llm-7b"]["milestones"]

@@ -6,9 +6,12 @@ import pytest
 from pydantic import ValidationError
 
 from model.config import ModelConfig, load_preset
+from model.flops import flops_scaling
 from parallel.layout import LayoutError, ParallelConfig
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
+from train.planning.advice import law_in_words
 from train.published import PUBLISHED
+from train.scaling.law import load_law, save_law
 from train.schedule import Schedule
 
 # The tiny recipe is tuned now and then; the lines below quote these values.
@@ -258,15 +261,87 @@ def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
         "parallel.context=2",
         "parallel.schedule=zbv",
         "precision.fp8=true",
-        "schedule.lr=auto",
-        "schedule.batch_tokens=auto",
-        "schedule.law=law.json",
     ],
 )
 def test_what_has_no_code_yet_is_refused_as_not_built_yet(override):
     line = mistake_of(override)
     assert line.startswith(override.split("=")[0])
     assert line.endswith("; not built yet")
+
+
+def test_auto_is_the_laws_answer_for_the_models_n_and_the_runs_tokens():
+    # N = 119,047,520 without embedding and head, all experts counted; D = 3e9:
+    #   1.79 · N^-0.713 · D^0.307 = 2.537e-3
+    #   0.58 · D^0.571 = 149,577 tokens = 73.04 sequences; of 64 and 96 the next in ratio is 64
+    schedule = load_recipe("small", ["schedule.lr=auto", "schedule.batch_tokens=auto", "schedule.tokens=3e9"]).schedule
+    assert (schedule.lr, schedule.batch_tokens, schedule.law) == (0.002537, 64 * 2048, "step-law")
+
+
+def test_auto_of_a_law_in_compute_counts_every_stage_at_its_own_context():
+    stages = "data.stages=[{from_tokens: 1e6, sequence_length: 512}]"
+    recipe = load_recipe("tiny", [*FIXED, "schedule.lr=auto", "schedule.law=deepseek-llm", stages])
+    config = recipe.model_config_resolved()
+    flops = 1e6 * (flops_scaling(config, 256) + flops_scaling(config, 512))  # D = 2e6
+    assert recipe.schedule.lr == pytest.approx(0.3118 * flops**-0.125, rel=1e-3)
+
+
+def test_an_automatic_batch_is_whole_sequences_of_every_stage_and_of_the_multiple():
+    wanted = ["schedule.batch_tokens=auto", "schedule.law=deepseek-llm", "schedule.tokens=1e8"]
+    stages = "data.stages=[{from_tokens: 1e6, sequence_length: 512}]"
+    assert load_recipe("tiny", [*FIXED, *wanted, stages]).schedule.batch_tokens % 512 == 0
+    # M = 1.46e7: C = 1.46e15, 0.292 · C^0.3271 = 26,665 tokens = 104.2 sequences = 20.8 fives; of 16 and 24 the next is 24
+    assert load_recipe("tiny", [*FIXED, *wanted, "schedule.batch_multiple=5"]).schedule.batch_tokens == 24 * 5 * 256
+
+
+def test_what_a_law_decided_is_written_as_numbers_and_reads_back_equal(tmp_path):
+    asked = ["schedule.lr=auto", "schedule.batch_tokens=ramp", "schedule.law=deepseek-llm", "schedule.tokens=1e8"]
+    recipe = load_recipe("tiny", asked)
+    assert recipe.schedule.lr_batch_exponent == 0.5 and len(recipe.schedule.batch_tokens) == 5
+    text = recipe.to_yaml()
+    assert "law: deepseek-llm" in text and "auto" not in text.partition("schedule:")[2].partition("run:")[0]
+    assert load_recipe(written(tmp_path, text)) == recipe
+
+
+def test_numbers_from_a_law_stay_when_the_law_is_gone(tmp_path):
+    law = tmp_path / "law.json"
+    save_law(load_law("ling-moe"), law)
+    recipe = load_recipe("tiny", ["schedule.lr=auto", f"schedule.law={law}"])
+    law.unlink()
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+    assert law_in_words(recipe) == [f"law {law}: is not here; the recipe keeps the numbers that were taken from it"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "end"),
+    [
+        (["lr=auto", "law=steplaw"], "schedule.law = 'steplaw': must be a file or one of chinchilla, ", "; did you mean step-law?"),
+        (["lr=auto", "law=chinchilla"], "schedule.law = 'chinchilla': has no lr, only loss; use another law", ""),
+        (["batch_tokens=ramp", "law=chinchilla"], "schedule.law = 'chinchilla': has no batch_tokens, only loss;", ""),
+        (["lr=automatic"], "schedule.lr = 'automatic': must be a number more than 0, or auto; write it like 4e-4", ""),
+        (["batch_tokens=grow"], "schedule.batch_tokens = 'grow': must be a number, auto, ramp or a list of", ""),
+        (["lr=auto", "tokens=many"], "schedule.tokens = 'many': must be a whole number, at least 1; write it like 100", ""),
+        (["batch_tokens=auto", "batch_multiple=0"], "schedule.batch_multiple = 0: must be a whole number, at least 1;", ""),
+    ],
+)  # fmt: skip
+def test_what_a_law_cannot_decide_is_one_line(changes, start, end):
+    line = mistake_of(*(f"schedule.{change}" for change in changes))
+    assert line.startswith(start) and line.endswith(end)
+
+
+def test_a_mistake_in_the_model_or_the_data_is_told_before_what_a_law_would_need_of_them():
+    auto = ("schedule.lr=auto", "schedule.batch_tokens=auto")
+    assert mistake_of(*auto, "model.hidden_size=0").startswith("model.hidden_size: 0 is too small")
+    assert mistake_of(*auto, "data.sequence_length=0").startswith("data.sequence_length = 0: must be a whole number")
+
+
+def test_the_law_is_told_beside_what_the_recipe_has_and_warned_of_when_it_is_far():
+    far = law_in_words(load_recipe("tiny", [*FIXED, "schedule.lr=auto"]))
+    assert far[0].startswith("law step-law, for N = 4.") and "D = 2e+06" in far[0]
+    assert far[1].endswith("; the recipe has 0.002665") and far[2].endswith("; the recipe has 8,192")
+    assert far[3].startswith("warning: schedule.law = step-law: far outside") and "D by 3.3 decades" in far[3]
+    near = law_in_words(load_recipe("small", ["schedule.lr=auto", "schedule.batch_tokens=auto"]))
+    assert len(near) == 3  # half a decade of D below what was measured is no reason
+    assert law_in_words(load_recipe("tiny")) == []
 
 
 def test_the_parallel_section_becomes_a_layout_on_a_number_of_processes():

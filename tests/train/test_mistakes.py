@@ -57,7 +57,7 @@ def content(run: Run) -> dict[str, bytes]:
     [
         ("schedule.warmup=3", "schedule.warmup = 3: unknown key; did you mean schedule.warmup_steps?"),
         ("schedule.tokens=many", "schedule.tokens = 'many': must be a whole number, at least 1; write it like 100, 1_000 or 1e7"),
-        ("schedule.lr=auto", "schedule.lr = 'auto': give a number such as 4e-4; not built yet"),
+        ("schedule={lr: auto, tokens: 1e3, batch_tokens: 32, law: a}", "schedule.law = 'a': must be a file or one of"),
         ("parallel.pipeline=2", "parallel.pipeline = 2: use 1; not built yet"),
         ("parallel.expert=2", "parallel.expert = 2: fsdp, zero1 and zero2 spread experts, ddp does not; use parallel.expert=1"),
         ("parallel.deepspeed=ds.json", "parallel.deepspeed = 'ds.json': cannot be read (No such file or directory); give"),

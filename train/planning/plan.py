@@ -9,6 +9,7 @@ from parallel.ds_config import ds_config
 from parallel.footprint import footprint
 from parallel.layout import Layout
 from train.config import Recipe
+from train.planning.advice import law_advice
 from train.schedule import Schedule, Span
 
 
@@ -47,9 +48,20 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
         "flops_per_token": flops_mfu(config, first),
         "flops_per_token_for_scaling_laws": flops_scaling(config, first),
         "total_flops": flops,
+        **_law(recipe),
         **max(memories, key=lambda held: held["peak_bytes_per_rank"]),
         "world_size": world_size,
     }
+
+
+def _law(recipe: Recipe) -> dict[str, float]:
+    """What the recipe's law says, in numbers."""
+    advice = law_advice(recipe)
+    if advice is None:
+        return {}
+    said = {"learning_rate_of_the_law": advice.lr, "batch_tokens_of_the_law": advice.batch_tokens}
+    numbers = {name: estimate.value for name, estimate in said.items() if estimate is not None}
+    return numbers | {"decades_outside_of_the_law": max(advice.distances.values(), default=0.0)}
 
 
 def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:

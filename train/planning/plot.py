@@ -1,5 +1,6 @@
 """A picture of a run's schedules, one panel for each value over the tokens consumed."""
 
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +21,11 @@ PANELS = {  # title, colour, height
 }
 
 
-def plot_schedule(schedule: Schedule, path: str | Path) -> None:
+def plot_schedule(schedule: Schedule, path: str | Path, notes: Sequence[str] = ()) -> None:
     """Draw learning rate, batch, γ, α and λ of a run over its tokens into a .png, .svg or .pdf file.
+
+    Args:
+        notes: lines to stand below the picture, as those of `law_in_words`.
 
     Raises:
         RecipeError: the file name has another ending.
@@ -31,18 +35,23 @@ def plot_schedule(schedule: Schedule, path: str | Path) -> None:
     if kind not in ("png", "svg", "pdf"):
         raise RecipeError(f"plot = {str(path)!r}: must end in .png, .svg or .pdf; write for example schedule.png")
     with replace_file(path) as temporary:
-        draw(schedule).savefig(temporary, format=kind, dpi=160)
+        draw(schedule, notes).savefig(temporary, format=kind, dpi=160)
 
 
-def draw(schedule: Schedule) -> Any:
+def draw(schedule: Schedule, notes: Sequence[str] = ()) -> Any:
     """The matplotlib Figure; nothing is drawn on a screen and no global state is touched."""
     from matplotlib.figure import Figure
 
     unit, unit_name = _unit(schedule.tokens)
     end = schedule.tokens / unit
     config = schedule.config
-    figure = Figure(figsize=(9.5, 9.5), facecolor="white")
-    figure.subplots_adjust(left=0.085, right=0.905, top=0.875, bottom=0.065, hspace=0.42)
+    lines = [part for note in notes for part in textwrap.wrap(note, 125, subsequent_indent="    ")]
+    below = 0.2 * len(lines) + (0.15 if lines else 0)  # inches for the notes
+    height = 9.5 + below
+    figure = Figure(figsize=(9.5, height), facecolor="white")
+    bottom, top = (0.62 + below) / height, 1 - 1.19 / height
+    figure.subplots_adjust(left=0.085, right=0.905, top=top, bottom=bottom, hspace=0.42)
+    figure.text(0.085, 0.12 / height, "\n".join(lines), color=QUIET, fontsize=9, linespacing=1.5, va="bottom")
     panels = figure.subplots(len(PANELS), sharex=True, height_ratios=[height for _, _, height in PANELS.values()])
     axes = dict(zip(PANELS, panels, strict=True))
 
@@ -74,8 +83,10 @@ def _title(figure: Any, schedule: Schedule) -> None:
         f"warm-up over {config.warmup_steps:,} steps",
     ]
     title = f"Schedules of the run: {f'preset {config.preset}' if config.preset else f'shape {config.shape}'}"
-    figure.text(0.085, 0.957, title, color=INK, fontsize=15, fontweight="bold")
-    figure.text(0.085, 0.929, "   ·   ".join(facts), color=QUIET, fontsize=10.5)
+    title += f", law {Path(config.law).stem}" if config.law else ""
+    height = figure.get_figheight()
+    figure.text(0.085, 1 - 0.41 / height, title, color=INK, fontsize=15, fontweight="bold")
+    figure.text(0.085, 1 - 0.67 / height, "   ·   ".join(facts), color=QUIET, fontsize=10.5)
 
 
 def _sample_points(schedule: Schedule) -> list[int]:

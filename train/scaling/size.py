@@ -4,22 +4,22 @@
     active   the part of N that one token uses
     M        training FLOPs per token of the layers, attention full (DeepSeek LLM Eq. 2)
 
-What a run pays for is more than M·D: the output head, and the MTP modules with their heads. Both are in `paid`.
+What a run pays for is more than M·D: the output head, and the MTP modules with their heads. Both are in `all_flops_per_token`.
 """
 
 from typing import NamedTuple
 
 from model.config import ModelConfig
-from model.flops import flops_mfu, flops_scaling, parameter_counts
+from model.flops import flops_scaling, flops_training, parameter_counts
 
 
 class Size(NamedTuple):
-    """N, active and M of a model at one sequence length, and the FLOPs per token that are run."""
+    """N, active and M of a model at one sequence length, and the FLOPs per token of all that is trained."""
 
     params: int
     active: int
     flops_per_token: int
-    paid: int  # FLOPs per token with head and MTP, attention causal (`model.flops.flops_mfu`)
+    all_flops_per_token: int
 
 
 def size_of(config: ModelConfig, sequence_length: int) -> Size:
@@ -30,5 +30,5 @@ def size_of(config: ModelConfig, sequence_length: int) -> Size:
         params=counts.total - 2 * vocabulary,
         active=counts.active - vocabulary,
         flops_per_token=flops_scaling(config, sequence_length),
-        paid=flops_mfu(config, sequence_length),
+        all_flops_per_token=flops_training(config, sequence_length),
     )
