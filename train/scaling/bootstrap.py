@@ -2,13 +2,15 @@
 
 Two ways to draw another table of runs that might as well have been measured:
 
-    residuals   y* = ŷ + t · √(n/(n−p)) · r*     r* drawn from the centred residuals, p fitted parameters, t as below
+    residuals   y* = ŷ + t · √(n/(n−p)) · r*     r* drawn from the smoothed, centred residuals, p fitted parameters, t as below
     runs        rows drawn with replacement, each with all of its columns
 
 A fit makes its residuals smaller than the noise; the root undoes that. What is left is that the noise itself is known from only
 n−p degrees of freedom: t = √((n−p)/χ²) with one χ² of n−p degrees for each sample turns the spread of a linear model's refitted
 coefficients into the Student distribution that their errors have. Samples of runs have neither correction, so that their
-intervals take it as an argument.
+intervals take it as an argument. Residuals are smoothed, because a robust fit passes exactly through some runs, and their zeros
+drawn again make its coefficients look better known than they are: without it the intervals of a Huber fit hold the truth in 90
+of 100 cases, with it in 95 (`benchmarks/coverage.py`).
 
 Refitted coefficients of a bent model are biased and skewed. `bca_interval` measures both and moves the ends (Efron 1987, bias
 corrected and accelerated); `percentile_interval` takes the draws as they are. Everything is a function of its seed.
@@ -42,9 +44,17 @@ def residual_samples(fitted: Array, residuals: Array, parameters: int, repetitio
     assert freedom > 0, f"{n} runs cannot tell the error of {parameters} parameters"
     generator = np.random.default_rng(seed)
     centred = (residuals - residuals.mean()) * np.sqrt(n / freedom)
-    drawn = centred[generator.integers(n, size=(repetitions, n))]
+    width = _bandwidth(centred)
+    drawn = centred[generator.integers(n, size=(repetitions, n))] + width * generator.normal(size=(repetitions, n))
+    spread = np.sqrt(centred.var() / max(centred.var() + width**2, 1e-300))  # as wide as before it was smoothed
     scale = np.sqrt(freedom / generator.chisquare(freedom, size=(repetitions, 1)))
-    return np.asarray(fitted + scale * drawn)
+    return np.asarray(fitted + scale * spread * drawn)
+
+
+def _bandwidth(sample: Array) -> float:
+    """Standard deviation of the normal kernel: a little above the rule for normal samples, small beside far outliers."""
+    quartiles = np.subtract(*np.quantile(sample, [0.75, 0.25])) / 1.34
+    return float(1.5 * min(sample.std(), quartiles) * len(sample) ** -0.2)
 
 
 def jackknife(n: int, fit: Callable[[NDArray[np.int64]], Array]) -> Array:
@@ -59,8 +69,8 @@ def percentile_interval(value: float, draws: ArrayLike, level: float = 0.95, fre
     Args:
         freedom: degrees of freedom n − p of draws that lack the small-sample correction: samples of runs.
     """
-    z = _quantile(0.5 + level / 2, freedom)
-    low, high = np.quantile(np.asarray(draws, float), [norm.cdf(-z), norm.cdf(z)])
+    z = _normal_or_student(0.5 + level / 2, freedom)
+    low, high = quantile(draws, norm.cdf([-z, z]))
     return Estimate(value, float(low), float(high))
 
 
@@ -81,10 +91,15 @@ def bca_interval(
     pulls = np.mean(np.asarray(jackknife, float)) - np.asarray(jackknife, float)
     spread = np.sum(pulls**2) ** 1.5
     acceleration = np.sum(pulls**3) / (6 * spread) if spread > 0 else 0.0
-    z = bias + _quantile(0.5 + level / 2, freedom) * np.array([-1.0, 1.0])
-    low, high = np.quantile(sample, norm.cdf(bias + z / (1 - acceleration * z)))
+    z = bias + _normal_or_student(0.5 + level / 2, freedom) * np.array([-1.0, 1.0])
+    low, high = quantile(sample, norm.cdf(bias + z / (1 - acceleration * z)))
     return Estimate(value, float(low), float(high))
 
 
-def _quantile(probability: float, freedom: int | None) -> float:
+def quantile(draws: ArrayLike, shares: ArrayLike) -> Array:
+    """Where so many shares of the draws lie below, if one more draw is as likely to fall between any two of them."""
+    return np.asarray(np.quantile(np.asarray(draws, float), np.asarray(shares, float), method="weibull"))
+
+
+def _normal_or_student(probability: float, freedom: int | None) -> float:
     return float(norm.ppf(probability) if freedom is None else t.ppf(probability, freedom))
