@@ -22,6 +22,7 @@ from data.store import Store
 from model.config import ModelConfig
 from model.flops import flops_scaling, flops_training, parameter_counts
 from train.config import Recipe, parse_recipe
+from train.scaling.common import Common
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width
 from train.scaling.ladder import Cell, Ladder
@@ -88,7 +89,8 @@ class Cells:
         self._base = self._template.model_config_resolved()
         self._common = self._template.model_dump(mode="json", by_alias=True)
         sources = (*self._template.data.train, *(self._template.data.validation or ()))
-        self._text = [[Store.open(Path(source.path)).content, source.weight] for source in sources]
+        self._stores = [Store.open(Path(source.path)) for source in sources]
+        self._text = [[store.content, source.weight] for store, source in zip(self._stores, sources)]
         self._recipes: dict[Cell, Recipe] = {}
         self._shared: dict[tuple[Cell, Cell], Shared] = {}
 
@@ -99,6 +101,16 @@ class Cells:
         """D = C / M, in whole batches."""
         tokens = cell.budget / flops_scaling(self.model(cell), self._template.data.sequence_length)
         return max(1, round(tokens / cell.batch_tokens)) * cell.batch_tokens
+
+    def common(self) -> Common:
+        """What all cells have in common."""
+        varied = {"schedule": ("tokens", "lr", "batch_tokens", "warmup_steps"), "run": ("dir", "seed")}
+        recipe = {
+            section: {name: value for name, value in values.items() if name not in varied.get(section, ())}
+            for section, values in self._common.items()
+        }
+        data = [f"{store.path.name}: {', '.join(store.shares('train'))}" for store in self._stores]
+        return Common(recipe=recipe, data=data, tokenizer=self._stores[0].manifest.tokenizer_fingerprint)
 
     def flops(self, cell: Cell) -> int:
         """C = M·D."""

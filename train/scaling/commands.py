@@ -1,12 +1,15 @@
 """The commands `rorqual scaling …`: their arguments, and what they print."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 scaling = typer.Typer(no_args_is_help=True, help="Scaling laws: measure, fit, forecast.")
+
+INTERRUPTED = 130  # exit code, as a shell gives it after Ctrl-C
 
 LadderFile = Annotated[Path, typer.Argument(metavar="LADDER", help="A ladder's YAML file.")]
 
@@ -30,8 +33,13 @@ def run(
     execution = Execution(load_ladder(ladder), jobs or max(1, places // processes), processes, _say)
     for line in execution.describe():
         _say(line)
-    if not dry_run:
+    if dry_run:
+        return
+    try:
         execution.run()
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept: start the same command again to go on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _say(line: str) -> None:

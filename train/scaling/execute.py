@@ -70,6 +70,7 @@ class Execution:
             KeyboardInterrupt: after the cells in work have saved themselves, at a signal.
         """
         (self.cells.folder / "locks").mkdir(parents=True, exist_ok=True)
+        self.cells.common().write(Path(self.ladder.dir))
         with _terminate_as_interrupt():
             try:
                 while left := self._left():

@@ -45,12 +45,10 @@ class Grid(Section):
     @model_validator(mode="after")
     def _is_a_grid(self) -> Self:
         if self.spacing <= 1:
-            raise mistake(
-                "is the ratio of two neighbours and more than 1", "write 2", field="spacing", value=self.spacing
-            )
+            raise mistake(f"spacing = {self.spacing} is the ratio of two neighbours and more than 1", "write 2")
         for name in ("widths", "lr", "batch_tokens"):
             if not getattr(self, name):
-                raise mistake("must have an entry", "write for example [1e-3, 2e-3]", field=name, value=[])
+                raise mistake(f"{name} must have an entry", "write for example [1e-3, 2e-3]")
         return self
 
 
@@ -62,13 +60,13 @@ class Rows(Section):
 
     @model_validator(mode="after")
     def _grows(self) -> Self:
-        if list(self.widths) != sorted(set(self.widths)):
-            raise mistake("must grow", "sort them", field="widths", value=self.widths)
+        if list(self.widths) != sorted(set(self.widths)) or not self.widths:
+            raise mistake(f"widths = {list(self.widths)} must have an entry, and grow", "sort them")
         return self
 
 
 class Ladder(Section):
-    """A ladder's YAML file. Width, tokens, rate, batch and seeds are the ladder's; what `recipe` says of them stands for nothing."""
+    """A ladder's YAML file. Width, tokens, rate, batch and seeds are the ladder's, whatever `recipe` says of them."""
 
     recipe: Name | dict[str, Any]  # a recipe's name or path, or the sections themselves
     budgets: tuple[Positive, ...]  # C of each rung, FLOPs
@@ -82,28 +80,18 @@ class Ladder(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if list(self.budgets) != sorted(set(self.budgets)) or not self.budgets:
-            raise mistake("must have an entry, and grow", "sort them", field="budgets", value=self.budgets)
-        widths = self.hyperparameters.widths
+            raise mistake(f"budgets = {list(self.budgets)} must have an entry, and grow", "sort them")
+        widths, others = self.hyperparameters.widths, self.allocation.widths if self.allocation else ()
         if len(widths) not in (1, len(self.budgets)):
             raise mistake(
-                f"has {len(widths)} entries for {len(self.budgets)} budgets",
+                f"hyperparameters.widths has {len(widths)} entries for {len(self.budgets)} budgets",
                 "give one width for each, or one for all",
-                field="hyperparameters.widths",
-                value=widths,
             )
-        others = self.allocation.widths if self.allocation else ()
         for width in (*widths, *others):
             if width % STEP:
-                raise mistake(
-                    f"must be multiples of {STEP}", "give for example 64", field="hyperparameters.widths", value=width
-                )
+                raise mistake(f"width {width}: widths must be multiples of {STEP}", "give for example 64")
         if missing := sorted(set(widths) - set(others)) if self.allocation else ():
-            raise mistake(
-                f"lacks {missing[0]}, a width of hyperparameters.widths",
-                "add it",
-                field="allocation.widths",
-                value=others,
-            )
+            raise mistake(f"allocation.widths lacks {missing[0]}, a width of hyperparameters.widths", "add it")
         return self
 
     def width(self, budget: float) -> int:

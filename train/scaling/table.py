@@ -1,18 +1,23 @@
-"""The table of a ladder's runs: one SQLite file that anyone can query, made from the cells' results."""
+"""The table of a ladder's runs: one SQLite file that anyone can query, made from the cells' results.
+
+`rorqual scaling table FOLDER --out SMALL` keeps it as text beside what the runs had in common, small enough for a repository; a fit
+reads one as the other.
+"""
 
 import csv
 import math
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from data.files import replace_file
 from train.scaling.cells import Result
+from train.scaling.common import read_common
 from train.scaling.errors import ScalingError
 from train.scaling.runs import Runs
 
-TABLE = "runs.sqlite"
+TABLE, CSV = "runs.sqlite", "runs.csv"
 
 # Column, its SQL type, and where it comes from.
 COLUMNS: tuple[tuple[str, str], ...] = (
@@ -50,30 +55,52 @@ def write_table(path: Path, results: Iterable[Result]) -> None:
         database.close()
 
 
-def write_csv(path: Path, results: Iterable[Result]) -> None:
-    """The same table as text, for a repository."""
-    with replace_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [name for name, _ in COLUMNS], lineterminator="\n")
+def keep(folder: Path, out: Path) -> None:
+    """Write the table and what the runs have in common as text."""
+    rows, common = read_rows(folder), read_common(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with replace_file(out / CSV) as path, path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]) if rows else [name for name, _ in COLUMNS], lineterminator="\n")
         table.writeheader()
-        table.writerows(_row(result) for result in results)
+        table.writerows(rows)
+    common.write(out)
 
 
-def read_table(path: Path) -> Runs:
-    """The runs of a ladder's folder, or of its table as SQLite or CSV. Diverged runs have an infinite loss.
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The runs of a folder, a dictionary each; values are text where the table is.
+
+    Raises:
+        ScalingError: there is no table, or it is damaged.
+    """
+    if (path := folder / TABLE).is_file():
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            database.row_factory = sqlite3.Row
+            return [dict(row) for row in database.execute("SELECT * FROM runs")]
+        except sqlite3.DatabaseError as error:
+            raise ScalingError(
+                f"{path}: is not a table of runs ({error}); start the ladder again, which writes it"
+            ) from None
+        finally:
+            database.close()
+    if (path := folder / CSV).is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    raise ScalingError(
+        f"runs = {str(folder)!r}: has no {TABLE} and no {CSV}; give a ladder's folder, or --points FILE.csv"
+    )
+
+
+def read_runs(folder: Path) -> Runs:
+    """The runs of a folder as columns. A run that diverged has an infinite loss.
 
     Raises:
         ScalingError: there is no table, or it lacks a column.
     """
-    path = path / TABLE if path.is_dir() else path
-    if not path.is_file():
-        raise ScalingError(f"runs = {path}: is no ladder's folder and no table of runs; give one, or --points FILE.csv")
-    try:
-        rows = _read_csv(path) if path.suffix == ".csv" else _read_sqlite(path)
-    except sqlite3.DatabaseError as error:
-        raise ScalingError(f"{path}: is not a table of runs ({error}); give a ladder's folder") from None
+    rows = read_rows(folder)
     wanted = ("loss", "params", "active", "flops", "tokens", "lr", "batch", "seed")
-    if rows and (missing := [name for name in wanted if name not in rows[0]]):
-        raise ScalingError(f"{path}: has no column {missing[0]}; give a ladder's table, or --points with --columns")
+    if missing := [name for name in wanted if rows and name not in rows[0]]:
+        raise ScalingError(f"{folder}: its table has no column {missing[0]}; give a table of this version")
     return Runs.of(**{name: [_number(row[name]) for row in rows] for name in wanted})
 
 
@@ -100,20 +127,6 @@ def _row(result: Result) -> dict[str, Any]:
         "recipe_hash": result.recipe_hash,
         "code_version": result.code_version,
     }
-
-
-def _read_sqlite(path: Path) -> Sequence[dict[str, Any]]:
-    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        database.row_factory = sqlite3.Row
-        return [dict(row) for row in database.execute("SELECT * FROM runs")]
-    finally:
-        database.close()
-
-
-def _read_csv(path: Path) -> Sequence[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _number(value: Any) -> float:
