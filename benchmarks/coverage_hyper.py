@@ -79,7 +79,7 @@ class Ladder:
         truth = {
             f"{name} {key}": value
             for name, law in zip(("lr", "batch"), self.laws())
-            for key, value in {"ln k": np.log(law.coefficient), **law.exponents}.items()
+            for key, value in [("ln k", float(np.log(law.coefficient))), *law.exponents.items()]
         }
         return {name: truth[name] in interval for name, interval in fit.coefficients().items()}
 
