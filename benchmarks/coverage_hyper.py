@@ -107,7 +107,7 @@ class Ladder:
 
 LADDERS = (
     Ladder(("flops",), "surface"),
-    Ladder(("flops",), "surface", batches=3),
+    Ladder(("flops",), "surface", batches=3, noise=0.003),
     Ladder(("flops",), "surface", noise=0.001),
     Ladder(("flops",), "surface", noise=0.001, skew=0.003),
     Ladder(("flops",), "surface", drift=1.0),

@@ -30,7 +30,7 @@ import numpy as np
 from scipy.stats import f as f_distribution
 
 from train.scaling.basins import Basin, basins, has_minimum, hessian, quadratic, seed_noise
-from train.scaling.bootstrap import percentile_interval, resample, residual_samples
+from train.scaling.bootstrap import percentile_interval, quantile, resample, residual_samples
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.law import PowerLaw, Variable
@@ -101,7 +101,7 @@ def fit_hyperparameters(
     else:
         bottom = _minima(basins, draws, seed)
         laws, cells, residual = bottom.points @ np.linalg.pinv(powers).T, bottom.cells, bottom.residual
-        minima = tuple((_estimate(lr), _estimate(batch)) for lr, batch in np.exp(bottom.points).transpose(2, 1, 0))
+        minima = tuple((_estimate(lr), _estimate(batch)) for lr, batch in bottom.points.transpose(2, 1, 0))
         warnings += _scatter(laws, bottom, powers, seed)
         if (lost := draws + 1 - len(laws)) > 0.025 * draws:
             warnings.append(
@@ -156,8 +156,10 @@ def _band(basins: Sequence[Basin], powers: Array, draws: int, seed: int) -> tupl
         finite = np.isfinite(basin.loss)
         z = np.log(np.stack([basin.lr, basin.batch], axis=1)[finite])
         loss, n = basin.loss[finite], int(finite.sum())
-        drawn = (resample(n, draws, seed + 7919 * i)[:, :, None] == np.arange(n)).sum(1)
-        counts = np.concatenate([np.ones((1, n)), drawn])
+        drawn = (
+            resample(n, draws, seed + 7919 * i) + n * np.arange(draws)[:, None]
+        )  # each draw counts in a row of its own
+        counts = np.concatenate([np.ones((1, n)), np.bincount(drawn.ravel(), minlength=draws * n).reshape(draws, n)])
         lowest = np.where(counts > 0, loss, np.inf).min(1, keepdims=True)
         weight = counts * (loss <= lowest * (1 + basin.band))  # [1 + draws, cells]
         normal = normal + weight.sum(1)[:, None, None] * np.outer(powers[i], powers[i])
@@ -240,8 +242,10 @@ def _scatter(laws: Array, bottom: _Minima, powers: Array, seed: int) -> list[str
     return warnings
 
 
-def _estimate(values: Array) -> Estimate:
-    return percentile_interval(float(values[0]), values[1:]) if len(values) > 1 else Estimate(float(values[0]))
+def _estimate(logs: Array) -> Estimate:
+    """e to the first of some numbers, with the interval of the others."""
+    value = float(np.exp(logs[0]))
+    return Estimate(value, *np.exp(quantile(logs[1:], [0.025, 0.975])).tolist()) if len(logs) > 1 else Estimate(value)
 
 
 def _power_law(rows: Array, variables: Sequence[Variable]) -> PowerLaw:
