@@ -337,8 +337,8 @@ def test_a_mistake_in_the_model_or_the_data_is_told_before_what_a_law_would_need
 def test_the_law_is_told_beside_what_the_recipe_has_and_warned_of_when_it_is_far():
     far = law_in_words(load_recipe("tiny", [*FIXED, "schedule.lr=auto"]))
     assert far[0].startswith("law step-law, for N = 4.") and "D = 2e+06" in far[0]
-    assert far[1].endswith("; the recipe has 0.002665") and far[2].endswith("; the recipe has 8,192")
-    assert far[3].startswith("warning: schedule.law = step-law: far outside") and "D by 3.3 decades" in far[3]
+    assert far[1].endswith("; the recipe has 0.002665") and far[2].endswith("; the recipe has 8,192 tokens")
+    assert far[3].startswith("warning: law step-law is far outside") and "D by 3.3 decades" in far[3]
     near = law_in_words(load_recipe("small", ["schedule.lr=auto", "schedule.batch_tokens=auto"]))
     assert len(near) == 3  # half a decade of D below what was measured is no reason
     assert law_in_words(load_recipe("tiny")) == []

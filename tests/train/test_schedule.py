@@ -6,6 +6,7 @@ import math
 import pytest
 
 from train.config import RecipeError, load_recipe
+from train.planning.advice import law_in_words
 from train.planning.plot import plot_schedule
 from train.published import PUBLISHED, ramp
 from train.schedule import Schedule, Span, cosine, spans, wsd
@@ -142,6 +143,15 @@ def test_warm_up_in_steps_is_exact_under_a_growing_batch():
     assert taken == [(2, 0.2), (2, 0.4), (2, pytest.approx(0.6)), (4, 0.8), (4, 1.0), (4, 1.0)]
 
 
+def test_while_the_batch_grows_the_learning_rate_goes_with_a_power_of_it():
+    # Batches of 16, 32 and 64 tokens, the last at the peak: √¼, √½, 1; the warm-up multiplies.
+    grows = {"shape": "wsd", "batch_tokens": [[0, 16], [160, 32], [320, 64]], "lr": 1.0}
+    run = small(**grows, warmup_steps=2, lr_batch_exponent=0.5)
+    rates = [run.settings(tokens).lr for tokens in (0, 16, 159, 160, 319, 320, 700)]
+    assert rates == pytest.approx([0.25, 0.5, 0.5, 0.5**0.5, 0.5**0.5, 1.0, 1.0])
+    assert small(**grows, warmup_steps=0).settings(0).lr == 1.0  # published ramps leave it
+
+
 def test_no_warm_up_means_the_peak_at_once():
     assert small(shape="wsd", warmup_steps=0).settings(0).lr == 1.0
 
@@ -225,6 +235,13 @@ def test_wsd_decays_as_one_minus_the_root_over_the_last_tenth():
     assert wsd(0.925) == pytest.approx(0.5)  # a quarter of the decay: 1 - √0.25
     assert wsd(1.0) == pytest.approx(0)
     assert min(step.settings.lr for step in small(shape="wsd").steps()) > 0
+
+
+def test_a_ramp_by_a_law_is_drawn_with_what_the_law_says(tmp_path):
+    recipe = load_recipe("tiny", ["schedule.lr=auto", "schedule.batch_tokens=ramp", "schedule.law=ling-moe"])
+    plot_schedule(Schedule(recipe.schedule, recipe.data.lengths), tmp_path / "a.svg", law_in_words(recipe))
+    assert "shape v3, law ling-moe" in (text := (tmp_path / "a.svg").read_text())
+    assert "learning rate · (batch / last batch)^0.5" in text and "far outside of what it was measured on" in text
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

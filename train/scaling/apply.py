@@ -79,8 +79,8 @@ class Advice:
             f"{NAMES[name]} by {distance:.1f} decades ({self._range(name)})" for name, distance in far.items()
         )
         return [
-            f"far outside of what law {self.law.name} was measured on: {places}; compare a few runs around its answer, or fit a "
-            "law to runs nearer to this one (rorqual scaling)"
+            f"law {self.law.name} is far outside of what it was measured on: {places}; compare a few runs around its answer, or "
+            "fit a law to runs nearer to this one (rorqual scaling)"
         ]
 
     def _range(self, name: str) -> str:

@@ -1,0 +1,175 @@
+"""A budget in, a run out: the law's allocation is kept, the whole cost is told, and the recipe can be trained as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.store import Store
+from model.flops import flops_mfu, flops_scaling, flops_training
+from train.config import load_recipe
+from train.planning.advice import law_in_words
+from train.scaling.errors import ScalingError
+from train.scaling.forecast import forecast, gpu_hours, recipe_of, template_of
+from train.scaling.law import BestLoss, Family, Law, LossLaw, PowerLaw, load_law
+from train.schedule import Schedule
+
+POWER = {"lr": (0.5, -0.15), "batch_tokens": (0.05, 0.33), "flops_per_token": (0.3, 0.5)}
+
+
+def ours(**changes: Any) -> Law:
+    """A law of models of some 10^5 parameters at contexts of 128, with everything in it."""
+    laws = {name: PowerLaw(coefficient=k, exponents={"flops": a}) for name, (k, a) in POWER.items()}
+    values: dict[str, Any] = {
+        "name": "ours",
+        "source": "a ladder",
+        "measured": {"flops": (1e12, 1.6e13)},
+        "tokenizer": "ab" * 32,
+        "family": Family(model={"preset": "tiny", "vocab_size": 512}, sequence_length=128),
+        **laws,
+    }
+    return Law.model_validate(values | changes)
+
+
+def test_deepseek_llms_allocation_of_1e20_flops() -> None:
+    # M = 0.1715 · C^0.5243 = 5.25e9, D = 5.8316 · C^0.4757 = 1.905e10
+    # lr = 0.3118 · C^-0.125 = 9.86e-4, batch = 0.292 · C^0.3271 = 1.017e6
+    found = forecast(load_law("deepseek-llm"), flops=1e20)
+    assert found.best_flops_per_token and found.best_tokens
+    assert found.best_flops_per_token.value == pytest.approx(5.25e9, rel=1e-3)
+    assert found.best_tokens.value == pytest.approx(1.905e10, rel=1e-3)
+    assert (found.lr.value, found.batch_tokens.value) == pytest.approx((9.86e-4, 1.0171e6), rel=1e-3)
+    assert found.size.flops_per_token == pytest.approx(5.25e9, rel=0.1)  # the nearest member of the family
+    assert found.size.flops_per_token * found.tokens == pytest.approx(1e20)  # whose tokens keep the budget
+    assert found.loss is None and any("has no loss" in warning for warning in found.warnings)
+    assert found.distance == pytest.approx(0.699, abs=1e-3)  # measured to 2e19
+
+
+def test_the_whole_cost_stands_beside_c() -> None:
+    found = forecast(load_law("deepseek-llm"), flops=1e18)
+    assert found.flops == pytest.approx(1e18)
+    assert found.flops == pytest.approx(flops_scaling(found.model, 2048) * found.tokens)
+    assert found.all_flops == pytest.approx(flops_training(found.model, 2048) * found.tokens) and found.all_flops > 1e18
+
+
+def test_gpu_hours_pay_for_head_and_mtp_too() -> None:
+    # 100 hours at 989.4e12 FLOP/s and an MFU of 0.4: 1.4247e20 FLOPs
+    budget = gpu_hours("h200", 100)
+    assert budget == pytest.approx(1.4247e20, rel=1e-3)
+    found = forecast(load_law("deepseek-llm"), device_flops=budget)
+    assert flops_mfu(found.model, 2048) * found.tokens == pytest.approx(budget)
+    assert found.flops < budget
+    assert found.best_flops_per_token and found.size.flops_per_token == pytest.approx(
+        found.best_flops_per_token.value, rel=0.1
+    )
+
+
+def test_a_law_of_the_loss_alone_divides_a_budget_in_closed_form_and_takes_step_laws_rates() -> None:
+    # Hoffmann's 70B by 1.4T tokens, 5.88e23 FLOPs: the re-fit agrees about the allocation.
+    found = forecast(load_law("chinchilla"), flops=5.88e23)
+    assert found.best_flops_per_token and found.best_tokens
+    assert found.best_flops_per_token.value / 6 == pytest.approx(7.4e10, rel=0.02)
+    assert found.best_flops_per_token.value * found.best_tokens.value == pytest.approx(5.88e23)
+    assert 6 * found.size.active * found.tokens == pytest.approx(5.88e23)
+    assert found.loss and 1.96 < found.loss.value < 1.99
+    assert found.hyperparameters.name == "step-law"
+    assert any("lacks learning rate or batch" in warning for warning in found.warnings)
+    assert any("another text has another" in warning for warning in found.warnings)
+
+
+def test_params_and_tokens_are_taken_as_they_are() -> None:
+    found = forecast(load_law("step-law"), params=1e9, tokens=2e10)
+    assert found.size.params == pytest.approx(1e9, rel=0.1) and found.tokens == 2e10
+    assert found.lr.value == pytest.approx(1.79 * found.size.params**-0.713 * 2e10**0.307)
+    assert found.distance == 0 and found.best_tokens is None
+
+
+def test_draws_give_every_forecast_its_interval() -> None:
+    loss = LossLaw(E=2, A=40, B=400, alpha=0.3, beta=0.3, size="active")
+    drawn = [(2.0, 40 * f, 400 / f, 0.3, 0.3) for f in (0.8, 0.9, 1.0, 1.1, 1.25)]
+    law = ours(flops_per_token=None, loss=loss.model_copy(update={"draws": tuple(drawn)}))
+    found = forecast(law, flops=1e13)
+    for estimate in (found.best_flops_per_token, found.best_tokens, found.loss):
+        assert estimate and estimate.low and estimate.high
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_two_forecasts_of_the_loss_that_disagree_are_both_told() -> None:
+    loss = LossLaw(E=2, A=40, B=400, alpha=0.3, beta=0.3, draws=((2.0, 40, 400, 0.3, 0.3), (2.01, 40, 400, 0.3, 0.3)))
+    value = forecast(ours(loss=loss), flops=1e13).loss
+    assert value
+    draws = ((1.0, 1.0, 0.1), (1.01, 1.0, 0.1))
+    found = forecast(ours(loss=loss, best_loss=BestLoss(E=1, k=1, gamma=0.1, draws=draws)), flops=1e13)
+    assert any("two forecasts of the loss disagree" in warning for warning in found.warnings)
+    assert not any("disagree" in warning for warning in forecast(ours(loss=loss), flops=1e13).warnings)
+
+
+def test_the_template_is_the_laws_own_family() -> None:
+    recipe = template_of(ours())
+    assert (recipe.model_config_resolved().vocab_size, recipe.data.sequence_length) == (512, 128)
+    assert template_of(load_law("step-law")) == load_recipe("small")
+
+
+def test_the_recipe_of_a_forecast_is_the_forecast() -> None:
+    found = forecast(ours(), flops=1e13)
+    recipe = recipe_of(found, law="ladder/law.json")
+    assert recipe.model_config_resolved() == found.model
+    schedule = recipe.schedule
+    assert isinstance(schedule.batch_tokens, int)
+    assert schedule.tokens == pytest.approx(found.tokens, rel=0.01) and schedule.tokens % schedule.batch_tokens == 0
+    assert schedule.lr == pytest.approx(found.lr.value, rel=1e-3)
+    assert 0.7 < schedule.batch_tokens / found.batch_tokens.value < 1.42
+    assert schedule.warmup_steps <= Schedule(schedule, recipe.data.lengths).total_steps / 10
+    assert schedule.gamma == ((0, 0.001), (pytest.approx(schedule.tokens * 143 / 148, rel=1e-6), 0.0))
+    assert schedule.law == "ladder/law.json" and recipe.run.dir == "runs/small-1e13"
+
+
+def test_a_forecasts_recipe_says_the_same_of_its_law(tmp_path: Path) -> None:
+    recipe = recipe_of(forecast(load_law("ling-moe"), flops=1e18))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    again = load_recipe(tmp_path / "recipe.yaml", ["schedule.lr=auto", "schedule.batch_tokens=auto"])
+    assert again == recipe
+    assert law_in_words(again)[0].startswith("law ling-moe")
+
+
+def test_a_store_cut_by_another_tokenizer_is_warned_of(tiny_store: Store) -> None:
+    base = load_recipe("tiny", [f"data.train={tiny_store.path}"])
+    found = forecast(ours(), flops=1e13, template=base)
+    assert any("another tokenizer cut (abababababab…" in warning for warning in found.warnings)
+    own = ours(tokenizer=tiny_store.manifest.tokenizer_fingerprint)
+    assert not any("another tokenizer" in warning for warning in forecast(own, flops=1e13, template=base).warnings)
+
+
+@pytest.mark.parametrize(
+    ("budget", "line"),
+    [
+        ({}, "forecast of nothing: must have one budget; give flops, or GPU hours and a device, or params together with tokens"),
+        ({"flops": 1e20, "tokens": 1e9}, "forecast of flops, tokens: must have one budget"),
+        ({"params": 1e9}, "forecast of params: must have one budget"),
+        ({"flops": -1.0}, "flops = -1: must be more than 0 and at most 1e+28; write it like 1e20"),
+        ({"flops": float("nan")}, "flops = nan: must be more than 0"),
+        ({"flops": 1e40}, "flops = 1e+40: must be more than 0 and at most 1e+28"),
+        ({"flops": 1.0}, "tokens = "),
+    ],
+)  # fmt: skip
+def test_a_budget_that_is_none_is_refused_in_one_line(budget: dict[str, Any], line: str) -> None:
+    with pytest.raises(ScalingError) as caught:
+        forecast(load_law("deepseek-llm"), **budget)
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_what_a_law_lacks_for_a_budget_is_named() -> None:
+    with pytest.raises(
+        ScalingError,
+        match=r"^law = 'step-law': has neither an allocation .* give params and tokens, or use another law",
+    ):
+        forecast(load_law("step-law"), flops=1e20)
+    flat = LossLaw(E=2, A=0, B=400, alpha=0.3, beta=0.3)
+    with pytest.raises(
+        ScalingError, match=r"^law = 'ours': its L\(N, D\) has no minimum on a budget: A = 0, .* fit it to runs of more"
+    ):
+        forecast(ours(flops_per_token=None, loss=flat), flops=1e13)
+    with pytest.raises(ScalingError, match=r"^mfu = 40: must be in \(0, 1\]; give for example 0.4"):
+        gpu_hours("h200", 10, 40)
+    with pytest.raises(ScalingError, match=r"^gpu_hours = 0: must be more than 0"):
+        gpu_hours("h200", 0)

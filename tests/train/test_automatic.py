@@ -1,0 +1,89 @@
+"""Real runs whose learning rate and batch a law decides: they end and continue as any other, and doubts are told at the start."""
+
+from pathlib import Path
+
+import pytest
+
+from data.store import Store
+from tests.small_run import LENGTH, Run, assert_same_bits
+from train.config import load_recipe
+from train.fields import as_points
+from train.scaling.law import Law, PowerLaw, save_law
+
+TOKENS = 4096
+
+
+def law(path: Path, tokenizer: str | None = None) -> Path:
+    """A law whose best batch of D tokens is 8 sequences at 4,096 tokens and grows with the root of D."""
+    save_law(
+        Law(
+            name="roots",
+            source="this test",
+            lr=PowerLaw(coefficient=1e-2, exponents={}),
+            batch_tokens=PowerLaw(coefficient=8 * LENGTH / TOKENS**0.5, exponents={"tokens": 0.5}),
+            measured={"tokens": (1000, 10_000)},
+            tokenizer=tokenizer,
+        ),
+        path,
+    )
+    return path
+
+
+def ramp(path: Path) -> tuple[str, ...]:
+    return (
+        *(f"schedule.law={path}", "schedule.lr=auto", "schedule.batch_tokens=ramp", f"schedule.tokens={TOKENS}"),
+        *("parallel.micro_batch=1", "schedule.warmup_steps=0", "schedule.shape=wsd"),
+    )
+
+
+def test_a_ramp_that_is_interrupted_ends_as_one_that_is_not(tiny_store: Store, tmp_path: Path) -> None:
+    """Batches of 1, 2, 4 and 8 sequences. Stopped within the third stage, continued in a new process: the same bits."""
+    changes = ramp(law(tmp_path / "law.json"))
+    recipe = load_recipe("tiny", Run(tiny_store, tmp_path / "once").arguments(*changes)[1:])
+    # √(D/4096) · 8 sequences is √½ of 2, 4 and 8 sequences at 128, 512 and 2,048 tokens
+    assert recipe.schedule.batch_tokens == ((0, 32), (128, 64), (512, 128), (2048, 256))
+    once, twice = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "twice")
+    assert once.train(*changes) == [0], once.said
+    # 4 steps to 128 tokens, 6 to 512, 12 to 2,048, 8 to 4,096
+    assert twice.train(*changes, "run.stop_at_step=15") == [0], twice.said
+    assert twice.train(*changes) == [0], twice.said
+    lines = once.metrics()
+    assert [line["batch_tokens"] for line in lines] == [32] * 4 + [64] * 6 + [128] * 12 + [256] * 8
+    for line in lines[:-4]:  # before the decay: the peak belongs to batches of 256
+        assert line["lr"] == pytest.approx(1e-2 * (line["batch_tokens"] / 256) ** 0.5)
+    assert twice.metrics() == lines
+    assert_same_bits(twice.tensors(30), once.tensors(30))
+    assert once.record(30)["law"] == str(tmp_path / "law.json")
+
+
+def test_a_ramp_takes_the_samples_that_a_constant_batch_takes_in_the_same_order(
+    tiny_store: Store, tmp_path: Path
+) -> None:
+    """What has been read of each source after as many samples is the same."""
+    ramped, constant = Run(tiny_store, tmp_path / "ramped"), Run(tiny_store, tmp_path / "constant")
+    assert ramped.train(*ramp(law(tmp_path / "law.json"))) == [0], ramped.said
+    assert constant.train(f"schedule.tokens={TOKENS}") == [0], constant.said
+    read = {line["tokens"]: line["tokens_by_source"] for line in ramped.metrics()}
+    same = [line for line in constant.metrics() if line["tokens"] in read]
+    assert len(same) > 8 and all(read[line["tokens"]] == line["tokens_by_source"] for line in same)
+    assert ramped.record(30)["samples_by_source"] == constant.record(16)["samples_by_source"]
+
+
+def test_a_law_of_another_tokenizer_or_another_scale_is_told_at_the_start(tiny_store: Store, tmp_path: Path) -> None:
+    own, other = (
+        law(tmp_path / "own.json", tiny_store.manifest.tokenizer_fingerprint),
+        law(tmp_path / "other.json", "ab" * 32),
+    )
+    for path, tokens, told in ((own, 1024, None), (other, 1024, "another tokenizer cut"), (own, 64, "far outside")):
+        run = Run(tiny_store, tmp_path / f"{path.stem}-{tokens}")
+        changes = (f"schedule.law={path}", "schedule.lr=auto", f"schedule.tokens={tokens}", "schedule.batch_tokens=32")
+        assert run.train(*changes, "parallel.micro_batch=1", "run.stop_at_step=1") == [0], run.said
+        assert ("law roots" in run.said) == (told is not None) and (told or "") in run.said, run.said
+
+
+def test_a_continued_run_needs_its_law_no_more_once_its_recipe_is_written(tiny_store: Store, tmp_path: Path) -> None:
+    run, path = Run(tiny_store, tmp_path / "run"), law(tmp_path / "law.json")
+    assert run.train(*ramp(path), "run.stop_at_step=2") == [0], run.said
+    path.unlink()
+    recipe = load_recipe(run.folder / "recipe.yaml", ["run.stop_at_step=null"])
+    assert as_points(recipe.schedule.batch_tokens)[-1] == (2048, 256) and recipe.schedule.lr_batch_exponent == 0.5

@@ -1,0 +1,406 @@
+"""A budget in, a run out: size, tokens, learning rate, batch and loss by a law, and a recipe that trains it.
+
+    C            →  M, D of the best loss: the law's allocation, or the minimum of its L(N, D) on C = k·N·D
+    M            →  the member of a family of models that is nearest; its tokens keep the budget: D = C / M
+    N, D, C      →  learning rate, batch, loss
+
+C is what the law counts: without embedding, head and MTP. What all of it costs stands beside it, and GPU hours pay for all of it.
+Intervals are those of the law's coefficients: they say how sure the fit is, not whether a law holds so far outside.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.flops import flops_mfu
+from train.config import Recipe, load_recipe, parse_recipe
+from train.planning.advice import store_tokenizer, tokenizer_warning
+from train.planning.devices import lookup
+from train.scaling.apply import Advice, Course, advise, whole_batch
+from train.scaling.errors import ScalingError
+from train.scaling.estimate import Estimate
+from train.scaling.family import with_flops
+from train.scaling.law import Law, LossLaw, load_law
+from train.scaling.loss_law import optimum
+from train.scaling.size import Size, size_of
+
+MFU = (
+    0.4  # DeepSeek-V3's: 14.8T tokens in 2.664M H800 hours (arXiv 2412.19437 table 1) by `flops_mfu` over the bf16 peak
+)
+HYPERPARAMETERS = "step-law"  # of laws that have none
+NEAR = 1.1  # ratio to the best allocation from which on a run is said to have another
+ROUNDS = 8  # of finding a size whose ratios are its own; two or three are enough
+MOST = {"flops": 1e28, "device_flops": 1e28, "params": 1e15, "tokens": 1e18}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run, and what a law says of it.
+
+    Attributes:
+        law: of the allocation and the loss.
+        hyperparameters: the law of learning rate and batch: the same where it has both, else Step Law.
+        template: the recipe that the run is like.
+        model, size: the member of the template's family.
+        tokens: of the run; C / M where a budget was given.
+        flops: C.
+        all_flops: with output head and MTP, attention counted full as in M.
+        best_flops_per_token, best_tokens: C/D and D of the best loss at C, wherever the run lies; None where the law has none.
+        loss: in the law's unit, on its data and tokenizer; None where it has none.
+        distances: decades outside of what was measured.
+    """
+
+    law: Law
+    template: Recipe
+    model: ModelConfig
+    size: Size
+    tokens: float
+    flops: float
+    best_flops_per_token: Estimate | None
+    best_tokens: Estimate | None
+    hyperparameters: Law
+    lr: Estimate
+    batch_tokens: Estimate
+    loss: Estimate | None
+    distances: dict[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def all_flops(self) -> float:
+        return self.size.all_flops_per_token * self.tokens
+
+    @property
+    def distance(self) -> float:
+        """Decades outside of what was measured, the farthest of all quantities."""
+        return max(self.distances.values(), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; an interval's ends are null where nothing is known of the error."""
+        estimates = ("best_flops_per_token", "best_tokens", "lr", "batch_tokens", "loss")
+        return {
+            "law": self.law.name,
+            "hyperparameters": self.hyperparameters.name,
+            "flops": self.flops,
+            "all_flops": self.all_flops,
+            "params": self.size.params,
+            "active": self.size.active,
+            "flops_per_token": self.size.flops_per_token,
+            "all_flops_per_token": self.size.all_flops_per_token,
+            "hidden_size": self.model.hidden_size,
+            "num_hidden_layers": self.model.num_hidden_layers,
+            "tokens": self.tokens,
+            **{name: None if (e := getattr(self, name)) is None else dataclasses.asdict(e) for name in estimates},
+            "loss_unit": self.law.loss_unit,
+            "distance": self.distance,
+            "distances": self.distances,
+            "warnings": list(self.warnings),
+        }
+
+
+def forecast(
+    law: Law,
+    *,
+    flops: float | None = None,
+    device_flops: float | None = None,
+    params: float | None = None,
+    tokens: float | None = None,
+    template: Recipe | None = None,
+) -> Forecast:
+    """What a law makes of a budget.
+
+    Give one of `flops`, `device_flops`, or `params` with `tokens`.
+
+    Args:
+        flops: C.
+        device_flops: what devices compute, as MFU counts it (`gpu_hours`): causal attention, head and MTP.
+        params: N, without embedding and head, all experts counted.
+        template: whose family has the sizes, and whose sequence length M is counted at; the law's own by default, else `small`.
+
+    Raises:
+        ScalingError: not one budget was given, or the law cannot divide it.
+    """
+    asked = {"flops": flops, "device_flops": device_flops, "params": params, "tokens": tokens}
+    _check(asked)
+    template = template or template_of(law)
+    family, length = template.model_config_resolved(), template.data.sequence_length
+    if params is not None and tokens is not None:
+        model = _with_params(family, params, length)
+    elif flops is not None:
+        model = _allocated(law, flops, family, length)
+        tokens = flops / _rate(law, size_of(model, length))
+    else:
+        assert device_flops is not None
+        model = _affordable(law, device_flops, family, length)
+        tokens = device_flops / flops_mfu(model, length)
+    return _describe(law, template, model, tokens)
+
+
+def gpu_hours(device: str, hours: float, mfu: float = MFU) -> float:
+    """FLOPs that so many hours of one device compute: its dense bf16 peak times the model FLOPs utilisation.
+
+    Raises:
+        DeviceError: the table does not know the device.
+        ScalingError: hours or mfu are out of range.
+    """
+    if not hours > 0:
+        raise ScalingError(f"gpu_hours = {hours:g}: must be more than 0; give the hours of all devices together")
+    if not 0 < mfu <= 1:
+        raise ScalingError(f"mfu = {mfu:g}: must be in (0, 1]; give for example {MFU}")
+    return lookup(device).bf16 * 3600 * hours * mfu
+
+
+def template_of(law: Law) -> Recipe:
+    """The recipe that a law's family is trained by: `small`, with the law's own models where it names them.
+
+    Raises:
+        RecipeError: the law's family is no model.
+    """
+    small = load_recipe("small")
+    if law.family is None:
+        return small
+    values = small.model_dump(mode="json", by_alias=True)
+    length = law.family.sequence_length
+    sections = {
+        "model": law.family.model,
+        "data": values["data"] | {"sequence_length": length},
+        "schedule": values["schedule"] | {"batch_tokens": length},
+    }
+    return parse_recipe(values | sections)
+
+
+def recipe_of(forecast: Forecast, base: Recipe | None = None, law: str | None = None) -> Recipe:
+    """A recipe that trains the run.
+
+    Positions of the balancing and MTP weights move in proportion to the tokens; the warm-up is at most a tenth of the steps. Stages
+    of the base's data are left out: a forecast is of one context.
+
+    Args:
+        base: what the forecast does not decide; the forecast's template by default. Its models must be of the same family.
+        law: what to name the law by; the law's name by default.
+
+    Raises:
+        ScalingError: there is no learning rate or batch.
+        RecipeError: the model does not go with the base.
+    """
+    base = base or forecast.template
+    if forecast.lr is None or forecast.batch_tokens is None:
+        missing = "learning rate" if forecast.lr is None else "batch"
+        raise ScalingError(
+            f"law = {forecast.law.name!r}: has no {missing}, so that there is no recipe; use another law"
+        )
+    values, length = base.model_dump(mode="json", by_alias=True), base.data.sequence_length
+    batch = whole_batch(forecast.batch_tokens.value, length * base.schedule.batch_multiple)
+    steps = max(1, round(forecast.tokens / batch))
+    tokens = steps * batch
+    schedule = values["schedule"] | {
+        "tokens": tokens,
+        "lr": float(f"{forecast.lr.value:.4g}"),
+        "batch_tokens": batch,
+        "lr_batch_exponent": 0.0,
+        "warmup_steps": min(base.schedule.warmup_steps, max(1, steps // 10)),
+        "law": law or forecast.hyperparameters.name,
+    }
+    for name in ("gamma", "alpha", "lambda"):
+        if isinstance(points := schedule[name], list):
+            moved = {start * tokens // base.schedule.tokens: value for start, value in points}
+            schedule[name] = [list(point) for point in moved.items()]
+    micro_batch = min(base.parallel.micro_batch, batch // length)
+    budget = f"{forecast.flops:.1e}".replace("+", "").replace(".0e", "e")
+    return parse_recipe(
+        values
+        | {
+            "model": values["model"] | _differences(base.model_config_resolved(), forecast.model),
+            "data": values["data"] | {"stages": []},
+            "parallel": values["parallel"] | {"micro_batch": micro_batch},
+            "schedule": schedule,
+            "run": values["run"] | {"dir": f"{base.run.dir}-{budget}"},
+        }
+    )
+
+
+def _check(asked: dict[str, float | None]) -> None:
+    given = {name for name, value in asked.items() if value is not None}
+    if given not in ({"flops"}, {"device_flops"}, {"params", "tokens"}):
+        raise ScalingError(
+            f"forecast of {', '.join(sorted(given)) or 'nothing'}: must have one budget; give flops, or GPU hours and a device, or "
+            "params together with tokens"
+        )
+    for name in sorted(given):
+        if not 0 < (value := asked[name] or 0) <= MOST[name]:
+            raise ScalingError(
+                f"{name} = {value:g}: must be more than 0 and at most {MOST[name]:g}; write it like 1e20"
+            )
+
+
+def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> Forecast:
+    length = template.data.sequence_length
+    size = size_of(model, length)
+    if tokens < length:
+        raise ScalingError(
+            f"tokens = {tokens:.3g}: is less than a sequence of {length}, for {size.params:,} parameters; give a larger budget"
+        )
+    advice = advise(law, Course.of(law, model, ((0, length),)), tokens)
+    flops = advice.variables["flops"]
+    best = _best(law, flops, size)
+    found, doubts = _loss(law, advice, best)
+    warnings = [*advice.warnings(), *doubts]
+    if doubt := tokenizer_warning(law, store_tokenizer(template)):
+        warnings.append(doubt)
+    hyperparameters = law
+    if advice.lr is None or advice.batch_tokens is None:
+        hyperparameters = load_law(HYPERPARAMETERS)
+        theirs = advise(hyperparameters, Course.of(hyperparameters, model, ((0, length),)), tokens)
+        warnings += [
+            f"law {law.name} lacks learning rate or batch: both are of {hyperparameters.name}",
+            *theirs.warnings(),
+        ]
+        lr, batch = theirs.lr, theirs.batch_tokens
+    else:
+        lr, batch = advice.lr, advice.batch_tokens
+    assert lr is not None and batch is not None
+    if best and not 1 / NEAR < (rate := _rate(law, size)) / best[0].value < NEAR:
+        warnings.append(
+            f"the best C/D of C = {flops:.3g} is {best[0].value:.3g} FLOPs per token, the run's model has {rate:.3g}"
+        )
+    return Forecast(
+        law=law,
+        template=template,
+        model=model,
+        size=size,
+        tokens=tokens,
+        flops=flops,
+        best_flops_per_token=best[0] if best else None,
+        best_tokens=best[1] if best else None,
+        hyperparameters=hyperparameters,
+        lr=lr,
+        batch_tokens=batch,
+        loss=found,
+        distances=advice.distances,
+        warnings=tuple(warnings),
+    )
+
+
+def _loss(law: Law, advice: Advice, best: tuple[Estimate, Estimate] | None) -> tuple[Estimate | None, list[str]]:
+    """The loss of a run, and what there is to doubt in it."""
+    at = advice.variables
+    near = best is not None and 1 / NEAR < at["tokens"] / best[1].value < NEAR
+    of_budget = law.best_loss.estimate(at["flops"]) if law.best_loss else None
+    if law.loss is None and of_budget is None:
+        return None, [
+            f"law {law.name} has no loss; one is fitted to runs of several sizes and tokens (rorqual scaling)"
+        ]
+    doubts = []
+    if law.loss is None:
+        found = of_budget
+        if not near:
+            doubts.append("the loss is that of the best allocation of the budget, and the run has another")
+    else:
+        found = law.loss.estimate(at[law.loss.size], at["tokens"])
+        if near and of_budget and of_budget.low is not None and found.low is not None and not found.overlaps(of_budget):
+            doubts.append(
+                f"two forecasts of the loss disagree by more than their intervals: {_show(found)} by L(N, D), "
+                f"{_show(of_budget)} by the best loss of each budget"
+            )
+    if law.tokenizer is None:
+        doubts.append(
+            f"the loss is that of {law.data or 'its own text'}, cut by its own tokenizer; another text has another"
+        )
+    return found, doubts
+
+
+def _show(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g} ({estimate.low:.4g} to {estimate.high:.4g})"
+
+
+def _rate(law: Law, size: Size) -> float:
+    """C / D."""
+    return size.flops_per_token if law.compute == "M*D" else 6 * size.active
+
+
+def _best(law: Law, flops: float, size: Size) -> tuple[Estimate, Estimate] | None:
+    """C/D and D of the best loss at C; of an L(N, D) for models with the ratio of C/D to N that `size` has."""
+    if law.flops_per_token:
+        rate = law.flops_per_token.estimate(flops=flops)
+        return rate, law.tokens.estimate(flops=flops) if law.tokens else _quotient(flops, rate)
+    if law.tokens:
+        tokens = law.tokens.estimate(flops=flops)
+        return _quotient(flops, tokens), tokens
+    if law.loss:
+        if not _has_minimum(law.loss):
+            raise ScalingError(
+                f"law = {law.name!r}: its L(N, D) has no minimum on a budget: A = {law.loss.A:g}, B = {law.loss.B:g}, alpha = "
+                f"{law.loss.alpha:g} and beta = {law.loss.beta:g} must be more than 0; fit it to runs of more sizes and tokens"
+            )
+        per_parameter = _rate(law, size) / getattr(size, law.loss.size)
+        laws = [law.loss, *filter(_has_minimum, (_drawn(law.loss, draw) for draw in law.loss.draws))]
+        value, *draws = [per_parameter * optimum(one, flops, per_parameter).params for one in laws]
+        low, high = map(float, np.percentile(draws, [2.5, 97.5])) if draws else (None, None)
+        rate = Estimate(value, low, high)
+        return rate, _quotient(flops, rate)
+    return None
+
+
+def _has_minimum(law: LossLaw) -> bool:
+    """Whether more parameters and more tokens both help, so that a budget has a best division."""
+    return min(law.A, law.B, law.alpha, law.beta) > 0
+
+
+def _drawn(law: LossLaw, draw: Sequence[float]) -> LossLaw:
+    e, a, b, alpha, beta = draw
+    return LossLaw(E=e, A=a, B=b, alpha=alpha, beta=beta, size=law.size)
+
+
+def _quotient(flops: float, by: Estimate) -> Estimate:
+    if by.low is None or by.high is None:
+        return Estimate(flops / by.value)
+    return Estimate(flops / by.value, flops / by.high, flops / by.low)
+
+
+def _allocated(law: Law, flops: float, family: ModelConfig, length: int) -> ModelConfig:
+    """The member with the C/D of the best loss; its other ratios are those of its size, found by going there."""
+    model = family
+    for _ in range(ROUNDS):
+        size = size_of(model, length)
+        best = _best(law, flops, size)
+        if best is None:
+            raise ScalingError(
+                f"law = {law.name!r}: has neither an allocation of compute nor L(N, D), so that it gives no size; give params and "
+                "tokens, or use another law, for example deepseek-llm"
+            )
+        wanted = best[0].value * size.flops_per_token / _rate(law, size)
+        before, model = model, with_flops(family, wanted, length)
+        if model == before:
+            break
+    return model
+
+
+def _affordable(law: Law, device_flops: float, family: ModelConfig, length: int) -> ModelConfig:
+    """The member for the C that is left when all that is trained is paid for."""
+    model, flops = family, device_flops
+    for _ in range(ROUNDS):
+        before, model = model, _allocated(law, flops, family, length)
+        flops = device_flops * _rate(law, size_of(model, length)) / flops_mfu(model, length)
+        if model == before:
+            break
+    return model
+
+
+def _with_params(family: ModelConfig, params: float, length: int) -> ModelConfig:
+    """The member whose N is nearest."""
+    model = family
+    for _ in range(ROUNDS):
+        size = size_of(model, length)
+        before, model = model, with_flops(family, params * size.flops_per_token / size.params, length)
+        if model == before:
+            break
+    return model
+
+
+def _differences(base: ModelConfig, other: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that are not those of another."""
+    names = [field.name for field in dataclasses.fields(base)]
+    return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(base, name)}
