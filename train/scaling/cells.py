@@ -142,11 +142,13 @@ class Cells:
 
     def hash(self, cell: Cell) -> str:
         """Of all that decides the cell's result."""
-        values = self.recipe(cell).model_dump(mode="json", by_alias=True)
-        decisive = {name: values[name] for name in ("model", "precision", "optimizer", "schedule", "evaluate")}
+        # Without defaults, so that a key that later versions add does not make old results another recipe's.
+        values = self.recipe(cell).model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        sections = ("model", "precision", "optimizer", "schedule", "evaluate")
+        decisive = {name: values[name] for name in sections if name in values}
         for name in ("train", "validation", "workers"):  # where the text lies and who reads it
-            del values["data"][name]
-        decisive |= {"data": values["data"], "text": self._text, "seed": values["run"]["seed"]}
+            values["data"].pop(name, None)
+        decisive |= {"data": values["data"], "text": self._text, "seed": cell.seed}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def result(self, cell: Cell) -> Result | None:

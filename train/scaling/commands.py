@@ -1,16 +1,21 @@
 """The commands `rorqual scaling …`: their arguments, and what they print."""
 
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from train.scaling.errors import ScalingError
 
 scaling = typer.Typer(no_args_is_help=True, help="Scaling laws: measure, fit, forecast.")
 
 INTERRUPTED = 130  # exit code, as a shell gives it after Ctrl-C
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunsFolder = Annotated[Path, typer.Argument(metavar="RUNS", help="A ladder's folder, or a table kept of it.")]
 LadderFile = Annotated[Path, typer.Argument(metavar="LADDER", help="A ladder's YAML file.")]
 
 
@@ -40,6 +45,109 @@ def run(
     except KeyboardInterrupt:
         print("stopped; what is finished is kept: start the same command again to go on", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@scaling.command()
+def table(
+    runs: RunsFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table as text, with what the runs have in common, here.")
+    ] = None,
+) -> None:
+    """Show a ladder's runs, or keep them as a small folder that can be fitted anywhere."""
+    from train.scaling.table import keep, read_rows
+
+    if out is not None:
+        keep(runs, out)
+        print(out)
+        return
+    for row in read_rows(runs):
+        print("\t".join("" if value is None else str(value) for value in row.values()))
+
+
+@scaling.command()
+def fit(
+    runs: Annotated[
+        Path | None, typer.Argument(metavar="RUNS", help="A ladder's folder, or a table kept of it.")
+    ] = None,
+    points: Annotated[Path | None, typer.Option(help="Fit this CSV file of runs instead.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="What its columns are: loss=…, params=…, active=…, flops=…, tokens=…, lr=…, batch=…*2048, seed=…"
+        ),
+    ] = None,
+    drop_highest: Annotated[int, typer.Option(min=0, help="Leave so many of the highest losses out of L(N, D).")] = 0,
+    draws: Annotated[int, typer.Option(min=0, help="Samples of each bootstrap.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the bootstraps.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Of the law; default: the folder's or file's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the law here (law.json).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures here.")] = None,
+    pictures: Annotated[Path | None, typer.Option(help="Write the pictures as PNG into this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the laws that runs can tell, with intervals, and forecast the largest budget from the others."""
+    from train.scaling.common import read_common
+    from train.scaling.fit import fit_runs
+    from train.scaling.law import save_law
+    from train.scaling.points import read_points
+    from train.scaling.table import read_runs
+
+    if (runs is None) == (points is None):
+        raise ScalingError("fit: give either RUNS, a ladder's folder, or --points FILE.csv with --columns")
+    if points is not None:
+        if columns is None:
+            raise ScalingError(
+                "columns: missing; say what the columns are, for example --columns params=N,tokens=D,loss=loss"
+            )
+        found, common, place = read_points(points, columns), None, points
+    else:
+        assert runs is not None
+        found, common, place = read_runs(runs), read_common(runs), runs
+    result = fit_runs(
+        found,
+        name=name or place.resolve().stem,
+        source=f"{len(found)} runs of {place.name}",
+        common=common,
+        highest=drop_highest,
+        draws=draws,
+        seed=seed,
+    )
+    if out is not None:
+        save_law(result.law, out)
+    if html is not None:
+        from train.scaling.page import write_page
+
+        write_page(result, html, f"Scaling laws: {result.law.name}")
+    if pictures is not None:
+        from train.scaling.page import write_pictures
+
+        write_pictures(result, pictures)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        _print_fit(result.to_dict())
+
+
+def _print_fit(result: dict[str, Any]) -> None:
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")
+    noise = f", seeds differ by {result['noise']:.2%}" if result["noise"] else ""
+    print(f"{result['runs']} runs{noise}" + "".join(f"; {what} left out" for what in result["dropped"]))
+    for method in result["fits"]:
+        objective = f", objective {method['objective']:.8g}" if "objective" in method else ""
+        print(f"\n{method['what']} by {method['method']}: {method['form']}{objective}")
+        for key, estimate in method["coefficients"].items():
+            interval = "" if estimate["low"] is None else f"   {estimate['low']:.5g} to {estimate['high']:.5g}"
+            print(f"  {key:16} {estimate['value']:12.6g}{interval}")
+    for held in result["held_out"]:
+        print(f"\nheld out: C = {held['flops']:.3g}")
+        for key in ("loss", "lr", "batch"):
+            if held[key] is not None:
+                interval = "" if held[key]["low"] is None else f" ({held[key]['low']:.4g} to {held[key]['high']:.4g})"
+                print(f"  {key:5} forecast {held[key]['value']:.4g}{interval}, measured {held[f'measured_{key}']:.4g}")
+        if held["regret"] is not None:
+            print(f"  the forecast lr and batch cost {held['regret']:.2%} of the loss")
 
 
 def _say(line: str) -> None:

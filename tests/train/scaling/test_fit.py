@@ -1,0 +1,103 @@
+"""What a table of runs comes to, by the command that users run."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.cli import main
+from train.scaling.fit import best_runs
+from train.scaling.law import load_law
+from train.scaling.runs import Runs
+
+PUBLISHED = Path(__file__).parents[4] / "shared" / "scaling_data"
+CHINCHILLA = PUBLISHED / "chinchilla_epoch" / "points.csv"
+GOLDEN = {"A": 477.83, "B": 2143.4, "E": 1.81722, "alpha": 0.34731, "beta": 0.36717, "a": 0.5139}
+needs_published = pytest.mark.skipif(not CHINCHILLA.exists(), reason="the published runs are not beside the repository")
+
+
+def a_ladder(budgets: int = 5, noise: float = 0.001, seed: int = 0) -> Runs:
+    """Runs of L(N, D) with a basin around lr* = 0.3·C^-0.12 and B* = 0.3·C^0.33, five sizes a budget."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for c in 1e15 * 2.0 ** np.arange(budgets):
+        n_opt = (c / 120) ** 0.5
+        best_lr, best_batch = 0.3 * c**-0.12, 0.3 * c**0.33
+        for ratio in (0.25, 0.5, 1, 2, 4):
+            n = n_opt * ratio
+            d = c / (6 * n)
+            base = 1.7 + 400 / n**0.34 + 2000 / d**0.36
+            for i in range(-2, 3) if ratio == 1 else (0,):
+                for j in range(-2, 3) if ratio == 1 else (0,):
+                    lr, batch = 2.0 ** (round(np.log2(best_lr)) + i), 2.0 ** (round(np.log2(best_batch)) + j)
+                    rise = 0.006 * np.log(lr / best_lr) ** 2 + 0.004 * np.log(batch / best_batch) ** 2
+                    rows.append((base * np.exp(rise + noise * draw.normal()), n, n, c, d, lr, batch, 0))
+    columns = ("loss", "params", "active", "flops", "tokens", "lr", "batch", "seed")
+    return Runs.of(**dict(zip(columns, np.array(rows).T)))
+
+
+def write(runs: Runs, path: Path) -> str:
+    """As a CSV file; returns what its columns are."""
+    names = [name for name, column in runs.__dict__.items() if column is not None]
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(names)
+        table.writerows(np.stack([getattr(runs, name) for name in names], axis=1).tolist())
+    return ",".join(f"{name}={name}" for name in names)
+
+
+@needs_published
+def test_the_chinchilla_points_give_the_published_refit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    columns = "params=Model Size,flops=Training FLOP,loss=loss"
+    out = tmp_path / "law.json"
+    arguments = ["--columns", columns, "--drop-highest", "5", "--draws", "50", "--json", "--out", str(out)]
+    assert main(["scaling", "fit", "--points", str(CHINCHILLA), *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    huber = next(fit for fit in found["fits"] if fit["method"] == "huber")
+    assert huber["objective"] <= 0.0010182741
+    for name, value in GOLDEN.items():
+        assert huber["coefficients"][name]["value"] == pytest.approx(value, rel=0.005)
+    assert any("the methods disagree on beta: huber 0.367" in warning for warning in found["warnings"])  # squares pull
+    law = load_law(out)
+    assert law.loss is not None and huber["coefficients"]["E"]["value"] == law.loss.E and law.lr is None
+
+
+def test_a_made_ladder_gives_its_laws_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    columns = write(a_ladder(), tmp_path / "runs.csv")
+    assert main(["scaling", "fit", "--points", str(tmp_path / "runs.csv"), "--columns", columns, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fits = {fit["method"]: fit["coefficients"] for fit in found["fits"]}
+    truth = {"lr ln k": np.log(0.3), "lr flops": -0.12, "batch ln k": np.log(0.3), "batch flops": 0.33}
+    for name, value in truth.items():
+        estimate = fits["surface C"][name]
+        assert estimate["low"] <= value <= estimate["high"]
+    held = found["held_out"][0]
+    assert held["flops"] == pytest.approx(16e15, rel=0.01) and held["regret"] < 0.002
+    assert held["loss"]["low"] <= held["measured_loss"] <= held["loss"]["high"]
+    assert set(found["law"]) >= {"lr", "batch_tokens", "loss", "flops_per_token", "tokens", "best_loss", "measured"}
+
+
+def test_a_budget_of_one_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    columns = write(a_ladder(budgets=1), tmp_path / "runs.csv")
+    assert main(["scaling", "fit", "--points", str(tmp_path / "runs.csv"), "--columns", columns]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "add" in err and "budget" in err
+
+
+def test_runs_that_all_diverged_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    runs = a_ladder()
+    columns = write(runs.take(np.arange(3)), tmp_path / "few.csv")
+    assert main(["scaling", "fit", "--points", str(tmp_path / "few.csv"), "--columns", columns]) == 2
+    assert "add" in capsys.readouterr().err
+    path = tmp_path / "diverged.csv"
+    path.write_text("loss,lr,batch,flops\nnan,1,64,1e15\nnan,2,64,1e15\n")
+    arguments = ["--points", str(path), "--columns", "loss=loss,lr=lr,batch=batch,flops=flops"]
+    assert main(["scaling", "fit", *arguments]) == 2
+    assert "all diverged" in capsys.readouterr().err
+
+
+def test_the_best_cell_of_a_size_stands_for_it_with_the_mean_of_its_seeds() -> None:
+    runs = Runs.of(loss=[3.0, 3.2, 3.09, 4.0], params=[1, 1, 1, 2], tokens=[5, 5, 5, 5], lr=[1, 1, 2, 1], batch=[8] * 4)
+    assert best_runs(runs).loss.tolist() == [3.09, 4.0]  # the first cell's seeds come to 3.1
