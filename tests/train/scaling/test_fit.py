@@ -52,7 +52,7 @@ def write(runs: Runs, path: Path) -> str:
 def test_the_chinchilla_points_give_the_published_refit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     columns = "params=Model Size,flops=Training FLOP,loss=loss"
     out = tmp_path / "law.json"
-    arguments = ["--columns", columns, "--drop-highest", "5", "--draws", "50", "--json", "--out", str(out)]
+    arguments = ["--columns", columns, "--drop-highest", "5", "--draws", "200", "--json", "--out", str(out)]
     assert main(["scaling", "fit", "--points", str(CHINCHILLA), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     huber = next(fit for fit in found["fits"] if fit["method"] == "huber")
