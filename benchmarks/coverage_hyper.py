@@ -9,7 +9,7 @@ so that the minimum is on the laws whatever the skew s is. One factor of two off
 it is 0.3 %.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,5 +118,3 @@ LADDERS = (
     Ladder(("flops",), "band", noise=0.0005, drift=1.0, claimed=False),
     Ladder(("params", "tokens"), "band", batches=3, claimed=False),
 )
-
-HYPER: dict[str, Callable[[int], dict[str, bool]]] = {ladder.name: ladder.inside for ladder in LADDERS}

@@ -69,12 +69,10 @@ class HyperFit:
         """Every ln k and exponent with its 95 % interval: "lr ln k", "lr flops", …, "batch ln k", …"""
         found = {}
         for name, law in (("lr", self.lr), ("batch", self.batch)):
-            values: dict[str, float] = {
-                "ln k": float(np.log(law.coefficient)),
-                **{str(v): e for v, e in law.exponents.items()},
-            }
-            for value, key, draws in zip(values.values(), values, np.array(law.draws).T):
-                found[f"{name} {key}"] = percentile_interval(float(value), draws)
+            values = [("ln k", float(np.log(law.coefficient))), *law.exponents.items()]
+            for i, (key, value) in enumerate(values):
+                draws = [draw[i] for draw in law.draws]
+                found[f"{name} {key}"] = percentile_interval(value, draws) if draws else Estimate(value)
         return found
 
 
