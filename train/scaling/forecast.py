@@ -202,7 +202,7 @@ def recipe_of(forecast: Forecast, base: Recipe | None = None, law: str | None = 
         "batch_tokens": batch,
         "lr_batch_exponent": 0.0,
         "warmup_steps": min(base.schedule.warmup_steps, max(1, steps // 10)),
-        "law": law or forecast.hyperparameters.name,
+        "law": forecast.hyperparameters.name if forecast.hyperparameters != forecast.law else law or forecast.law.name,
     }
     for name in ("gamma", "alpha", "lambda"):
         if isinstance(points := schedule[name], list):

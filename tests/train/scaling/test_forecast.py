@@ -73,6 +73,7 @@ def test_a_law_of_the_loss_alone_divides_a_budget_in_closed_form_and_takes_step_
     assert 6 * found.size.active * found.tokens == pytest.approx(5.88e23)
     assert found.loss and 1.96 < found.loss.value < 1.99
     assert found.hyperparameters.name == "step-law"
+    assert recipe_of(found, law="laws/chinchilla.json").schedule.law == "step-law"
     assert any("lacks learning rate or batch" in warning for warning in found.warnings)
     assert any("another text has another" in warning for warning in found.warnings)
 
