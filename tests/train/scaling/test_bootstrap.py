@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import t
 
-from train.scaling.bootstrap import bca_interval, jackknife, percentile_interval, resample, residual_samples
+from train.scaling.bootstrap import percentile_interval, resample, residual_samples
 
 
 def test_samples_are_a_function_of_their_seed() -> None:
@@ -25,23 +25,14 @@ def test_residual_samples_give_a_line_its_student_interval() -> None:
     assert np.allclose([interval.low, interval.high], 3 + error * t.ppf([0.025, 0.975], 6), rtol=0.01)
 
 
-def test_degrees_of_freedom_widen_the_interval_of_samples_of_runs() -> None:
-    draws = np.random.default_rng(0).normal(size=200_000)
-    interval = percentile_interval(0.0, draws, freedom=6)
-    assert np.allclose([interval.low, interval.high], t.ppf([0.025, 0.975], 6), rtol=0.03)
+def test_smoothed_residuals_are_as_wide_as_they_were() -> None:
+    residuals = np.array([-0.3, 0.0, 0.0, 0.0, 0.0, 0.1, 0.2, 0.0])  # of a robust fit that passes through five runs
+    samples = residual_samples(np.zeros(8), residuals, parameters=2, repetitions=40_000, seed=0)
+    # the variance of n/(n − p) · r, times the mean of Student's scale (n − p)/χ²: 6/4
+    assert np.isclose(samples.var(), residuals.var() * 8 / 6 * 6 / 4, rtol=0.05)
 
 
-def test_bca_moves_the_interval_of_a_skewed_statistic() -> None:
-    # The variance of 20 normal numbers: 95 % of the chi-squared interval is (0.58, 2.13) times it, far from symmetric.
-    sample = np.random.default_rng(5).normal(size=20)
-    value = float(np.var(sample))
-    draws = np.var(sample[resample(20, 20_000, seed=1)], axis=1)
-    without_one = jackknife(20, lambda rows: np.var(sample[rows]))
-    plain, corrected = percentile_interval(value, draws), bca_interval(value, draws, without_one)
-    assert plain.low < corrected.low < value < plain.high < corrected.high
-
-
-def test_bca_of_draws_without_bias_or_skew_is_the_percentile_interval() -> None:
-    draws = np.linspace(-1, 1, 2001)
-    plain, corrected = percentile_interval(0.0, draws), bca_interval(0.0, draws, [-1.0, 1.0])
-    assert np.allclose([plain.low, plain.high], [corrected.low, corrected.high])
+def test_the_ends_of_an_interval_allow_for_few_draws() -> None:
+    # 39 draws cut the line into 40 parts that a further draw falls into with equal chance: 2.5 % lie below the first draw
+    interval = percentile_interval(20.0, np.arange(1.0, 40.0))
+    assert np.allclose([interval.low, interval.high], [1, 39])
