@@ -36,6 +36,12 @@ def choice(law: PowerLaw | None, basin: Basin) -> Estimate | None:
     return law.estimate(**known) if law and set(law.exponents) <= set(known) else None
 
 
+def on_a_line(lr: Array, batch: Array) -> bool:
+    """Whether nothing lies between some cells."""
+    logs = np.log(np.stack([lr, batch]))
+    return bool(np.linalg.matrix_rank(logs - logs.mean(axis=1, keepdims=True), tol=1e-6) < 2)
+
+
 def levels(band: float) -> list[float]:
     """Where the colours change, per cent: the band, and twice as much each time."""
     return [0.0, *(band * 2**k for k in range(len(COLOURS.colors) - 1))]  # type: ignore[arg-type]
@@ -94,7 +100,7 @@ def draw_key(band: float) -> Figure:
 def _contours(axes: Axes, basin: Basin, worse: Array, finite: Array, band: float, shades: BoundaryNorm) -> None:
     """Between the cells, where there are enough of them; straight in the logarithms of both."""
     x, y = basin.lr[finite], basin.batch[finite]
-    if len(x) < 9 or len(np.unique(x)) < 3 or len(np.unique(y)) < 3:
+    if len(x) < 9 or len(np.unique(x)) < 3 or len(np.unique(y)) < 3 or on_a_line(x, y):
         return
     coarse, mean = Triangulation(np.log(x), np.log(y)), worse[finite]
     fine, values = UniformTriRefiner(coarse).refine_field(mean, LinearTriInterpolator(coarse, mean), subdiv=2)

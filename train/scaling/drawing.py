@@ -54,9 +54,15 @@ def logarithmic(
 
 
 def ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers between two positive ones: 1, 2, 5 of each decade, or as few decades as fit."""
+    """Round numbers between two positive ones: as many of each decade as fit, or as many decades."""
     first, last = floor(log10(low)), ceil(log10(high))
-    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for steps in (
+        (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
+        (1, 1.5, 2, 3, 5, 7),
+        (1, 2, 5),
+        (1, 3),
+        (1,),
+    ):
         places = [m * 10.0**k for k in range(first, last + 1) for m in steps if low <= m * 10.0**k <= high]
         if len(places) <= most:
             return places

@@ -1,4 +1,7 @@
-"""A fit as one HTML file that asks for nothing from elsewhere: what limits it, how it was tested, its laws and their pictures."""
+"""A fit as one HTML file that asks for nothing from elsewhere, or as a folder of pictures.
+
+The page says first what limits the fit and how its forecast of a held-out budget came out, then the laws, then shows them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +12,10 @@ import numpy as np
 from markupsafe import Markup
 
 from data.errors import DataError
+from data.files import replace_file
 from data.report import html
 from data.report.figures import STYLE, svg
-from train.scaling.basin_plot import choice, draw_basin, draw_key
+from train.scaling.basin_plot import choice, draw_basin, draw_key, on_a_line
 from train.scaling.basins import Basin
 from train.scaling.bootstrap import percentile_interval
 from train.scaling.drawing import amount, power
@@ -19,7 +23,7 @@ from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.fit import Fit
 from train.scaling.law import PowerLaw
-from train.scaling.plots import SYMBOLS, over_compute
+from train.scaling.plots import SYMBOLS, figures, over_compute
 from train.scaling.regret import Regret, regret
 from train.scaling.runs import Array
 
@@ -39,6 +43,27 @@ def write_page(fit: Fit, path: Path, title: str) -> None:
         raise ScalingError(str(error)) from None
     except OSError as error:
         raise ScalingError(f"html = {str(path)!r}: cannot be written ({error.strerror}); give another place") from None
+
+
+def write_pictures(fit: Fit, folder: Path) -> list[Path]:
+    """Write every picture as PNG on white.
+
+    Raises:
+        ScalingError: there is no place for files in `folder`.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            for name, figure in figures(fit):
+                path = folder / f"{name}.png"
+                with replace_file(path) as temporary:
+                    figure.savefig(temporary, format="png", dpi=200, facecolor="white")
+                written.append(path)
+    except OSError as error:
+        problem = f"pictures = {str(folder)!r}: cannot be written ({error.strerror})"
+        raise ScalingError(f"{problem}; give a folder that can") from None
+    return written
 
 
 def render(fit: Fit, title: str) -> str:
@@ -146,7 +171,7 @@ def _symbol(variable: str) -> Markup:
 def _panel(fit: Fit, basin: Basin) -> Panel:
     lr, batch = choice(fit.law.lr, basin), choice(fit.law.batch_tokens, basin)
     cost = None
-    if lr and batch and min(len(np.unique(basin.lr)), len(np.unique(basin.batch))) > 1:
+    if lr and batch and not on_a_line(basin.lr, basin.batch):
         cost = regret(basin, lr.value, batch.value)
     return Panel(basin, Markup(svg(draw_basin(basin, fit.law.lr, fit.law.batch_tokens))), lr, batch, cost)
 

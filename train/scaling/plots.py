@@ -1,23 +1,20 @@
 """Pictures of a fit: what was measured, the laws through it with their intervals, and published laws beside them.
 
-Every picture is a matplotlib Figure: the page takes it as SVG, `write_pictures` as PNG. One for which the runs have nothing is not
-drawn. Blue, amber, green and violet are this fit's methods, grey is what others published, and red is what was held out.
+Every picture is a matplotlib Figure, which the page takes as SVG and the folder of pictures as PNG. One for which the runs have
+nothing is not drawn. Blue, amber, green and violet are this fit's methods, grey is what others published, red what was held out.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.files import replace_file
-from data.report.figures import GREY, STYLE
+from data.report.figures import GREY
 from train.scaling.basin_plot import choice, draw_basin
 from train.scaling.drawing import (
     AMBER,
@@ -38,7 +35,6 @@ from train.scaling.drawing import (
     power,
     span,
 )
-from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.fit import Fit
 from train.scaling.isoflop import IsoFlop
@@ -50,27 +46,6 @@ METHODS = ((BLUE, "-"), (AMBER, "--"), (GREEN, "-."), (VIOLET, ":"))
 PUBLISHED: tuple[Any, ...] = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))  # dashes
 Part = Literal["lr", "batch_tokens", "flops_per_token"]  # of a law
 SYMBOLS = {"flops": "C", "params": "N", "active": "N_active", "tokens": "D"}
-
-
-def write_pictures(fit: Fit, folder: Path) -> list[Path]:
-    """Write every picture as PNG on white.
-
-    Raises:
-        ScalingError: there is no place for files in `folder`.
-    """
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(STYLE):
-            for name, figure in figures(fit):
-                path = folder / f"{name}.png"
-                with replace_file(path) as temporary:
-                    figure.savefig(temporary, format="png", dpi=200, facecolor="white")
-                written.append(path)
-    except OSError as error:
-        problem = f"pictures = {str(folder)!r}: cannot be written ({error.strerror})"
-        raise ScalingError(f"{problem}; give a folder that can") from None
-    return written
 
 
 def figures(fit: Fit) -> Iterator[tuple[str, Figure]]:
