@@ -88,6 +88,7 @@ def train(
         amounts = _amounts(loaded, processes)
         print(loaded.to_yaml())
         _print_table(amounts)
+        _print_advice(loaded)
         return
     if processes:
         raise RecipeError(
@@ -121,10 +122,15 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     amounts = _amounts(loaded, processes)
     if plot:
+        from train.planning.advice import law_in_words
         from train.planning.plot import plot_schedule
 
-        plot_schedule(_schedule(loaded), plot)
-    print(json.dumps(amounts)) if as_json else _print_table(amounts)
+        plot_schedule(_schedule(loaded), plot, law_in_words(loaded))
+    if as_json:
+        print(json.dumps(amounts))
+        return
+    _print_table(amounts)
+    _print_advice(loaded)
 
 
 @app.command()
@@ -372,6 +378,14 @@ def _print_table(amounts: dict[str, Any]) -> None:
             if isinstance(value, int)
             else f"{name.replace('_', ' '):32} {value:.4g}"
         )
+
+
+def _print_advice(recipe: Recipe) -> None:
+    """What the recipe's law says of this run."""
+    from train.planning.advice import law_in_words
+
+    for line in law_in_words(recipe):
+        print(line)
 
 
 def _by_name(values: Sequence[str]) -> dict[str, list[str]]:

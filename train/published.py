@@ -94,14 +94,17 @@ def published(name: str, tokens: int | None = None) -> dict[str, Any]:
     values = PUBLISHED[name]
     if tokens is None:
         return dict(values)
-    moved = {
-        key: _move(value, tokens, values["tokens"])
+    curves = {
+        key: moved(value, tokens, values["tokens"])
         for key, value in values.items()
         if key in ("gamma", "alpha", "lambda", "batch_tokens") and isinstance(value, list)
     }
-    return {**values, **moved, "tokens": tokens}
+    return {**values, **curves, "tokens": tokens}
 
 
-def _move(points: list[list[Any]], tokens: int, published_tokens: int) -> list[list[Any]]:
-    """In a run so short that two positions meet, the later value holds."""
-    return [list(point) for point in {start * tokens // published_tokens: held for start, held in points}.items()]
+def moved(points: list[list[Any]], tokens: int, from_tokens: int) -> list[list[Any]]:
+    """The positions of a curve of a run of `from_tokens`, in proportion to a run of `tokens`.
+
+    In a run so short that two positions meet, the later value holds.
+    """
+    return [list(point) for point in {start * tokens // from_tokens: held for start, held in points}.items()]

@@ -119,7 +119,7 @@ def test_processes_are_started_by_a_launcher(capsys: pytest.CaptureFixture[str])
     assert "torchrun --nproc-per-node 2 -m train tiny" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["scaling", "run", "x"], ["report", "x"], ["plan", "tiny", "--gpus", "8"]])
+@pytest.mark.parametrize("command", [["report", "x"], ["plan", "tiny", "--gpus", "8"]])
 def test_what_is_not_built_yet_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 2
     assert capsys.readouterr().err.endswith("not built yet\n")

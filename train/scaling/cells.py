@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -20,13 +20,13 @@ import train
 from data.files import replace_file
 from data.store import Store
 from model.config import ModelConfig
-from model.flops import flops_scaling, flops_training, parameter_counts
 from train.config import Recipe, parse_recipe
+from train.published import moved
 from train.scaling.common import Common
 from train.scaling.errors import ScalingError
-from train.scaling.family import at_width
+from train.scaling.family import at_width, differences
 from train.scaling.ladder import Cell, Ladder
-from train.scaling.reuse import Shared, shared_steps
+from train.scaling.size import Size, size_of
 
 RESULT = "result.json"
 
@@ -92,14 +92,13 @@ class Cells:
         self._stores = [Store.open(Path(source.path)) for source in sources]
         self._text = [[store.content, source.weight] for store, source in zip(self._stores, sources)]
         self._recipes: dict[Cell, Recipe] = {}
-        self._shared: dict[tuple[Cell, Cell], Shared] = {}
 
     def model(self, cell: Cell) -> ModelConfig:
         return at_width(self._base, cell.width)
 
     def tokens(self, cell: Cell) -> int:
         """D = C / M, in whole batches."""
-        tokens = cell.budget / flops_scaling(self.model(cell), self._template.data.sequence_length)
+        tokens = cell.budget / self._size(cell).flops_per_token
         return max(1, round(tokens / cell.batch_tokens)) * cell.batch_tokens
 
     def common(self) -> Common:
@@ -114,17 +113,11 @@ class Cells:
 
     def flops(self, cell: Cell) -> int:
         """C = M·D."""
-        return flops_scaling(self.model(cell), self._template.data.sequence_length) * self.tokens(cell)
+        return self._size(cell).flops_per_token * self.tokens(cell)
 
     def all_flops(self, cell: Cell) -> int:
         """With the output head and MTP."""
-        return flops_training(self.model(cell), self._template.data.sequence_length) * self.tokens(cell)
-
-    def shared(self, shorter: Cell, longer: Cell) -> Shared:
-        """The steps that two cells have in common."""
-        if (shorter, longer) not in self._shared:
-            self._shared[shorter, longer] = shared_steps(self.recipe(shorter), self.recipe(longer))
-        return self._shared[shorter, longer]
+        return self._size(cell).all_flops_per_token * self.tokens(cell)
 
     def recipe(self, cell: Cell) -> Recipe:
         """What `rorqual train` runs.
@@ -156,12 +149,15 @@ class Cells:
         path = self.place(cell) / RESULT
         return Result.read(path) if path.exists() else None
 
+    def _size(self, cell: Cell) -> Size:
+        return size_of(self.model(cell), self._template.data.sequence_length)
+
     def _make(self, cell: Cell) -> Recipe:
         common, tokens, batch = self._common, self.tokens(cell), cell.batch_tokens
         schedule = {**common["schedule"], "tokens": tokens, "lr": cell.lr, "batch_tokens": batch}
         for name in ("gamma", "alpha", "lambda"):  # positions of a curve move in proportion to the run
             if isinstance(points := schedule[name], list):
-                schedule[name] = [[start * tokens // self._template.schedule.tokens, value] for start, value in points]
+                schedule[name] = moved(points, tokens, self._template.schedule.tokens)
         if self.ladder.warmup_tokens:
             schedule["warmup_steps"] = max(1, round(self.ladder.warmup_tokens / batch))
         sequences = max(1, batch // self._template.data.sequence_length)
@@ -205,16 +201,12 @@ def result_of(cells: Cells, cell: Cell, run: Path, seconds: float) -> Result | N
 def diverged(cells: Cells, cell: Cell, seconds: float) -> Result:
     """Of a run that gave up after too many steps without a finite gradient."""
     recipe, config = cells.recipe(cell), cells.model(cell)
-    counts, length = parameter_counts(config), recipe.data.sequence_length
-    vocabulary = config.vocab_size * config.hidden_size
+    size = size_of(config, recipe.data.sequence_length)
     return Result(
         cell=cell,
         recipe_hash=cells.hash(cell),
         code_version=code_version(),
-        params=counts.total - 2 * vocabulary,
-        active=counts.active - vocabulary,
-        flops_per_token=flops_scaling(config, length),
-        all_flops_per_token=flops_training(config, length),
+        **size._asdict(),
         tokens=recipe.schedule.tokens,
         steps=recipe.schedule.tokens // cell.batch_tokens,
         loss=math.inf,
@@ -241,11 +233,6 @@ def mixture_loss(validation: Mapping[str, Mapping[str, float]], trained: Mapping
         for s, w in weights.items()
     )
     return (nats, nats / math.log(2) / size) if math.isfinite(nats) else (math.inf, math.inf)
-
-
-def differences(base: ModelConfig, other: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that are not those of another."""
-    return {f.name: getattr(other, f.name) for f in fields(base) if getattr(other, f.name) != getattr(base, f.name)}
 
 
 @cache

@@ -129,6 +129,51 @@ def fit(
         _print_fit(result.to_dict())
 
 
+@scaling.command()
+def forecast(
+    law: Annotated[
+        str, typer.Argument(metavar="LAW", help="A law.json, or deepseek-llm, step-law, ling-moe, chinchilla.")
+    ],
+    flops: Annotated[
+        float | None, typer.Option(help="C: training FLOPs without embedding, output head and MTP.")
+    ] = None,
+    gpu_hours: Annotated[
+        float | None, typer.Option(help="Hours of all devices together, which pay for everything.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Of the hours: h100, h200, b200 … or a driver's name.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Model FLOPs utilisation of the hours; default: 0.4.")] = None,
+    params: Annotated[float | None, typer.Option(help="N: without embedding and head, all experts counted.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="D, with --params.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe whose models and text the run has; default: the law's family, or small."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write a recipe that trains it here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Size, tokens, learning rate, batch and loss of a budget, with intervals, and a recipe that can be trained as it is."""
+    from data.files import replace_file
+    from train.config import load_recipe
+    from train.scaling import forecast as forecasts
+    from train.scaling.law import load_law
+
+    if (gpu_hours is None) != (device is None):
+        raise ScalingError("gpu_hours, device: go together; give for example --gpu-hours 1000 --device h200")
+    paid = None
+    if gpu_hours is not None and device is not None:
+        paid = forecasts.gpu_hours(device, gpu_hours, forecasts.MFU if mfu is None else mfu)
+    template = load_recipe(recipe) if recipe else None
+    found = forecasts.forecast(
+        load_law(law), flops=flops, device_flops=paid, params=params, tokens=tokens, template=template
+    )
+    if out is not None:
+        text = forecasts.recipe_of(found, law=law).to_yaml()
+        with replace_file(out) as path:
+            path.write_text(text, encoding="utf-8")
+    values = found.to_dict()
+    print(json.dumps(values)) if as_json else _print_forecast(values)
+
+
 def _print_fit(result: dict[str, Any]) -> None:
     for warning in result["warnings"]:
         print(f"warning: {warning}")
@@ -148,6 +193,20 @@ def _print_fit(result: dict[str, Any]) -> None:
                 print(f"  {key:5} forecast {held[key]['value']:.4g}{interval}, measured {held[f'measured_{key}']:.4g}")
         if held["regret"] is not None:
             print(f"  the forecast lr and batch cost {held['regret']:.2%} of the loss")
+
+
+def _print_forecast(values: dict[str, Any]) -> None:
+    for warning in values.pop("warnings"):
+        print(f"warning: {warning}")
+    for key, value in values.items():
+        name = key.replace("_", " ")
+        if isinstance(value, dict) and "value" in value:
+            interval = "" if value["low"] is None else f"   {value['low']:.4g} to {value['high']:.4g}"
+            print(f"{name:24} {value['value']:.4g}{interval}")
+        elif isinstance(value, int | float):
+            print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value:.4g}")
+        elif isinstance(value, str):
+            print(f"{name:24} {value}")
 
 
 def _say(line: str) -> None:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from data.locks import try_lock
 from train.scaling.cells import RESULT, Cells, Result, diverged, result_of
 from train.scaling.errors import ScalingError
 from train.scaling.ladder import Cell, Ladder, wanted
+from train.scaling.outlook import describe, duration
 from train.scaling.pace import Pace
-from train.scaling.reuse import LEAST
+from train.scaling.reuse import ConstantStages, inherit
 from train.scaling.table import TABLE, write_table
 from train.trainer import DIVERGED, FINISHED
 
@@ -57,6 +57,7 @@ class Execution:
     def __init__(self, ladder: Ladder, jobs: int, processes: int, say: Callable[[str], None]) -> None:
         self.ladder, self.jobs, self.processes, self.say = ladder, jobs, processes, say
         self.cells = Cells(ladder)
+        self.stages = ConstantStages(self.cells)
         self.results: dict[Cell, Result] = {}
         self.failed: dict[Cell, str] = {}
         self._running: list[_Running] = []
@@ -96,52 +97,9 @@ class Execution:
                 shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
 
     def describe(self) -> list[str]:
-        """What the ladder amounts to on this machine, before it starts."""
+        """What is before us, in lines for people."""
         self.look()
-        known, grid, rungs = self.wanted(), self.ladder.hyperparameters, len(self.ladder.budgets)
-        left = [cell for cell in known if cell not in self.results]
-        rows = self.ladder.allocation.sizes - 1 if self.ladder.allocation else 0
-        later = max(0, rungs * (len(grid.lr) * len(grid.batch_tokens) + rows + self.ladder.seeds - 1) - len(known))
-        refined = rungs * max(0, grid.max_cells - len(grid.lr) * len(grid.batch_tokens))
-        seconds = self.pace.seconds(left) / self.jobs
-        per_cell = self.pace.seconds(known) / self.jobs / max(1, len(known))
-        flops = sum(self.cells.flops(cell) for cell in known)
-        everything = sum(self.cells.all_flops(cell) for cell in known)
-        return [
-            f"{len(known)} cells of {rungs} budgets are known to be wanted, {len(self.results)} of them finished: "
-            f"C = {flops:.3g} FLOPs, {everything:.3g} with the output head and MTP",
-            f"{later} more follow from their results (IsoFLOP rows, seeds), and up to {refined} where a grid must grow",
-            f"{self.jobs} at once: about {_duration(seconds + later * per_cell)}, or up to "
-            f"{_duration(seconds + (later + refined) * per_cell)}",
-            *self._describe_reuse(known),
-        ]
-
-    def _describe_reuse(self, known: list[Cell]) -> list[str]:
-        """Which constant stages are used again, and why others are not."""
-        by_run: dict[tuple[int, float, int, int], list[Cell]] = {}
-        for cell in known:
-            by_run.setdefault((cell.width, cell.lr, cell.batch_tokens, cell.seed), []).append(cell)
-        pairs = [(one, other) for cells in by_run.values() for one, other in pairwise(cells)]
-        if not pairs:
-            return ["no constant stage is used again: no two cells differ in their budget alone"]
-        saved = {pair: self.cells.shared(*pair) for pair in pairs}
-        used = {pair: shared for pair, shared in saved.items() if self._step_for_heir(*pair)}
-        tokens, all_tokens = sum(s.tokens for s in used.values()), sum(self.cells.tokens(cell) for cell in known)
-        lines = (
-            [
-                f"{len(used)} cells go on from the constant stage of a shorter one: {tokens / all_tokens:.0%} of the tokens"
-            ]
-            if used
-            else []
-        )
-        for (one, other), shared in saved.items():
-            if (one, other) not in used:
-                return [
-                    *lines,
-                    f"{other.name} cannot go on from {one.name}: they have {shared.steps} steps in common, then "
-                    f"{shared.why_not_more} differs",
-                ]
-        return lines
+        return describe(self.cells, self.stages, self.pace, self.jobs, self.wanted(), self.results)
 
     def wanted(self) -> list[Cell]:
         """What the results so far ask for."""
@@ -168,7 +126,7 @@ class Execution:
             free = set(range(self.jobs)) - {running.slot for running in self._running}
             if not free:
                 return
-            donor = self._donor(cell)
+            donor = self.stages.donor(cell, self.wanted())
             waits = donor is not None and donor in left and donor not in self.failed
             if cell in self.failed or waits or any(cell == running.cell for running in self._running):
                 continue
@@ -184,24 +142,23 @@ class Execution:
         place.mkdir(parents=True, exist_ok=True)
         recipe = self.cells.recipe(cell)
         changes = {"run": recipe.run.model_copy(update={"dir": str(run)})}
-        if step := self._step_for_heir(cell):
+        if step := self.stages.kept(cell):
             saving = {"every_steps": step, "keep_every_steps": step}
             changes["checkpoint"] = recipe.checkpoint.model_copy(update=saving)  # type: ignore[assignment]
         with replace_file(place / "recipe.yaml") as path:
             path.write_text(recipe.model_copy(update=changes).to_yaml(), encoding="utf-8")
-        donor = self._donor(cell)
-        if donor is not None and not (run / "checkpoints").exists():
-            self._inherit(self._run(donor) / "checkpoints", run / "checkpoints", self._step_for_heir(donor))
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
-        command = [sys.executable, "-m", *(launcher if self.processes > 1 else []), "train", str(place / "recipe.yaml")]
-        environment = os.environ | {"OMP_NUM_THREADS": str(_threads(self.jobs, self.processes))}
+        donor = self.stages.donor(cell, self.wanted())
+        if donor is not None:
+            inherit(self._run(donor) / "checkpoints", run / "checkpoints", self.stages.kept(donor))
+        variables = [f"OMP_NUM_THREADS={_threads(self.jobs, self.processes)}"]
         if torch.cuda.is_available():
             first = slot * self.processes
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(self.processes))
+            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(str(first + i) for i in range(self.processes))}")
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
+        trainer = [*(launcher if self.processes > 1 else []), "train", str(place / "recipe.yaml")]
+        command = ["env", *variables, sys.executable, "-m", *trainer]
         with (place / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, pass_fds=(lock,), start_new_session=True
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(lock,), start_new_session=True)
 
     def _wait(self) -> None:
         """Return when a cell has ended."""
@@ -228,7 +185,7 @@ class Execution:
         result.write(place)
         self.results[cell] = result
         self.pace.learn(result)
-        kept = f"step-{self._step_for_heir(cell) or 0:08d}"
+        kept = f"step-{self.stages.kept(cell) or 0:08d}"
         if not self.ladder.keep_checkpoints:
             for checkpoint in (self._run(cell) / "checkpoints").glob("step-*"):
                 if checkpoint.name != kept:
@@ -243,7 +200,7 @@ class Execution:
         self.say(
             f"[{len(self.results)} of {len(self.results) + len(left)}] {result.cell.name}: "
             f"{loss if math.isfinite(result.loss) else 'diverged'} ({result.seconds:.0f} s{reused}); "
-            f"about {_duration(self.pace.seconds(left) / self.jobs)} for those known to be wanted"
+            f"about {duration(self.pace.seconds(left) / self.jobs)} for those known to be wanted"
         )
 
     def _stop(self) -> None:
@@ -261,34 +218,6 @@ class Execution:
     def _run(self, cell: Cell) -> Path:
         return self.cells.place(cell) / "run"
 
-    def _donor(self, cell: Cell) -> Cell | None:
-        """The cell of a smaller budget whose constant stage this one can go on from."""
-        smaller = [budget for budget in self.ladder.budgets if budget < cell.budget]
-        for budget in reversed(smaller):
-            donor = Cell(budget, cell.width, cell.lr, cell.batch_tokens, cell.seed)
-            if donor in self.results or donor in self.wanted():
-                return donor if self._step_for_heir(donor, cell) else None
-        return None
-
-    def _step_for_heir(self, cell: Cell, heir: Cell | None = None) -> int:
-        """Where a longer run may go on from this one; 0 where none is to be expected, or too little is common."""
-        if heir is None:
-            larger = [b for b in self.ladder.budgets if b > cell.budget and self.ladder.width(b) == cell.width]
-            if not larger or self.ladder.width(cell.budget) != cell.width:
-                return 0
-            heir = Cell(larger[0], cell.width, cell.lr, cell.batch_tokens, cell.seed)
-        shared = self.cells.shared(cell, heir)
-        return shared.steps if shared.tokens >= LEAST * self.cells.tokens(cell) else 0
-
-    def _inherit(self, donors: Path, own: Path, step: int) -> None:
-        """Hard links to a donor's checkpoint, which is never written again."""
-        source = donors / f"step-{step:08d}"
-        if (source / "COMPLETE").exists():
-            temporary = own.with_name(".checkpoints.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary / source.name, copy_function=os.link)
-            temporary.rename(own)
-
 
 def _threads(jobs: int, processes: int) -> int:
     """Cores of each process where all share the machine equally."""
@@ -298,10 +227,6 @@ def _threads(jobs: int, processes: int) -> int:
 def _last_line(log: Path) -> str:
     lines = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
 
 
 @contextmanager

@@ -5,6 +5,9 @@ of the feed-forward parts, heads and latent ranks grow in proportion, head dimen
 deviation of the first weights falls with the square root of the width, so that a product keeps its scale.
 """
 
+from dataclasses import fields
+from typing import Any
+
 from model.config import ModelConfig
 from model.flops import flops_scaling
 from train.scaling.errors import ScalingError
@@ -47,6 +50,12 @@ def with_flops(template: ModelConfig, flops_per_token: float, sequence_length: i
         width += step
     candidates = [at_width(template, w) for w in (width - step, width) if w > 0]
     return min(candidates, key=lambda c: _ratio(flops_scaling(c, sequence_length), flops_per_token))
+
+
+def differences(base: ModelConfig, other: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that are not those of another: what a recipe writes beside the preset."""
+    names = [field.name for field in fields(base)]
+    return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(base, name)}
 
 
 def _ratio(a: float, b: float) -> float:

@@ -20,10 +20,11 @@ from model.flops import flops_mfu
 from train.config import Recipe, load_recipe, parse_recipe
 from train.planning.advice import store_tokenizer, tokenizer_warning
 from train.planning.devices import lookup
+from train.published import moved
 from train.scaling.apply import Advice, Course, advise, whole_batch
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.family import with_flops
+from train.scaling.family import differences, with_flops
 from train.scaling.law import Law, LossLaw, load_law
 from train.scaling.loss_law import optimum
 from train.scaling.size import Size, size_of
@@ -206,14 +207,13 @@ def recipe_of(forecast: Forecast, base: Recipe | None = None, law: str | None = 
     }
     for name in ("gamma", "alpha", "lambda"):
         if isinstance(points := schedule[name], list):
-            moved = {start * tokens // base.schedule.tokens: value for start, value in points}
-            schedule[name] = [list(point) for point in moved.items()]
+            schedule[name] = moved(points, tokens, base.schedule.tokens)
     micro_batch = min(base.parallel.micro_batch, batch // length)
     budget = f"{forecast.flops:.1e}".replace("+", "").replace(".0e", "e")
     return parse_recipe(
         values
         | {
-            "model": values["model"] | _differences(base.model_config_resolved(), forecast.model),
+            "model": values["model"] | differences(base.model_config_resolved(), forecast.model),
             "data": values["data"] | {"stages": []},
             "parallel": values["parallel"] | {"micro_batch": micro_batch},
             "schedule": schedule,
@@ -398,9 +398,3 @@ def _with_params(family: ModelConfig, params: float, length: int) -> ModelConfig
         if model == before:
             break
     return model
-
-
-def _differences(base: ModelConfig, other: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that are not those of another."""
-    names = [field.name for field in dataclasses.fields(base)]
-    return {name: getattr(other, name) for name in names if getattr(other, name) != getattr(base, name)}
