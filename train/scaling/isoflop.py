@@ -31,6 +31,7 @@ SIZES = 3  # of a row, for a parabola
 BUDGETS_OF_LOSS = 4  # for the three parameters of L_opt
 GAMMAS = np.geomspace(0.01, 1.0, 40)  # where the search for γ begins
 STEEPEST = 10.0  # γ that a draw may have; a greater one overflows
+FAR = 50.0  # ln M beside a row where the turning point of a straight one is put
 NO_NOISE = 1e-9  # relative sd of losses that lie on their parabolas to the last digit
 
 
@@ -232,14 +233,14 @@ def _noise(rows: Sequence[_Points], seeds: float | None) -> tuple[float, float] 
 
 def _row(points: _Points, noise: tuple[float, float] | None) -> IsoFlop:
     coefficients = points.fit(points.loss)
-    _, c1, c2 = coefficients
-    u = -c1 / (2 * c2)
+    c0, c1, c2 = (float(c) for c in coefficients)
+    u = float(np.clip(-c1 / (2 * c2), -FAR, FAR)) if c2 else FAR
     if c2 <= 0:  # it bends the other way: the least loss is at the end that lies lower
         edge: Literal["low", "high"] | None = "high" if points.loss[-1] < points.loss[0] else "low"
     else:
         edge = "low" if u < points.u[0] else "high" if u > points.u[-1] else None
     middle = float(np.exp(np.log(points.flops_per_token).mean()))
-    loss = float(coefficients[0] + c1 * u / 2)
+    loss = c0 + c1 * u + c2 * u**2
     optimum, best = Estimate(float(middle * np.exp(u))), Estimate(loss)
     if noise and edge is None:
         deviation = noise[0] * t.ppf(0.975, noise[1])
@@ -249,9 +250,7 @@ def _row(points: _Points, noise: tuple[float, float] | None) -> IsoFlop:
         ends = _fieller(coefficients, deviation**2 * points.covariance)
         if ends:
             optimum = Estimate(optimum.value, middle * float(np.exp(ends[0])), middle * float(np.exp(ends[1])))
-    return IsoFlop(
-        points.flops, points.flops_per_token, points.tokens, points.loss, optimum, best, float(c2), edge, noise
-    )
+    return IsoFlop(points.flops, points.flops_per_token, points.tokens, points.loss, optimum, best, c2, edge, noise)
 
 
 def _fieller(coefficients: Array, square: Array) -> tuple[float, float] | None:
@@ -266,7 +265,8 @@ def _fieller(coefficients: Array, square: Array) -> tuple[float, float] | None:
         return None  # the curvature may be none: no u is ruled out on one side at least
     half = 2 * (c1 * c2 - square[1, 2])
     root = np.sqrt(max(half**2 - leading * (c1**2 - square[1, 1]), 0.0))
-    return float((-half - root) / leading), float((-half + root) / leading)
+    low, high = np.clip([(-half - root) / leading, (-half + root) / leading], -FAR, FAR)
+    return float(low), float(high)
 
 
 def _losses(points: Sequence[_Points], noise: tuple[float, float] | None, draws: int, seed: int) -> list[Array]:

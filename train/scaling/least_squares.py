@@ -105,6 +105,7 @@ def _step(
     ridge = damping[:, None] * diagonal + 1e-14 * diagonal.max(axis=1, keepdims=True) + 1e-300
     step = np.linalg.solve(curvature + ridge[:, :, None] * np.eye(theta.shape[1]), gradient[..., None])[..., 0]
     new = theta - np.clip(step, -LONGEST, LONGEST)
-    new_r, new_j = residuals(new, measured)
-    value = huber(new_r, delta)
+    with np.errstate(all="ignore"):  # a step too far overflows, and is not taken
+        new_r, new_j = residuals(new, measured)
+        value = huber(new_r, delta)
     return new, new_r, new_j, np.where(np.isfinite(value), value, np.inf)

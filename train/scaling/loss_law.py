@@ -39,6 +39,7 @@ NEIGHBOURS = (0.6, 1.0, 1.6)  # factors on vpnls's exponents from which huber st
 APART = 1.02  # sizes or tokens nearer than this are one
 STEEPEST = 20.0  # exponent that a draw may have: such a term is a wall, and a greater one overflows
 LINE = 0.05  # sd of ln D around a line in ln N below which the runs lie on it
+FLAT = 1e-6  # share of the loss by which a term must change over the runs
 TINY = 1e-3  # share of the loss below which a term of a start is lifted, so that its logarithm can move
 
 
@@ -61,8 +62,9 @@ class LossFit:
         """E, A, B, alpha, beta and `a`, the exponent of N_opt in C, with the 95 % intervals of the law's draws."""
         law = self.law
         values = np.array([(law.E, law.A, law.B, law.alpha, law.beta), *law.draws])
-        alpha, beta = values[:, 3], values[:, 4]
-        columns = dict(zip((*COEFFICIENTS, "a"), [*values.T, beta / (alpha + beta)], strict=True))
+        with np.errstate(divide="ignore"):  # a draw may have α = −β
+            a = values[:, 4] / (values[:, 3] + values[:, 4])
+        columns = dict(zip((*COEFFICIENTS, "a"), [*values.T, a], strict=True))
         if not law.draws:
             return {name: Estimate(float(column[0])) for name, column in columns.items()}
         return {name: percentile_interval(float(column[0]), column[1:]) for name, column in columns.items()}
@@ -286,10 +288,14 @@ def _check_plane(ln_n: Array, ln_d: Array) -> None:
 
 
 def _check_falls(law: LossLaw, runs: _Table) -> None:
-    """Refuse a law that has no term of N or of D: nothing that is asked of it has an answer then."""
-    for name, term in (("params", law.A * runs.params**-law.alpha), ("tokens", law.B * runs.tokens**-law.beta)):
-        if np.ptp(term) < 1e-6 * law.E or np.ptp(term) < 1e-6 * np.median(runs.loss):
+    """Refuse a law in which the loss does not fall with N or with D: nothing that is asked of it has an answer then."""
+    terms = (
+        ("params", law.alpha, law.A * runs.params**-law.alpha),
+        ("tokens", law.beta, law.B * runs.tokens**-law.beta),
+    )
+    for name, exponent, term in terms:
+        if exponent <= 0 or np.ptp(term) < FLAT * np.median(runs.loss):
             raise ScalingError(
-                f"loss = the same whatever {name}: it must fall with {name}, or L(N, D) has no exponent for it; "
-                f"add runs with {name} farther apart, and look whether the large ones were trained well"
+                f"loss = no lower with more {name}: it must fall with {name} for L(N, D) to have an exponent of it; "
+                f"add runs with {name} farther apart, and look whether the largest were trained well"
             )

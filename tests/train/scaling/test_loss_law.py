@@ -164,7 +164,8 @@ def changed(column: str, values: Callable[[Array], Array]) -> Callable[[Runs], R
         (changed("loss", lambda l: np.where(np.arange(len(l)) == 3, np.nan, l)), "loss of run 4 = nan: .* diverged"),
         (changed("loss", lambda l: np.full_like(l, np.inf)), r"loss of run 1 = inf: .* \(25 are not\)"),
         (changed("tokens", lambda d: -d), "tokens of run 1 = -.*: must be a positive number"),
-        (changed("loss", lambda l: np.full_like(l, 3.0)), "loss = the same whatever params: .* add runs"),
+        (changed("loss", lambda l: np.full_like(l, 3.0)), "loss = no lower with more params: .* add runs"),
+        (lambda runs: Runs(params=runs.params, tokens=runs.tokens, loss=TRUE(runs.params, 1e12)), "no lower with more tokens"),
     ],
 )  # fmt: skip
 def test_runs_that_cannot_tell_the_law_are_refused_in_one_line(spoil: Callable[[Runs], Runs], says: str) -> None:
