@@ -69,14 +69,14 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
     return places[:: ceil(len(places) / most)]
 
 
-def power(value: float) -> str:
+def power(value: float, digits: int = 3) -> str:
     """0.00022 as 2.2e-4, 3.2e14 as 3.2e14, 0.25 as 0.25."""
     if 1e-2 <= abs(value) < 999.5:
-        return f"{value:.3g}"
+        return f"{value:.{digits}g}"
     if abs(value) < 1e-12:  # what is left of a difference
         return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(mantissa):.{digits}g}e{int(exponent)}"
 
 
 def amount(value: float) -> str:

@@ -131,9 +131,9 @@ class Row:
     used: bool
 
 
-def typeset(value: float) -> str:
+def typeset(value: float, digits: int = 3) -> str:
     """2.2e-4 with a real minus."""
-    return power(value).replace("-", "−")
+    return power(value, digits).replace("-", "−")
 
 
 def written(value: float, how: str) -> str:
@@ -211,7 +211,7 @@ def _laws(fit: Fit) -> Iterator[Row]:
     form = Markup("<var>E</var> + <var>A</var>/<var>N</var><sup>α</sup> + <var>B</var>/<var>D</var><sup>β</sup>")
     for key, fitted in fit.losses.items():
         found = {GREEK.get(name, name): value for name, value in fitted.intervals.items()}
-        quality = f"{len(fitted.residuals)} runs, objective {fitted.objective:.8g}"
+        quality = f"{len(fitted.residuals)} runs, objective {typeset(fitted.objective, 8)}"
         yield Row(f"loss, N = {fitted.law.size}", key, form, found, quality, fitted.law == fit.law.loss)
 
 
