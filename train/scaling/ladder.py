@@ -2,14 +2,17 @@
 
 DeepSeek LLM §3 measures in two parts, and so does a ladder, budget by budget:
 
-1. hyper-parameters: at one width and C = M·D, a grid of learning rates × batches. It grows by its own spacing until every run
-   within the near-optimal band has been tried at its four neighbours, so that the band is covered on both sides;
+1. hyper-parameters: at one width and C = M·D, a grid of learning rates × batches. It grows by its own spacing until every
+   near-optimal cell (within max(0.25 %, twice the noise) of the minimum) has been tried at its four neighbours, so that the band
+   is covered on both sides;
 2. allocation: with the best of these, the same compute at other widths (an IsoFLOP row). It grows until its minimum lies inside.
 
-The best run of each budget is repeated with other seeds, which tells the noise. Which cells are wanted is a pure function of the
-ladder and of the results so far; `execute.py` runs them, and any number of processes may ask at any time.
+The best run of each budget is repeated with other seeds, which tells the noise: of all seeds so far, so that grids may grow
+again. Which cells are wanted is a pure function of the ladder and of the results so far; `execute.py` runs them, and any number
+of processes may ask at any time.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +24,10 @@ from data.errors import DataError
 from data.yaml_io import first_problem, read_yaml
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
 from train.fields import Count, Name, Positive, PositiveCount, mistake
+from train.scaling.basins import seed_noise
 from train.scaling.errors import ScalingError
 from train.scaling.family import STEP
+from train.scaling.runs import Runs
 
 NEAR = 0.0025  # of the minimum: DeepSeek LLM §3.1
 
@@ -159,7 +164,7 @@ def wanted(ladder: Ladder, losses: Losses) -> list[Cell]:
         cells += grid
         if all(cell in losses for cell in grid):
             best = min(grid, key=lambda cell: losses[cell])
-            if losses[best] < float("inf"):
+            if losses[best] < math.inf:
                 cells += _row(ladder, best, losses)
                 cells += [_with(best, seed=seed) for seed in range(1, ladder.seeds)]
     return list(dict.fromkeys(cells))
@@ -169,9 +174,10 @@ def _grid(ladder: Ladder, budget: float, losses: Losses) -> list[Cell]:
     """Part 1 of a budget: the grid that it starts with, and the neighbours of what is near-optimal in it."""
     grid, width = ladder.hyperparameters, ladder.width(budget)
     cells = [Cell(budget, width, lr, batch) for batch in grid.batch_tokens for lr in grid.lr]
+    band = max(NEAR, 2 * _noise(losses))
     while all(cell in losses for cell in cells):
         least = min(losses[cell] for cell in cells)
-        near = [cell for cell in cells if losses[cell] <= least * (1 + NEAR)] if least < float("inf") else []
+        near = [cell for cell in cells if losses[cell] <= least * (1 + band)] if least < math.inf else []
         new = [cell for cell in _neighbours(near, ladder) if cell not in cells][: max(grid.max_cells - len(cells), 0)]
         if not new:
             break
@@ -190,6 +196,15 @@ def _neighbours(near: Iterable[Cell], ladder: Ladder) -> list[Cell]:
             if (whole := round(batch / length) * length) and whole != cell.batch_tokens:
                 found.append(_with(cell, batch_tokens=whole))
     return list(dict.fromkeys(found))
+
+
+def _noise(losses: Losses) -> float:
+    """Relative sd over seeds; 0 where nothing has been repeated."""
+    if not losses:
+        return 0.0
+    rows = [(loss, c.width, c.budget, c.lr, c.batch_tokens) for c, loss in losses.items()]
+    columns = dict(zip(("loss", "params", "flops", "lr", "batch"), zip(*rows)))
+    return seed_noise(Runs.of(**columns)) or 0.0
 
 
 def _row(ladder: Ladder, best: Cell, losses: Losses) -> list[Cell]:

@@ -46,6 +46,14 @@ def test_a_grid_grows_until_its_best_cell_has_all_its_neighbours(ladder: Ladder)
     assert {(2e-3, 256), (8e-3, 256), (4e-3, 128), (4e-3, 512)} <= tried
 
 
+def test_a_grid_grows_over_all_that_the_noise_makes_equal(ladder: Ladder) -> None:
+    quiet = finish(ladder)
+    noisy = {cell: loss * (1 + 0.008 * (cell.seed - 1)) for cell, loss in quiet.items()}  # sd 0.8 %: a band of 1.6 %
+    again = [cell for cell in wanted(ladder, noisy) if cell not in noisy]
+    assert again and {cell.seed for cell in again} == {0}
+    assert set(wanted(ladder, quiet)) == set(quiet)
+
+
 def test_a_grid_stops_growing_at_its_limit(ladder: Ladder) -> None:
     grid = ladder.hyperparameters.model_copy(update={"max_cells": 5})
     cells = finish(ladder.model_copy(update={"hyperparameters": grid}))
