@@ -9,7 +9,7 @@ A basin says whether its band is covered: where a near-optimal cell has no measu
 may lie outside. A run that diverged has an infinite loss. It is no part of the basin's bottom, but it covers its side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -182,6 +182,25 @@ def seed_noise(runs: Runs) -> float | None:
         return None
     mean = np.bincount(cell, log) / count
     return float(np.sqrt(np.sum((log - mean[cell]) ** 2) / freedom))
+
+
+def best_runs(runs: Runs) -> Runs:
+    """The best cell of each size and number of tokens, with its seeds' mean loss; every run where no lr and batch are known."""
+    if runs.lr is None or runs.batch is None or runs.params is None or runs.tokens is None:
+        return runs
+    sizes = np.stack([clusters(runs.params, SAME_SIZE), clusters(runs.tokens, SAME_SIZE)], axis=1)
+    cells = np.stack([clusters(runs.lr, SAME_CELL), clusters(runs.batch, SAME_CELL)], axis=1)
+    chosen, losses = [], []
+    for size in np.unique(sizes, axis=0):
+        members = np.flatnonzero((sizes == size).all(1))
+        means = {
+            tuple(cell): runs.loss[members[(cells[members] == cell).all(1)]].mean()
+            for cell in np.unique(cells[members], axis=0)
+        }
+        best, loss = min(means.items(), key=lambda item: item[1])
+        chosen.append(members[(cells[members] == best).all(1)][0])
+        losses.append(loss)
+    return replace(runs.take(chosen), loss=np.array(losses))
 
 
 def clusters(values: Array, ratio: float) -> NDArray[np.int64]:

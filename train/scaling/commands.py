@@ -93,6 +93,11 @@ def fit(
     from train.scaling.points import read_points
     from train.scaling.table import read_runs
 
+    for name, path in (("out", out), ("html", html)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ScalingError(
+                f"{name} = {str(path)!r}: there is no folder {path.parent}; make it or give another place"
+            )
     if (runs is None) == (points is None):
         raise ScalingError("fit: give either RUNS, a ladder's folder, or --points FILE.csv with --columns")
     if points is not None:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from data.report.figures import GREY
+from train.scaling.basins import best_runs
 from train.scaling.drawing import (
     AMBER,
     BLUE,
@@ -25,7 +26,7 @@ from train.scaling.drawing import (
     span,
 )
 from train.scaling.estimate import Estimate
-from train.scaling.fit import Fit, best_runs
+from train.scaling.fit import Fit
 from train.scaling.law import LossLaw
 from train.scaling.loss_law import drop_highest
 from train.scaling.runs import Array, Runs

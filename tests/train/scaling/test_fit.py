@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train.cli import main
-from train.scaling.fit import best_runs
+from train.scaling.basins import best_runs
 from train.scaling.law import load_law
 from train.scaling.runs import Runs
 
