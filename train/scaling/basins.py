@@ -185,21 +185,20 @@ def seed_noise(runs: Runs) -> float | None:
 
 
 def best_runs(runs: Runs) -> Runs:
-    """The best cell of each size and number of tokens, with its seeds' mean loss; every run where no lr and batch are known."""
+    """The best cell of each size and number of tokens, with its seeds' mean loss; every run where no lr and batch are known.
+
+    Where cells were repeated with other seeds, it is the best of those repeated most: the lowest of many single runs is low by luck.
+    """
     if runs.lr is None or runs.batch is None or runs.params is None or runs.tokens is None:
         return runs
-    sizes = np.stack([clusters(runs.params, SAME_SIZE), clusters(runs.tokens, SAME_SIZE)], axis=1)
-    cells = np.stack([clusters(runs.lr, SAME_CELL), clusters(runs.batch, SAME_CELL)], axis=1)
+    sizes = _together([clusters(runs.params, SAME_SIZE), clusters(runs.tokens, SAME_SIZE)])
+    cells = _together([sizes, clusters(runs.lr, SAME_CELL), clusters(runs.batch, SAME_CELL)])
     chosen, losses = [], []
-    for size in np.unique(sizes, axis=0):
-        members = np.flatnonzero((sizes == size).all(1))
-        means = {
-            tuple(cell): runs.loss[members[(cells[members] == cell).all(1)]].mean()
-            for cell in np.unique(cells[members], axis=0)
-        }
-        best, loss = min(means.items(), key=lambda item: item[1])
-        chosen.append(members[(cells[members] == best).all(1)][0])
-        losses.append(loss)
+    for size in np.unique(sizes):
+        members = [np.flatnonzero(cells == cell) for cell in np.unique(cells[sizes == size])]
+        best = min(members, key=lambda runs_of: (-len(runs_of), runs.loss[runs_of].mean()))
+        chosen.append(best[0])
+        losses.append(runs.loss[best].mean())
     return replace(runs.take(chosen), loss=np.array(losses))
 
 
