@@ -187,7 +187,7 @@ def seed_noise(runs: Runs) -> float | None:
 def best_runs(runs: Runs) -> Runs:
     """The best cell of each size and number of tokens, with its seeds' mean loss; every run where no lr and batch are known.
 
-    Where cells were repeated with other seeds, it is the best of those repeated most: the lowest of many single runs is low by luck.
+    Where cells were repeated with other seeds, it is the best of those repeated most: the lowest of many single runs is lucky.
     """
     if runs.lr is None or runs.batch is None or runs.params is None or runs.tokens is None:
         return runs
