@@ -15,6 +15,7 @@ import train.config
 from tests.conftest import write_tiny_recipe
 from tests.processes import PROCESSES
 from tests.small_run import CHANGES
+from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
 from train.config import load_recipe
 
@@ -23,7 +24,14 @@ PACKAGES = ("model", "parallel", "data", "train")
 LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}  # how a launcher tells a process who it is
 
 # In this order a later README finds what an earlier one made.
-READMES = ["README.md", "data/README.md", "train/README.md", "model/README.md", "parallel/README.md"]
+READMES = [
+    "README.md",
+    "data/README.md",
+    "train/README.md",
+    "train/scaling/README.md",
+    "model/README.md",
+    "parallel/README.md",
+]
 # Commands that the test below does not run, and who does.
 ELSEWHERE = {
     "./scripts/quickstart.sh": "by tests/test_quickstart.py, with --thorough",
@@ -83,6 +91,9 @@ def test_every_command_of_every_readme_runs(tmp_path: Path) -> None:
     smaller = CHANGES | {"model.max_position_embeddings": 512, "data.train": "stores/default", "run.dir": "runs/tiny"}
     recipe = load_recipe("tiny", [f"{key}={value}" for key, value in smaller.items()])
     (tmp_path / "train/recipes/tiny.yaml").write_text(recipe.to_yaml())
+    small = {"lr": [4e-3], "max_cells": 1, "seeds": 1, "row": [16], "sizes": 1, "dir": "runs/ladder"}
+    ladder = write_ladder(text, Path("stores/default"), **small)
+    ladder.rename(tmp_path / "train/scaling/ladders/cpu.yaml")
     for command in commands():
         if command in ELSEWHERE:
             continue

@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.commands import ROOT, commands
 
 
-@pytest.mark.parametrize("program", ["balance.py", "learn.py", "prepare.py"])
+@pytest.mark.parametrize("program", ["auto.py", "balance.py", "coverage.py", "learn.py", "prepare.py"])
 def test_every_option_of_the_readme_is_one_of_the_program(program):
     words = commands()[program]
     help_text = subprocess.run(

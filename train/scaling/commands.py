@@ -78,6 +78,10 @@ def fit(
         ),
     ] = None,
     drop_highest: Annotated[int, typer.Option(min=0, help="Leave so many of the highest losses out of L(N, D).")] = 0,
+    drop_outliers: Annotated[
+        bool,
+        typer.Option("--drop-outliers", help="Leave runs out of L(N, D) that are over 5 robust sd off a first fit."),
+    ] = False,
     draws: Annotated[int, typer.Option(min=0, help="Samples of each bootstrap.")] = 400,
     seed: Annotated[int, typer.Option(help="Of the bootstraps.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the law; default: the folder's or file's.")] = None,
@@ -115,6 +119,7 @@ def fit(
         source=f"{len(found)} runs of {place.name}",
         common=common,
         highest=drop_highest,
+        without_outliers=drop_outliers,
         draws=draws,
         seed=seed,
     )

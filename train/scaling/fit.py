@@ -22,7 +22,7 @@ from train.scaling.held_out import HoldOut, forecast_largest
 from train.scaling.hyperparameters import HyperFit, fit_hyperparameters
 from train.scaling.isoflop import Allocation, IsoFlop, fit_allocation, isoflop_rows
 from train.scaling.law import Family, Law
-from train.scaling.loss_law import LossFit, drop_highest, fit_loss
+from train.scaling.loss_law import LossFit, drop_highest, fit_loss, outliers
 from train.scaling.runs import Array, Runs
 
 DRAWS = 400  # of each bootstrap
@@ -85,6 +85,7 @@ def fit_runs(
     source: str = "a table of runs",
     common: Common | None = None,
     highest: int = 0,
+    without_outliers: bool = False,
     draws: int = DRAWS,
     seed: int = 0,
     hold_out: bool = True,
@@ -95,6 +96,7 @@ def fit_runs(
         runs: at least a loss, and lr and batch with C, or two of N, D and C.
         name, source, common: of the law: what it is called, where its runs are from, what they have in common.
         highest: runs of the highest loss to leave out of the law of the loss, as Besiroglu et al. leave 5 out.
+        without_outliers: leave runs out of it that lie more than 5 robust standard deviations off a first fit.
         draws, seed: of the bootstraps.
         hold_out: whether to forecast the largest budget from the others.
 
@@ -104,46 +106,55 @@ def fit_runs(
     finite = np.isfinite(runs.loss)
     if not finite.any():
         raise ScalingError(f"runs = {len(runs)}: all diverged; add runs with lower learning rates")
-    dropped = [f"{(~finite).sum()} runs diverged"] if not finite.all() else []
-    attempt = Attempt()
-    noise = seed_noise(runs)
-    found = attempt("hyper-parameters", basins, runs, noise=noise) if runs.lr is not None else None
-    hyper = _fit_hyper(found or [], draws, seed, attempt)
+    dropped = [f"{(~finite).sum()} runs that diverged"] if not finite.all() else []
+    attempt, noise = Attempt(), seed_noise(runs)
+    found = (attempt("hyper-parameters", basins, runs, noise=noise) or []) if runs.lr is not None else []
+    hyper = _fit_hyper(found, draws, seed, attempt)
     best = best_runs(runs.take(finite))
     rows = (attempt("IsoFLOP rows", isoflop_rows, best, noise=noise) or []) if best.tokens is not None else []
     allocation = attempt("allocation", fit_allocation, rows, draws=draws, seed=seed) if rows else None
-    kept = best
-    if highest:
-        kept = best.take(drop_highest(best.loss, highest))
-        dropped.append(f"the {highest} highest losses, from the law of the loss")
+    kept, left_out = _kept(best, highest, without_outliers)
     losses = _fit_losses(kept, draws, seed, attempt)
     if not (hyper or allocation or losses):
-        raise ScalingError(
-            f"runs = {len(runs)}: nothing can be fitted; {'; '.join(attempt.problems) or 'name more columns'}"
+        problems = "; ".join(attempt.problems) or "name more columns"
+        raise ScalingError(f"runs = {len(runs)}: nothing can be fitted; {problems}")
+    refit = partial(_refit, draws=draws, seed=seed)
+    held = forecast_largest(runs, found, refit, attempt) if hold_out else []
+    law = _law(runs, found, hyper, allocation, losses, attempt)
+    law = law.model_copy(update={"name": name, "source": source, "runs": len(runs), **_provenance(common)})
+    warnings = [*attempt.problems, *_uncovered(found, rows, hyper), *_far_off(losses)]
+    warnings += disagreements(hyper, losses, allocation)
+    return Fit(runs, dropped + left_out, noise, found, hyper, rows, allocation, losses, held, warnings, law)
+
+
+def _kept(best: Runs, highest: int, without_outliers: bool) -> tuple[Runs, list[str]]:
+    """The runs that the law of the loss is fitted to, and what is left out, in words."""
+    left_out = []
+    if highest:
+        best = best.take(drop_highest(best.loss, highest))
+        left_out.append(f"the {highest} highest losses, from the law of the loss")
+    if without_outliers and best.params is not None and best.tokens is not None:
+        off = outliers(fit_loss(best.params, best.tokens, best.loss).residuals)
+        best = best.take(~off)
+        left_out.append(f"{off.sum()} runs far off the law of the loss, from it")
+    return best, left_out
+
+
+def _uncovered(found: Sequence[Basin], rows: Sequence[IsoFlop], hyper: dict[str, HyperFit]) -> Iterator[str]:
+    """Minima that were not surrounded, and what the fits say themselves."""
+    edges = [basin.advice for basin in found if basin.advice]
+    yield from edges
+    yield from (row.advice for row in rows if row.advice)
+    yield from (f"{name}: {said}" for name, fit in hyper.items() for said in fit.warnings if said not in edges)
+
+
+def _far_off(losses: dict[str, LossFit]) -> Iterator[str]:
+    """Runs that the law of the loss does not describe."""
+    if "huber" in losses and (count := int(outliers(losses["huber"].residuals).sum())):
+        yield (
+            f"L(N, D): {count} runs lie more than 5 robust standard deviations off the law; look at them, or fit without them "
+            "(--drop-outliers)"
         )
-    held = []
-    if hold_out:
-        refit = partial(_refit, draws=draws, seed=seed)
-        held = forecast_largest(runs, found or [], refit, attempt)
-    told = allocation if allocation and _is_told(allocation) else None
-    if allocation and not told:
-        attempt.problems.append(
-            "allocation: the exponent of size in C is not known to lie between 0 and 1, so that the law leaves it to L(N, D); "
-            "add budgets that are farther apart, or more sizes of each"
-        )
-    law = _law(runs, found or [], hyper, told, losses, attempt)
-    edges = [basin.advice for basin in found or [] if basin.advice]
-    warnings = [
-        *attempt.problems,
-        *edges,
-        *(f"{name}: {said}" for name, fit in hyper.items() for said in fit.warnings if said not in edges),
-        *disagreements(hyper, losses, allocation),
-    ]
-    provenance = _provenance(common)
-    law = law.model_copy(update={"name": name, "source": source, "runs": len(runs), **provenance})
-    return Fit(
-        runs, dropped, noise, found or [], hyper, rows, allocation, losses, held, list(dict.fromkeys(warnings)), law
-    )
 
 
 def _fit_hyper(found: Sequence[Basin], draws: int, seed: int, attempt: Attempt) -> dict[str, HyperFit]:
@@ -183,6 +194,12 @@ def _law(
 ) -> Law:
     """The law of the methods that are trusted most: surface before band, huber before vpnls."""
     chosen = choose(found, hyper, attempt)
+    if allocation is not None and not _is_told(allocation):
+        attempt.problems.append(
+            "allocation: the exponent of size in C is not known to lie between 0 and 1, so that the law leaves it to L(N, D); "
+            "add budgets that are farther apart, or more sizes of each"
+        )
+        allocation = None
     loss = losses.get("huber") or losses.get("vpnls")
     ranges = {name: getattr(runs, name) for name in ("flops", "params", "active", "tokens")}
     if found:

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from model.config import ModelConfig
 from model.flops import flops_mfu
 from train.config import Recipe, load_recipe, parse_recipe
@@ -22,6 +20,7 @@ from train.planning.advice import store_tokenizer, tokenizer_warning
 from train.planning.devices import lookup
 from train.published import moved
 from train.scaling.apply import Advice, Course, advise, whole_batch
+from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.family import differences, with_flops
@@ -338,7 +337,7 @@ def _best(law: Law, flops: float, size: Size) -> tuple[Estimate, Estimate] | Non
         per_parameter = _rate(law, size) / getattr(size, law.loss.size)
         laws = [law.loss, *filter(_has_minimum, (_drawn(law.loss, draw) for draw in law.loss.draws))]
         value, *draws = [per_parameter * optimum(one, flops, per_parameter).params for one in laws]
-        low, high = map(float, np.percentile(draws, [2.5, 97.5])) if draws else (None, None)
+        low, high = map(float, quantile(draws, [0.025, 0.975])) if draws else (None, None)
         rate = Estimate(value, low, high)
         return rate, _quotient(flops, rate)
     return None

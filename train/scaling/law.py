@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.files import replace_file
+from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.runs import Array
@@ -70,7 +71,7 @@ class PowerLaw(_Form):
         if not self.draws:
             return Estimate(value)
         rows = np.array([1.0, *(np.log(variables[name]) for name in self.exponents)])
-        low, high = np.percentile(np.array(self.draws) @ rows, [2.5, 97.5])
+        low, high = quantile(np.array(self.draws) @ rows, [0.025, 0.975])
         return Estimate(value, float(np.exp(low)), float(np.exp(high)))
 
 
@@ -101,7 +102,7 @@ class LossLaw(_Form):
         if not self.draws:
             return Estimate(value)
         e, a, b, alpha, beta = np.array(self.draws).T
-        low, high = np.percentile(e + a * size**-alpha + b * tokens**-beta, [2.5, 97.5])
+        low, high = quantile(e + a * size**-alpha + b * tokens**-beta, [0.025, 0.975])
         return Estimate(value, float(low), float(high))
 
 
@@ -127,7 +128,7 @@ class BestLoss(_Form):
         if not self.draws:
             return Estimate(value)
         e, k, gamma = np.array(self.draws).T
-        low, high = np.percentile(e + k * flops**-gamma, [2.5, 97.5])
+        low, high = quantile(e + k * flops**-gamma, [0.025, 0.975])
         return Estimate(value, float(low), float(high))
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from data.report.figures import GREY
 from train.scaling.basins import best_runs
+from train.scaling.bootstrap import quantile
 from train.scaling.drawing import (
     AMBER,
     BLUE,
@@ -234,5 +235,5 @@ def _estimate(values: Array, known: bool) -> Estimate:
     """The first value, with the interval of the others."""
     if len(values) == 1 or not known:
         return Estimate(float(values[0]))
-    low, high = np.percentile(values[1:], [2.5, 97.5])
+    low, high = quantile(values[1:], [0.025, 0.975])
     return Estimate(float(values[0]), float(low), float(high))

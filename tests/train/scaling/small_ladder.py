@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from data.store import Store
 from data.yaml_io import as_yaml
 
 MODEL = {
@@ -29,13 +28,13 @@ MODEL = {
 }
 
 
-def write_ladder(folder: Path, store: Store, **changes: Any) -> Path:
+def write_ladder(folder: Path, store: Path, **changes: Any) -> Path:
     """Write `ladder.yaml`; what `changes` names is put where it belongs in the file."""
     schedule = {"shape": "wsd", "gamma": 0.01, "alpha": 1e-3, "lambda": 0.0} | changes.pop("schedule", {})
-    data = changes.pop("data", {"train": str(store.path), "sequence_length": 32, "workers": 0})
+    data = changes.pop("data", {"train": str(store), "sequence_length": 32, "workers": 0})
     recipe = {
         "model": MODEL,
-        "data": {**data, "train": str(store.path)},
+        "data": {**data, "train": str(store)},
         "parallel": {"micro_batch": 8},
         "schedule": schedule,
         "evaluate": {"tokens": 512},
@@ -55,7 +54,7 @@ def write_ladder(folder: Path, store: Store, **changes: Any) -> Path:
         "allocation": {"widths": changes.pop("row", [8, 16, 24]), "sizes": changes.pop("sizes", 3)},
         "seeds": changes.pop("seeds", 3),
         "warmup_tokens": 1024,
-        "dir": str(folder / "ladder"),
+        "dir": changes.pop("dir", str(folder / "ladder")),
         **changes,
     }
     path = folder / "ladder.yaml"

@@ -30,7 +30,7 @@ def execution(ladder: Ladder, said: Said, jobs: int = 2) -> Execution:
 def finished(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ladder, Said]:
     """Two budgets, two rates, one row; the longer runs go on from the shorter ones."""
     folder = tmp_path_factory.mktemp("ladder")
-    path = write_ladder(folder, tiny_store, max_cells=2, seeds=2, row=[16, 24], sizes=2)
+    path = write_ladder(folder, tiny_store.path, max_cells=2, seeds=2, row=[16, 24], sizes=2)
     said: Said = []
     ladder = load_ladder(path)
     execution(ladder, said).run()
@@ -96,13 +96,13 @@ def test_the_text_form_of_a_table_reads_as_the_table(finished: tuple[Ladder, Sai
 
 
 def test_schedules_without_a_common_part_are_said_to_have_none(tiny_store: Store, tmp_path: Path) -> None:
-    path = write_ladder(tmp_path, tiny_store, schedule={"shape": "cosine"})
+    path = write_ladder(tmp_path, tiny_store.path, schedule={"shape": "cosine"})
     lines = execution(load_ladder(path), []).describe()
     assert any("cannot go on from" in line and "then lr differs" in line for line in lines), lines
 
 
 def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path: Path) -> None:
-    path = write_ladder(tmp_path, tiny_store, budgets=[3e9], lr=[4e-3], max_cells=1, seeds=1, row=[16], sizes=1)
+    path = write_ladder(tmp_path, tiny_store.path, budgets=[3e9], lr=[4e-3], max_cells=1, seeds=1, row=[16], sizes=1)
     command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path)]
     ladder = load_ladder(path)
     cells = Cells(ladder)
@@ -121,7 +121,9 @@ def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path:
 
 
 def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
-    path = write_ladder(tmp_path, tiny_store, budgets=[2e8], lr=[4e-3, 8e-3], max_cells=2, seeds=1, row=[16], sizes=1)
+    path = write_ladder(
+        tmp_path, tiny_store.path, budgets=[2e8], lr=[4e-3, 8e-3], max_cells=2, seeds=1, row=[16], sizes=1
+    )
     command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path), "--jobs", "1"]
     tasks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [line for task in tasks for line in task.communicate(timeout=120)[0].splitlines() if line.startswith("[")]
@@ -132,7 +134,7 @@ def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
 def test_a_cell_that_fails_is_named_and_the_others_run(
     tiny_store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_ladder(tmp_path, tiny_store, budgets=[2e8], max_cells=2, seeds=1, row=[16], sizes=1)
+    path = write_ladder(tmp_path, tiny_store.path, budgets=[2e8], max_cells=2, seeds=1, row=[16], sizes=1)
     cells = Cells(load_ladder(path))
     place = cells.place(Cell(2e8, 16, 8e-3, 256))
     place.mkdir(parents=True)

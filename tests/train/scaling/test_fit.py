@@ -98,6 +98,36 @@ def test_runs_that_all_diverged_are_refused(capsys: pytest.CaptureFixture[str], 
     assert "all diverged" in capsys.readouterr().err
 
 
+def test_runs_far_off_the_law_are_named_and_left_out_when_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    runs = a_ladder()
+    columns = "loss=loss,params=params,tokens=tokens"
+    spoilt = Runs.of(
+        loss=np.where(np.arange(len(runs)) == 40, 1.3, 1.0) * runs.loss, params=runs.params, tokens=runs.tokens
+    )
+    write(spoilt, tmp_path / "runs.csv")
+    command = [
+        "scaling",
+        "fit",
+        "--points",
+        str(tmp_path / "runs.csv"),
+        "--columns",
+        columns,
+        "--draws",
+        "20",
+        "--json",
+    ]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert any("runs lie more than 5 robust standard deviations off" in warning for warning in found["warnings"])
+    assert main([*command, "--drop-outliers"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert any("far off the law of the loss" in what for what in without["dropped"])
+    objectives = [next(f["objective"] for f in r["fits"] if f["method"] == "vpnls") for r in (found, without)]
+    assert objectives[1] < 0.1 * objectives[0]
+
+
 def test_the_best_repeated_cell_of_a_size_stands_for_it_with_the_mean_of_its_seeds() -> None:
     runs = Runs.of(
         loss=[3.0, 3.2, 3.09, 4.0, 3.9], params=[1, 1, 1, 2, 2], tokens=[5] * 5, lr=[1, 1, 2, 1, 2], batch=[8] * 5

@@ -35,7 +35,7 @@ def finish(ladder: Ladder, rounds: int = 20) -> dict[Cell, float]:
 
 @pytest.fixture
 def ladder(tiny_store: Store, tmp_path: Path) -> Ladder:
-    return load_ladder(write_ladder(tmp_path, tiny_store, lr=[1e-3, 2e-3], batch_tokens=[64], budgets=[1e9, 2e9]))
+    return load_ladder(write_ladder(tmp_path, tiny_store.path, lr=[1e-3, 2e-3], batch_tokens=[64], budgets=[1e9, 2e9]))
 
 
 def test_a_grid_grows_until_its_best_cell_has_all_its_neighbours(ladder: Ladder) -> None:
@@ -96,7 +96,7 @@ def test_a_mistake_in_a_ladder_is_one_line_that_names_it(
     tiny_store: Store, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ScalingError) as error:
-        load_ladder(write_ladder(tmp_path, tiny_store, **changes))
+        load_ladder(write_ladder(tmp_path, tiny_store.path, **changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
