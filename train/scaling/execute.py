@@ -151,9 +151,11 @@ class Execution:
         if donor is not None:
             inherit(self._run(donor) / "checkpoints", run / "checkpoints", self.stages.kept(donor))
         variables = [f"OMP_NUM_THREADS={_threads(self.jobs, self.processes)}"]
-        if torch.cuda.is_available():
-            first = slot * self.processes
-            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(str(first + i) for i in range(self.processes))}")
+        if count := torch.cuda.device_count():
+            devices = [(slot * self.processes + i) % count for i in range(self.processes)]
+            # By their names: numbers would count from the machine's first device, not from the first that this process may use.
+            names = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
+            variables.append(f"CUDA_VISIBLE_DEVICES={','.join(names)}")
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m"]
         trainer = [*(launcher if self.processes > 1 else []), "train", str(place / "recipe.yaml")]
         command = ["env", *variables, sys.executable, "-m", *trainer]
