@@ -97,7 +97,7 @@ def fit(
     from train.scaling.points import read_points
     from train.scaling.table import read_runs
 
-    for name, path in (("out", out), ("html", html)):
+    for option, path in (("out", out), ("html", html)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ScalingError(
                 f"{name} = {str(path)!r}: there is no folder {path.parent}; make it or give another place"

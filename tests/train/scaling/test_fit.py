@@ -52,7 +52,19 @@ def write(runs: Runs, path: Path) -> str:
 def test_the_chinchilla_points_give_the_published_refit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     columns = "params=Model Size,flops=Training FLOP,loss=loss"
     out = tmp_path / "law.json"
-    arguments = ["--columns", columns, "--drop-highest", "5", "--draws", "200", "--json", "--out", str(out)]
+    arguments = [
+        "--columns",
+        columns,
+        "--drop-highest",
+        "5",
+        "--draws",
+        "200",
+        "--json",
+        "--out",
+        str(out),
+        "--name",
+        "refit",
+    ]
     assert main(["scaling", "fit", "--points", str(CHINCHILLA), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     huber = next(fit for fit in found["fits"] if fit["method"] == "huber")
@@ -61,7 +73,12 @@ def test_the_chinchilla_points_give_the_published_refit(capsys: pytest.CaptureFi
         assert huber["coefficients"][name]["value"] == pytest.approx(value, rel=0.005)
     assert any("the methods disagree on beta: huber 0.367" in warning for warning in found["warnings"])  # squares pull
     law = load_law(out)
-    assert law.loss is not None and huber["coefficients"]["E"]["value"] == law.loss.E and law.lr is None
+    assert (
+        law.name == "refit"
+        and law.loss is not None
+        and huber["coefficients"]["E"]["value"] == law.loss.E
+        and law.lr is None
+    )
 
 
 def test_a_made_ladder_gives_its_laws_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
