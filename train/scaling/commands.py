@@ -100,7 +100,7 @@ def fit(
     for option, path in (("out", out), ("html", html)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ScalingError(
-                f"{name} = {str(path)!r}: there is no folder {path.parent}; make it or give another place"
+                f"{option} = {str(path)!r}: there is no folder {path.parent}; make it or give another place"
             )
     if (runs is None) == (points is None):
         raise ScalingError("fit: give either RUNS, a ladder's folder, or --points FILE.csv with --columns")
