@@ -1,11 +1,14 @@
 """Runs from anyone's CSV file."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
+from train.scaling.common import Common
 from train.scaling.errors import ScalingError
 from train.scaling.points import read_points
+from train.scaling.table import COLUMNS, TABLE, keep
 
 FILE = """# a comment
 size,steps,bs,peak lr,final
@@ -40,6 +43,8 @@ def test_tokens_follow_from_size_and_compute(file: Path) -> None:
         ("loss=final,params=width", "no such column; its columns are size, steps, bs, peak lr, final"),
         ("loss=final,width=size", "NAME one of loss, params"),
         ("loss=final,batch=bs*many", "'many' is no number"),
+        ("loss=final,batch=bs*inf", "'inf' is no number above 0"),
+        ("loss=final,batch=bs,batch=size", "batch is bs already; name it once"),
         ("loss", "must be NAME=COLUMN"),
     ],
 )
@@ -70,3 +75,45 @@ def test_a_wrong_value_is_named_with_its_line(tmp_path: Path, content: str, mess
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ScalingError, match="No such file"):
         read_points(tmp_path / "none.csv", "loss=final")
+
+
+def test_a_loss_that_is_empty_or_infinite_is_that_of_a_run_that_diverged(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text("size,final\n1e8,\n1e8,inf\n1e8,nan\n1e8,3\n")
+    assert read_points(path, "params=size,loss=final").loss.tolist() == [float("inf")] * 3 + [3.0]
+
+
+@pytest.mark.parametrize("value", ["", "nan", "inf", "-inf"])
+def test_only_a_loss_may_be_no_number(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(f"# made\n# by hand\nsize,final\n1e8,3\n# a comment\n{value},3\n")
+    with pytest.raises(ScalingError, match=rf"points.csv: line 6: size = '{value}': must be [^\n]*$"):
+        read_points(path, "params=size,loss=final")
+
+
+def test_a_kept_table_with_a_run_that_diverged_is_read_as_points(tmp_path: Path) -> None:
+    names = [name for name, _ in COLUMNS]
+    with sqlite3.connect(tmp_path / TABLE) as database:
+        database.execute(f"CREATE TABLE runs ({', '.join(f'{name} {kind}' for name, kind in COLUMNS)})")
+        for cell, loss in (("a", 5.1), ("b", None)):
+            values = [{"cell": cell, "loss": loss, "bits_per_byte": loss, "seed": 0}.get(name, 8) for name in names]
+            database.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(names))})", values)
+    Common(recipe={"model": {}, "data": {"sequence_length": 8}}, data=[], tokenizer="none").write(tmp_path)
+    keep(tmp_path, tmp_path / "kept")
+    columns = ",".join(
+        f"{name}={name}" for name in ("loss", "params", "active", "flops", "tokens", "lr", "batch", "seed")
+    )
+    runs = read_points(tmp_path / "kept" / "runs.csv", columns)
+    assert runs.loss.tolist() == [5.1, float("inf")] and runs.compute == "M*D"
+
+
+def test_the_compute_of_an_moe_counts_the_parameters_that_a_token_uses(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text("N,Na,D,C,loss\n1e9,1e8,1e10,6e18,3\n")
+    columns = {"params": "params=N", "active": "active=Na", "tokens": "tokens=D", "flops": "flops=C"}
+    for derived in ("flops", "tokens"):
+        given = ",".join(column for name, column in columns.items() if name != derived)
+        runs = read_points(path, f"{given},loss=loss")
+        assert runs.flops.tolist() == [6e18] and runs.tokens.tolist() == [1e10] and runs.compute == "6*N*D"  # type: ignore[union-attr]
+    assert read_points(path, "active=Na,tokens=D,flops=C,loss=loss").params is None
+    assert read_points(path, "params=N,active=Na,tokens=D,flops=C,loss=loss").compute == "M*D"
