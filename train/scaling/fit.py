@@ -8,7 +8,7 @@ the result says so. The hold-out leaves the largest budget away, fits the rest, 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from train.scaling.loss_law import LossFit, drop_highest, fit_loss, outliers
 from train.scaling.runs import Array, Runs
 
 DRAWS = 400  # of each bootstrap
+LossUnit = Literal["nats per token", "bits per byte"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def fit_runs(
     name: str = "fit",
     source: str = "a table of runs",
     common: Common | None = None,
+    loss_unit: LossUnit = "nats per token",
     highest: int = 0,
     without_outliers: bool = False,
     draws: int = DRAWS,
@@ -95,6 +97,7 @@ def fit_runs(
     Args:
         runs: at least a loss, and lr and batch with C, or two of N, D and C.
         name, source, common: of the law: what it is called, where its runs are from, what they have in common.
+        loss_unit: what the runs' losses are in.
         highest: runs of the highest loss to leave out of the law of the loss, as Besiroglu et al. leave 5 out.
         without_outliers: leave runs out of it that lie more than 5 robust standard deviations off a first fit.
         draws, seed: of the bootstraps.
@@ -121,7 +124,8 @@ def fit_runs(
     refit = partial(_refit, draws=draws, seed=seed)
     held = forecast_largest(runs, found, refit, attempt) if hold_out else []
     law = _law(runs, found, hyper, allocation, losses, attempt)
-    law = law.model_copy(update={"name": name, "source": source, "runs": len(runs), **_provenance(common)})
+    about = {"name": name, "source": source, "runs": len(runs), "loss_unit": loss_unit} | _provenance(common)
+    law = law.model_copy(update=about)
     warnings = [*attempt.problems, *_uncovered(found, rows, hyper), *_far_off(losses)]
     warnings += disagreements(hyper, losses, allocation)
     return Fit(runs, dropped + left_out, noise, found, hyper, rows, allocation, losses, held, warnings, law)
@@ -207,6 +211,7 @@ def _law(
     return Law(
         name="fit",
         source="",
+        compute=runs.compute,
         lr=chosen.lr if chosen else None,
         batch_tokens=chosen.batch if chosen else None,
         flops_per_token=allocation.M if allocation else None,

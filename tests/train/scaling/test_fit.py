@@ -9,8 +9,9 @@ import pytest
 
 from train.cli import main
 from train.scaling.basins import best_runs
+from train.scaling.fit import fit_runs
 from train.scaling.law import load_law
-from train.scaling.runs import Runs
+from train.scaling.runs import COLUMNS, Runs
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "scaling_data"
 CHINCHILLA = PUBLISHED / "chinchilla_epoch" / "points.csv"
@@ -40,7 +41,7 @@ def a_ladder(budgets: int = 5, noise: float = 0.001, seed: int = 0) -> Runs:
 
 def write(runs: Runs, path: Path) -> str:
     """As a CSV file; returns what its columns are."""
-    names = [name for name, column in runs.__dict__.items() if column is not None]
+    names = [name for name in COLUMNS if getattr(runs, name) is not None]
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(names)
@@ -94,6 +95,19 @@ def test_a_made_ladder_gives_its_laws_back(capsys: pytest.CaptureFixture[str], t
     assert held["flops"] == pytest.approx(16e15, rel=0.01) and held["regret"] < 0.002
     assert held["loss"]["low"] <= held["measured_loss"] <= held["loss"]["high"]
     assert set(found["law"]) >= {"lr", "batch_tokens", "loss", "flops_per_token", "tokens", "best_loss", "measured"}
+
+
+def test_a_law_knows_what_its_compute_and_its_loss_are() -> None:
+    runs = a_ladder(budgets=2)
+    counted = fit_runs(runs, draws=0, hold_out=False)
+    derived = fit_runs(
+        Runs.of(loss=runs.loss, params=runs.params, tokens=runs.tokens),
+        draws=0,
+        hold_out=False,
+        loss_unit="bits per byte",
+    )
+    assert (counted.law.compute, counted.law.loss_unit) == ("M*D", "nats per token")
+    assert (derived.law.compute, derived.law.loss_unit) == ("6*N*D", "bits per byte")
 
 
 def test_a_budget_of_one_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
