@@ -75,12 +75,12 @@ class Layout:
         """Ranks that read different sequences: all of them, since expert parallelism borrows its ranks from data parallelism."""
         return self.world_size
 
-    def check_batch(self, sequences: int) -> None:
-        """Refuse a global batch that the data ranks cannot share evenly."""
+    def check_batch(self, sequences: int, fix: str | None = None) -> None:
+        """Refuse a global batch that the data ranks cannot share evenly; `fix` is what gives others, where the caller knows it."""
         if sequences % self.data_ranks:
             raise LayoutError(
                 f"schedule.batch_tokens: a global batch of {sequences} sequences does not divide over {self.data_ranks} "
-                f"processes; choose a multiple of {self.data_ranks} sequences or another number of processes"
+                f"processes; {fix or f'choose a multiple of {self.data_ranks} sequences'} or another number of processes"
             )
 
 

@@ -1,7 +1,7 @@
 """The keys of a schedule that a law decides: `lr: auto`, `batch_tokens: auto`, and `batch_tokens: ramp` beside a `law`.
 
 They need the model and the data, so that they are decided where a recipe is read and not in their section. `train.planning.advice`
-tells what they came to.
+tells what they came to; `train.continued` keeps it in a run that is under way.
 """
 
 import math
@@ -22,6 +22,9 @@ def decided(given: Any, model: ModelSection | None, data: DataSection | None) ->
 
     Args:
         model, data: the other sections; None where one is wrong, whose mistake then stands for the whole recipe.
+
+    Returns:
+        The numbers, and in `from_law` that they are the law's.
     """
     if not isinstance(given, dict):
         return given
@@ -53,4 +56,6 @@ def decided(given: Any, model: ModelSection | None, data: DataSection | None) ->
             numbers |= {} if "lr_batch_exponent" in section else {"lr_batch_exponent": LR_EXPONENT}
     except ScalingError as error:
         raise mistake("", "", line=f"schedule.{error}") from None
-    return section | numbers | {"law": name}
+    before = section.get("from_law")
+    same = before if isinstance(before, dict) and before.get("hash") == law.hash else {}
+    return section | numbers | {"law": name, "from_law": {**same, **numbers, "hash": law.hash}}

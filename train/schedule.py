@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parallel.engine import StepSettings
+from parallel.layout import Layout
 from train.fields import WholePoints, as_points, value_at
 from train.sections import ScheduleSection
 
@@ -93,6 +94,24 @@ class Schedule:
     def batches(self) -> list[int]:
         """Every global batch of the run in sequences, ascending, each once; the layout must divide all of them."""
         return sorted({span.sequences for span in self.spans})
+
+    def check_layout(self, layout: Layout, is_begun: bool = False) -> None:
+        """Refuse processes that cannot share every batch evenly.
+
+        Args:
+            is_begun: the run has begun, so that its law chooses no more.
+
+        Raises:
+            LayoutError: it says what would help.
+        """
+        law, ranks = self.config.from_law, layout.data_ranks
+        fix = None
+        if law and law.batch_tokens and not is_begun:
+            asked = "ramp" if isinstance(law.batch_tokens, tuple) else "auto"
+            multiple = math.lcm(self.config.batch_multiple, ranks)
+            fix = f"write schedule.batch_tokens={asked} schedule.batch_multiple={multiple}"
+        for sequences in self.batches():
+            layout.check_batch(sequences, fix)
 
     def step_at(self, tokens: int) -> float:
         """Steps made when `tokens` have been consumed: whole where a step starts, between two whole numbers elsewhere."""

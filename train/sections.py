@@ -10,7 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from model.config import ModelConfig, load_preset
 from train.fields import (
@@ -229,13 +238,27 @@ class OptimizerSection(Section):
     ema: Share | None = None  # decay per step of the weights' average on the host; None: none is kept
 
 
+class FromLaw(Section):
+    """The numbers of a schedule that a law gave, and which law it was."""
+
+    hash: Name  # of the law (`Law.hash`): its file may be another one by now
+    lr: Rate | None = None
+    batch_tokens: BatchTokens | None = None
+    lr_batch_exponent: NonNegative | None = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """By the keys of the schedule that have them."""
+        return {name: value for name, value in self if name != "hash" and value is not None}
+
+
 class ScheduleSection(Section):
     """What changes with the tokens consumed; `train.schedule.Schedule` computes it.
 
     `preset` starts from a published run, moved in proportion where `tokens` differs; keys beside it win. `batch_tokens: ramp` is
     DeepSeek-V3's, and so are gamma, alpha and lambda where they are not given, all in proportion to `tokens`. What a law decides,
     `auto` and `ramp` beside a `law`, needs the whole recipe: `train.automatic`. Once validated the section holds numbers and lists
-    only, so that a written recipe says everything; its `law` then tells where they are from.
+    only, so that a written recipe says everything; its `law` and `from_law` then tell where they are from.
     """
 
     preset: Literal["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "deepseek-llm-7b", "deepseek-llm-67b"] | None = (
@@ -255,6 +278,16 @@ class ScheduleSection(Section):
     gamma: Curve  # speed of the balancing bias
     alpha: Curve  # weight of the sequence-wise balance loss
     lambda_: Curve = Field(alias="lambda")  # weight of the MTP losses
+    from_law: FromLaw | None = None  # written where a law has decided, not by hand
+
+    @field_validator("from_law")
+    @classmethod
+    def _is_in_use(cls, given: FromLaw | None, info: ValidationInfo) -> FromLaw | None:
+        """A key that was given another number since is the law's no more."""
+        if given is None:
+            return None
+        numbers = {name: value for name, value in given.numbers.items() if info.data.get(name) == value}
+        return FromLaw(hash=given.hash, **numbers) if numbers else None
 
     @model_validator(mode="before")
     @classmethod

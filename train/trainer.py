@@ -33,6 +33,7 @@ from parallel.engine import Engine, State, StepResult
 from parallel.recompute import apply_recompute
 from train.checkpoint import CheckpointError, Checkpoints, read_run
 from train.config import Recipe, RecipeError
+from train.continued import continued
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
 from train.generate import continue_texts
@@ -57,12 +58,9 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, process: Process):
-        self.recipe, self.process = recipe, process
+        self.process = process
         self.folder = Path(recipe.run.dir)
-        self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
         self.layout = recipe.layout(process.world_size)
-        for sequences in self.schedule.batches():
-            self.layout.check_batch(sequences)
         self.ranks = Ranks(dist.new_group(backend="gloo"))
         saving = recipe.checkpoint
         self.checkpoints = Checkpoints(
@@ -70,6 +68,12 @@ class Trainer:
         )
         self.newest = self.checkpoints.latest()  # what the run continues from
         record = self._read_newest()
+        self.recipe, told = continued(recipe, record) if record else (recipe, None)
+        if told and process.is_first:
+            log.warning("%s", told)
+        recipe = self.recipe
+        self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
+        self.schedule.check_layout(self.layout, is_begun=bool(record))
         self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
@@ -249,6 +253,7 @@ class Trainer:
                 "tokenizer_fingerprint": self.corpus.tokenizer_fingerprint,
                 "versions": {name: version(name) for name in ("rorqual", "torch", "transformers")},
                 "law": self.recipe.schedule.law,
+                "law_hash": taken.hash if (taken := self.recipe.schedule.from_law) else None,
             },
             copied,
         )

@@ -269,11 +269,14 @@ def test_what_has_no_code_yet_is_refused_as_not_built_yet(override):
     assert line.endswith("; not built yet")
 
 
+STEP_LAW = ["schedule.law=step-law", "schedule.lr=auto", "schedule.batch_tokens=auto"]
+
+
 def test_auto_is_the_laws_answer_for_the_models_n_and_the_runs_tokens():
     # N = 119,047,520 without embedding and head, all experts counted; D = 3e9:
     #   1.79 · N^-0.713 · D^0.307 = 2.537e-3
     #   0.58 · D^0.571 = 149,577 tokens = 73.04 sequences; of 64 and 96 the next in ratio is 64
-    schedule = load_recipe("small", ["schedule.lr=auto", "schedule.batch_tokens=auto", "schedule.tokens=3e9"]).schedule
+    schedule = load_recipe("small", [*STEP_LAW, "schedule.tokens=3e9"]).schedule
     assert (schedule.lr, schedule.batch_tokens, schedule.law) == (0.002537, 64 * 2048, "step-law")
 
 
@@ -337,11 +340,52 @@ def test_a_mistake_in_the_model_or_the_data_is_told_before_what_a_law_would_need
 def test_the_law_is_told_beside_what_the_recipe_has_and_warned_of_when_it_is_far():
     far = law_in_words(load_recipe("tiny", [*FIXED, "schedule.lr=auto"]))
     assert far[0].startswith("law step-law, for N = 4.") and "D = 2e+06" in far[0]
-    assert far[1].endswith("; the recipe has 0.002665") and far[2].endswith("; the recipe has 8,192 tokens")
-    assert far[3].startswith("warning: law step-law is far outside") and "D by 3.3 decades" in far[3]
-    near = law_in_words(load_recipe("small", ["schedule.lr=auto", "schedule.batch_tokens=auto"]))
-    assert len(near) == 3  # half a decade of D below what was measured is no reason
+    assert far[1].startswith("  decades outside of what it was measured on: N 1.7, D 3.3")
+    assert far[2].endswith("; the recipe has 0.002665") and far[3].endswith("; the recipe has 8,192 tokens")
+    assert far[4].startswith("warning: law step-law is far outside") and "D by 3.3 decades" in far[4]
+    near = law_in_words(load_recipe("small", [*STEP_LAW, "schedule.tokens=1e10"]))
+    assert len(near) == 4 and "D 0.0" in near[1]  # part of a decade of N below what was measured is no reason
     assert law_in_words(load_recipe("tiny")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        # the law of N = 119,047,520 and D = 1e10: 0.58 · D^0.571 = 297,460 tokens and 1.79 · N^-0.713 · D^0.307 = 3.67e-3
+        (["schedule.batch_tokens=131072"], "its learning rate belongs to a batch of 297,460 tokens, the recipe has 131,072;"),
+        (["schedule.batch_tokens=262144"], None),
+        (["schedule.lr=1e-3"], "its batch belongs to a learning rate of 0.00367, the recipe has 0.001;"),
+        (["schedule.lr=3e-3"], None),
+        (["schedule.lr=1e-3", "schedule.batch_tokens=131072"], None),
+    ],
+)  # fmt: skip
+def test_half_a_laws_answer_beside_a_number_that_is_far_from_its_other_half_is_warned_of(changes, line):
+    said = law_in_words(load_recipe("small", [*STEP_LAW, "schedule.tokens=1e10", *changes]))[4:]
+    assert [text.partition("warning: law step-law: ")[2][: len(line or "")] for text in said] == [line] * (
+        line is not None
+    )
+
+
+def test_what_a_law_gave_is_written_until_another_number_is_given(tmp_path):
+    path = written(tmp_path, load_recipe("tiny", [*STEP_LAW, "schedule.tokens=1e8"]).to_yaml())
+    whole, taken = load_recipe(path).schedule, load_law("step-law").hash
+    assert whole.from_law.numbers == {"lr": whole.lr, "batch_tokens": whole.batch_tokens}
+    assert whole.from_law.hash == taken
+    assert set(load_recipe(path, ["schedule.lr=1e-3"]).schedule.from_law.numbers) == {"batch_tokens"}
+    assert set(load_recipe(path, ["schedule.tokens=2e8", "schedule.lr=auto"]).schedule.from_law.numbers) == {
+        "lr",
+        "batch_tokens",
+    }
+    assert load_recipe(path, ["schedule.lr=1e-3", "schedule.batch_tokens=4096"]).schedule.from_law is None
+    assert load_recipe("tiny", ["schedule.law=step-law"]).schedule.from_law is None
+
+
+def test_a_law_that_has_changed_since_is_told(tmp_path):
+    law = tmp_path / "law.json"
+    save_law(load_law("ling-moe"), law)
+    recipe = load_recipe("tiny", ["schedule.lr=auto", f"schedule.law={law}"])
+    save_law(load_law("step-law"), law)
+    assert "  it has changed since the recipe's lr were taken from it" in law_in_words(recipe)
 
 
 def test_the_parallel_section_becomes_a_layout_on_a_number_of_processes():

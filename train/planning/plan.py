@@ -27,8 +27,7 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     """
     config = recipe.model_config_resolved()
     layout = recipe.layout(world_size)
-    for sequences in schedule.batches():
-        layout.check_batch(sequences)
+    schedule.check_layout(layout)
     if layout.config.deepspeed:
         on_gpu, compute = _device(recipe)
         ds_config(layout.config, compute, recipe.optimizer.clip, torch.device("cuda" if on_gpu else "cpu"))

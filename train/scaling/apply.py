@@ -20,7 +20,7 @@ from train.scaling.estimate import Estimate
 from train.scaling.law import Law, PowerLaw
 from train.scaling.size import size_of
 
-FAR = 1.0  # decades outside of what was measured, from which on a law's answer is warned of
+WARNED_DECADES = 1.0  # decades outside of what was measured, from which on a law's answer is warned of
 GROWTH = 16  # last batch over first, at most
 LR_EXPONENT = 0.5  # of the batch, while it grows
 NAMES = {"flops": "C", "params": "N", "active": "active N", "tokens": "D", "lr": "learning rate", "batch": "batch"}
@@ -72,7 +72,7 @@ class Advice:
 
     def warnings(self) -> list[str]:
         """A line for what is far outside of what was measured."""
-        far = {name: distance for name, distance in self.distances.items() if distance > FAR}
+        far = {name: distance for name, distance in self.distances.items() if distance > WARNED_DECADES}
         if not far:
             return []
         places = ", ".join(

@@ -13,6 +13,7 @@ Published laws lie in `laws/`; a ladder's own is a file of the same form.
 """
 
 import difflib
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -31,8 +32,6 @@ from train.scaling.runs import Array
 LAWS = Path(__file__).parent / "laws"
 
 Variable = Literal["flops", "params", "active", "tokens"]  # C = M·D; N, all experts counted; N of one token; D
-
-
 Quantity = Variable | Literal["lr", "batch"]  # what a law can have been measured over; batch in tokens
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -186,6 +185,12 @@ class Law(_Form):
             if allocation and set(allocation.exponents) != {"flops"}:
                 raise ValueError(f"{name} must be a power law of flops alone")
         return self
+
+    @property
+    def hash(self) -> str:
+        """Of all that it says, however its file is laid out."""
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def distance(self, **variables: float) -> float:
         """Decades by which the farthest of some values lies outside of what was measured; 0 inside, or where nothing is known."""
