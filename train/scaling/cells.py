@@ -1,30 +1,26 @@
 """A cell of a ladder as a run: its recipe, its folder, and what it came to.
 
-A cell's folder carries a hash of its recipe in its name, so that a ladder that was edited finds the results that still hold and
-runs the others anew. `result.json` is written last; it is all that a table of runs is made from.
+`result.json` is written last; it is all that a table of runs is made from. It has the whole identity of its run, by which a ladder
+that was edited, or whose code has changed, finds the results that still hold. The hash in a folder's name is for people, and keeps
+runs of two recipes apart.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-import data
-import model
-import parallel
-import train
 from data.files import replace_file
 from data.store import Store
 from model.config import ModelConfig
-from train.config import Recipe, parse_recipe
+from train.config import Recipe, RecipeError, parse_recipe
 from train.published import moved
 from train.scaling.common import Common
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width, differences
+from train.scaling.identity import Identity
 from train.scaling.ladder import Cell, Ladder
 from train.scaling.size import Size, size_of
 
@@ -36,8 +32,8 @@ class Result:
     """A finished run. Losses are means over the training mixture, a source counting by its weight; infinite where it diverged."""
 
     cell: Cell
-    recipe_hash: str
-    code_version: str
+    identity: Identity
+    code_version: str  # of the source that the run began with; all of them, where it went on with another
     params: int  # N, without embedding and head; all experts counted
     active: int
     flops_per_token: int  # M
@@ -47,7 +43,7 @@ class Result:
     loss: float  # nats per token
     bits_per_byte: float
     by_source: dict[str, float] = field(default_factory=dict)  # nats per token
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all its sessions
     reused_tokens: int = 0  # of another cell's constant stage
 
     @property
@@ -64,15 +60,16 @@ class Result:
         """
         try:
             values = json.loads(path.read_text("utf-8"))
-            values["cell"] = Cell(**values["cell"])
-            return cls(**{**values, **{k: math.inf for k in ("loss", "bits_per_byte") if values[k] is None}})
+            values |= {"cell": Cell(**values["cell"]), "identity": Identity.model_validate(values["identity"])}
+            values |= {k: math.inf for k in ("loss", "bits_per_byte") if values[k] is None}
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ScalingError(
                 f"{path}: is not a cell's result ({error}); remove it and run the ladder again"
             ) from None
 
     def write(self, folder: Path) -> None:
-        values = asdict(self)
+        values = asdict(self) | {"identity": self.identity.model_dump()}
         for name in ("loss", "bits_per_byte"):
             values[name] = values[name] if math.isfinite(values[name]) else None  # JSON has no infinity
         with replace_file(folder / RESULT) as path:
@@ -88,10 +85,19 @@ class Cells:
         self._template = ladder.template()
         self._base = self._template.model_config_resolved()
         self._common = self._template.model_dump(mode="json", by_alias=True)
-        sources = (*self._template.data.train, *(self._template.data.validation or ()))
-        self._stores = [Store.open(Path(source.path)) for source in sources]
-        self._text = [[store.content, source.weight] for store, source in zip(self._stores, sources)]
+        text = self._template.data
+        sources = [*text.train, *(text.validation or ()), *(s for stage in text.stages for s in stage.train or ())]
+        self._stores = {source.path: Store.open(Path(source.path)) for source in sources}
+        self._text = {path: store.content for path, store in self._stores.items()}
         self._recipes: dict[Cell, Recipe] = {}
+        self._identities: dict[Cell, Identity] = {}
+        self._read: dict[Path, Result] = {}
+        self._found: dict[Cell, Path] = {}  # folders of finished cells
+        self.others: dict[Path, str] = {}  # finished cells of another recipe, and by what they differ
+
+    @property
+    def sequence_length(self) -> int:
+        return self._template.data.sequence_length
 
     def model(self, cell: Cell) -> ModelConfig:
         return at_width(self._base, cell.width)
@@ -108,8 +114,9 @@ class Cells:
             section: {name: value for name, value in values.items() if name not in varied.get(section, ())}
             for section, values in self._common.items()
         }
-        data = [f"{store.path.name}: {', '.join(store.shares('train'))}" for store in self._stores]
-        return Common(recipe=recipe, data=data, tokenizer=self._stores[0].manifest.tokenizer_fingerprint)
+        stores = list(self._stores.values())
+        data = [f"{store.path.name}: {', '.join(store.shares('train'))}" for store in stores]
+        return Common(recipe=recipe, data=data, tokenizer=stores[0].manifest.tokenizer_fingerprint)
 
     def flops(self, cell: Cell) -> int:
         """C = M·D."""
@@ -131,23 +138,33 @@ class Cells:
 
     def place(self, cell: Cell) -> Path:
         """The cell's folder: `recipe.yaml`, `result.json`, `log.txt`, and `run/`."""
-        return self.folder / f"{cell.name}-{self.hash(cell)[:8]}"
+        return self._found.get(cell) or self.folder / f"{cell.name}-{self.identity(cell).hash()[:8]}"
 
-    def hash(self, cell: Cell) -> str:
-        """Of all that decides the cell's result."""
-        # Without defaults, so that a key that later versions add does not make old results another recipe's.
-        values = self.recipe(cell).model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        sections = ("model", "precision", "optimizer", "schedule", "evaluate")
-        decisive = {name: values[name] for name in sections if name in values}
-        for name in ("train", "validation", "workers"):  # where the text lies and who reads it
-            values["data"].pop(name, None)
-        decisive |= {"data": values["data"], "text": self._text, "seed": cell.seed}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    def identity(self, cell: Cell) -> Identity:
+        """Of the cell's run."""
+        if cell not in self._identities:
+            self._identities[cell] = Identity.of(self.recipe(cell), self.model(cell), self._text)
+        return self._identities[cell]
 
-    def result(self, cell: Cell) -> Result | None:
-        """What the cell came to, if it has been run."""
-        path = self.place(cell) / RESULT
-        return Result.read(path) if path.exists() else None
+    def results(self) -> dict[Cell, Result]:
+        """What all finished cells of the ladder's recipe came to, wanted or not, whoever ran them; the others are in `others`."""
+        found: dict[Cell, Result] = {}
+        for path in sorted(self.folder.glob(f"*/{RESULT}")):
+            if path not in self._read:
+                self._read[path] = result = Result.read(path)
+                if difference := self._difference(result):
+                    self.others[path.parent] = difference
+            result = self._read[path]
+            if path.parent not in self.others:
+                found.setdefault(result.cell, result)
+                self._found.setdefault(result.cell, path.parent)
+        return dict(sorted(found.items(), key=lambda item: astuple(item[0])))
+
+    def _difference(self, result: Result) -> str | None:
+        try:
+            return result.identity.difference(self.identity(result.cell))
+        except (RecipeError, ScalingError) as error:  # the ladder's recipe has no such cell
+            return str(error)
 
     def _size(self, cell: Cell) -> Size:
         return size_of(self.model(cell), self._template.data.sequence_length)
@@ -173,14 +190,13 @@ class Cells:
         return parse_recipe(common | {section: common[section] | values for section, values in changes.items()})
 
 
-def result_of(cells: Cells, cell: Cell, run: Path, seconds: float) -> Result | None:
+def result_of(cells: Cells, cell: Cell, run: Path, code_version: str, seconds: float) -> Result | None:
     """Read what a run wrote; None where it was stopped before its end.
 
     Raises:
         ScalingError: it has no validation at its end.
     """
-    with (run / "metrics.jsonl").open(encoding="utf-8") as lines:
-        steps = [json.loads(line) for line in lines if line.strip()]
+    steps = steps_of(run)
     first, last = steps[0], steps[-1]
     if last["tokens"] < cells.recipe(cell).schedule.tokens:
         return None
@@ -188,7 +204,7 @@ def result_of(cells: Cells, cell: Cell, run: Path, seconds: float) -> Result | N
         raise ScalingError(f"{run}: its last step has no validation; give the store a validation split")
     loss, bits = mixture_loss(last["validation"], last["tokens_by_source"])
     return replace(
-        diverged(cells, cell, seconds),
+        diverged(cells, cell, code_version, seconds),
         tokens=last["tokens"],
         steps=last["step"],
         loss=loss,
@@ -198,14 +214,28 @@ def result_of(cells: Cells, cell: Cell, run: Path, seconds: float) -> Result | N
     )
 
 
-def diverged(cells: Cells, cell: Cell, seconds: float) -> Result:
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps; the last line may be half-written."""
+    path, steps = run / "metrics.jsonl", []
+    for line in path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else ():
+        if line.endswith("\n"):
+            steps.append(json.loads(line))
+    return steps
+
+
+def seconds_of_steps(run: Path) -> float:
+    """How long a run's steps took, without its start, its validation and its checkpoints."""
+    return float(sum(step["batch_tokens"] / step["tokens_per_second"] for step in steps_of(run)))
+
+
+def diverged(cells: Cells, cell: Cell, code_version: str, seconds: float) -> Result:
     """Of a run that gave up after too many steps without a finite gradient."""
     recipe, config = cells.recipe(cell), cells.model(cell)
     size = size_of(config, recipe.data.sequence_length)
     return Result(
         cell=cell,
-        recipe_hash=cells.hash(cell),
-        code_version=code_version(),
+        identity=cells.identity(cell),
+        code_version=code_version,
         **size._asdict(),
         tokens=recipe.schedule.tokens,
         steps=recipe.schedule.tokens // cell.batch_tokens,
@@ -233,14 +263,3 @@ def mixture_loss(validation: Mapping[str, Mapping[str, float]], trained: Mapping
         for s, w in weights.items()
     )
     return (nats, nats / math.log(2) / size) if math.isfinite(nats) else (math.inf, math.inf)
-
-
-@cache
-def code_version() -> str:
-    """A hash of the source files that a run is made of: the same in a clone, another after any change."""
-    digest = hashlib.sha256()
-    for package in (data, model, parallel, train):
-        folder = Path(str(package.__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{package.__name__}/{path.relative_to(folder).as_posix()}".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -2,13 +2,16 @@
 
 Nothing is remembered but the cells' results, so a ladder may be interrupted anywhere and started again, and several tasks (of a
 Slurm array, on machines that share the folder) may work on it together: a cell in work is locked, and each asks anew what is
-wanted after every cell that ends. A cell that a kill has left half-way goes on from its checkpoint.
+wanted after every cell that ends. A cell that a kill has left half-way goes on from its checkpoint. One that a killed ladder has
+left running keeps its place on the machine until it ends.
 """
 
+import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,14 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.files import replace_file
 from data.locks import try_lock
-from train.scaling.cells import RESULT, Cells, Result, diverged, result_of
+from train.scaling.cells import RESULT, Cells, Result, diverged, result_of, seconds_of_steps
+from train.scaling.code_version import code_version
 from train.scaling.errors import ScalingError
-from train.scaling.ladder import Cell, Ladder, wanted
+from train.scaling.ladder import Cell, Ladder, open_ends, wanted
 from train.scaling.outlook import describe, duration
 from train.scaling.pace import Pace
 from train.scaling.reuse import ConstantStages, inherit
@@ -32,6 +37,8 @@ from train.trainer import DIVERGED, FINISHED
 
 POLL = 0.2  # seconds between two looks at the running cells
 POLL_OTHERS = 5.0  # seconds between two looks at cells that other tasks run
+REMIND = 600.0  # seconds until it is said again that all wait for them
+CODE = "code_version.txt"
 
 
 @dataclass
@@ -42,6 +49,7 @@ class _Running:
     slot: int  # which share of the machine it has
     process: subprocess.Popen[bytes]
     lock: ExitStack
+    spent: float  # seconds of steps made in earlier sessions
     started: float = field(default_factory=time.monotonic)
 
 
@@ -58,10 +66,13 @@ class Execution:
         self.ladder, self.jobs, self.processes, self.say = ladder, jobs, processes, say
         self.cells = Cells(ladder)
         self.stages = ConstantStages(self.cells)
-        self.results: dict[Cell, Result] = {}
+        self.results: dict[Cell, Result] = {}  # of all finished cells, wanted or not
+        self.wanted: list[Cell] = []  # what they ask for
         self.failed: dict[Cell, str] = {}
         self._running: list[_Running] = []
+        self._reminded = -math.inf
         self.pace = Pace(self.cells, _threads(jobs, processes))
+        self.look()
 
     def run(self) -> None:
         """Run what is wanted until nothing is.
@@ -72,7 +83,7 @@ class Execution:
         """
         (self.cells.folder / "locks").mkdir(parents=True, exist_ok=True)
         self.cells.common().write(Path(self.ladder.dir))
-        with _terminate_as_interrupt():
+        with _hang_up_as_interrupt():
             try:
                 while left := self._left():
                     self._start(left)
@@ -81,10 +92,12 @@ class Execution:
                     elif all(cell in self.failed for cell in left):
                         break
                     else:
-                        time.sleep(POLL_OTHERS)
+                        self._wait_for_others(left)
             finally:
                 self._stop()
                 self._write_table()
+        for line in open_ends(self.ladder, self._losses(), self.cells.sequence_length):
+            self.say(line)
         if self.failed:
             cell, reason = next(iter(self.failed.items()))
             more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
@@ -99,47 +112,87 @@ class Execution:
     def describe(self) -> list[str]:
         """What is before us, in lines for people."""
         self.look()
-        return describe(self.cells, self.stages, self.pace, self.jobs, self.wanted(), self.results)
-
-    def wanted(self) -> list[Cell]:
-        """What the results so far ask for."""
-        return wanted(self.ladder, {cell: result.loss for cell, result in self.results.items()})
+        finished = [cell for cell in self.wanted if cell in self.results]
+        lines = describe(self.cells, self.stages, self.pace, self.jobs, self.wanted, finished)
+        if others := self.cells.others:
+            first = next(iter(others.values()))
+            lines.append(
+                f"{len(others)} finished cells of {self.cells.folder} belong to another recipe (first difference: {first})"
+            )
+        return lines
 
     def look(self) -> None:
-        """Read the results that there are, whoever made them."""
-        while new := [cell for cell in self.wanted() if cell not in self.results and self._read(cell)]:
-            assert new
+        """Read the results that there are, whoever made them, and what they ask for."""
+        self.results = self.cells.results()
+        self.wanted = wanted(self.ladder, self._losses(), self.cells.sequence_length)
 
-    def _read(self, cell: Cell) -> bool:
-        result = self.cells.result(cell)
-        if result is not None:
-            self.results[cell] = result
-        return result is not None
+    def _losses(self) -> dict[Cell, float]:
+        return {cell: result.loss for cell, result in self.results.items()}
 
     def _left(self) -> list[Cell]:
         self.look()
-        return [cell for cell in self.wanted() if cell not in self.results]
+        return [cell for cell in self.wanted if cell not in self.results]
 
     def _start(self, left: list[Cell]) -> None:
         """Fill the free slots with cells that nobody runs and whose donor is not in work."""
+        free = sorted(set(range(self.jobs)) - {running.slot for running in self._running} - self._orphans(left))
         for cell in left:
-            free = set(range(self.jobs)) - {running.slot for running in self._running}
             if not free:
                 return
-            donor = self.stages.donor(cell, self.wanted())
+            donor = self.stages.donor(cell, self.wanted)
             waits = donor is not None and donor in left and donor not in self.failed
             if cell in self.failed or waits or any(cell == running.cell for running in self._running):
                 continue
             with ExitStack() as stack:
-                lock = try_lock(self.cells.folder / "locks" / self.cells.place(cell).name, stack)
+                lock = try_lock(self._lock(cell), stack)
                 if lock is not None and not (self.cells.place(cell) / RESULT).exists():
-                    process = self._launch(cell, min(free), lock.fileno())
-                    self._running.append(_Running(cell, min(free), process, stack.pop_all()))
+                    slot, spent = free.pop(0), seconds_of_steps(self._run(cell))
+                    process = self._launch(cell, donor, slot, lock.fileno())
+                    lock.truncate(0)
+                    owner = {"host": socket.gethostname(), "ladder": os.getpid(), "cell": process.pid, "slot": slot}
+                    lock.write(json.dumps(owner) + "\n")
+                    lock.flush()
+                    self._running.append(_Running(cell, slot, process, stack.pop_all(), spent))
 
-    def _launch(self, cell: Cell, slot: int, lock: int) -> subprocess.Popen[bytes]:
+    def _orphans(self, left: list[Cell]) -> set[int]:
+        """Slots of this machine where cells of a killed ladder are still at work."""
+        slots = set()
+        for cell in left:
+            path = self._lock(cell)
+            owner = _owner(path) if path.exists() else {}
+            if (
+                owner.get("host") == socket.gethostname()
+                and not _is_alive(owner["ladder"])
+                and _is_alive(owner["cell"])
+            ):
+                with ExitStack() as stack:
+                    if try_lock(path, stack) is None:
+                        slots.add(owner["slot"] % self.jobs)
+        return slots
+
+    def _wait_for_others(self, left: list[Cell]) -> None:
+        """Wait a little for cells that others run; say now and then which."""
+        if time.monotonic() - self._reminded > REMIND:
+            self._reminded = time.monotonic()
+            held = []
+            for cell in left:
+                with ExitStack() as stack:
+                    path = self._lock(cell)
+                    if path.exists() and try_lock(path, stack) is None:
+                        held.append(cell.name)
+            if held:
+                self.say(f"waiting for cells that other tasks run, or that a killed one has left: {', '.join(held)}")
+        time.sleep(POLL_OTHERS)
+
+    def _lock(self, cell: Cell) -> Path:
+        return self.cells.folder / "locks" / self.cells.place(cell).name
+
+    def _launch(self, cell: Cell, donor: Cell | None, slot: int, lock: int) -> subprocess.Popen[bytes]:
         """Start a cell's trainer. It inherits the lock, so that it keeps the cell even if this process is killed."""
         place, run = self.cells.place(cell), self._run(cell)
         place.mkdir(parents=True, exist_ok=True)
+        if code_version() not in (versions := _lines(place / CODE)):
+            (place / CODE).write_text("\n".join([*versions, code_version()]) + "\n", encoding="utf-8")
         recipe = self.cells.recipe(cell)
         changes = {"run": recipe.run.model_copy(update={"dir": str(run)})}
         if step := self.stages.kept(cell):
@@ -147,7 +200,6 @@ class Execution:
             changes["checkpoint"] = recipe.checkpoint.model_copy(update=saving)  # type: ignore[assignment]
         with replace_file(place / "recipe.yaml") as path:
             path.write_text(recipe.model_copy(update=changes).to_yaml(), encoding="utf-8")
-        donor = self.stages.donor(cell, self.wanted())
         if donor is not None:
             inherit(self._run(donor) / "checkpoints", run / "checkpoints", self.stages.kept(donor))
         variables = [f"OMP_NUM_THREADS={_threads(self.jobs, self.processes)}"]
@@ -173,11 +225,11 @@ class Execution:
 
     def _finish(self, running: _Running) -> None:
         cell, code, place = running.cell, running.process.returncode, self.cells.place(running.cell)
-        seconds = time.monotonic() - running.started
+        seconds, versions = running.spent + time.monotonic() - running.started, "+".join(_lines(place / CODE))
         if code == FINISHED:
-            result = result_of(self.cells, cell, self._run(cell), seconds)
+            result = result_of(self.cells, cell, self._run(cell), versions, seconds)
         elif code == DIVERGED:
-            result = diverged(self.cells, cell, seconds)
+            result = diverged(self.cells, cell, versions, seconds)
         else:
             result = None
         if result is None:
@@ -185,7 +237,7 @@ class Execution:
             self.say(f"{cell.name}: failed: {self.failed[cell]}")
             return
         result.write(place)
-        self.results[cell] = result
+        self.look()
         self.pace.learn(result)
         kept = f"step-{self.stages.kept(cell) or 0:08d}"
         if not self.ladder.keep_checkpoints:
@@ -196,11 +248,11 @@ class Execution:
         self._say(result)
 
     def _say(self, result: Result) -> None:
-        left = [cell for cell in self.wanted() if cell not in self.results]
+        left = [cell for cell in self.wanted if cell not in self.results]
         loss = f"{result.loss:.4f} nats/token, {result.bits_per_byte:.4f} bits/byte"
         reused = f", {result.reused_tokens:,} tokens reused" if result.reused_tokens else ""
         self.say(
-            f"[{len(self.results)} of {len(self.results) + len(left)}] {result.cell.name}: "
+            f"[{len(self.wanted) - len(left)} of {len(self.wanted)}] {result.cell.name}: "
             f"{loss if math.isfinite(result.loss) else 'diverged'} ({result.seconds:.0f} s{reused}); "
             f"about {duration(self.pace.seconds(left) / self.jobs)} for those known to be wanted"
         )
@@ -226,20 +278,41 @@ def _threads(jobs: int, processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // (jobs * processes))
 
 
+def _owner(lock: Path) -> dict[str, Any]:
+    """Who had a cell last: host, processes of the ladder and of the cell, slot."""
+    lines = _lines(lock)
+    return json.loads(lines[0]) if lines else {}
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 def _last_line(log: Path) -> str:
-    lines = log.read_text("utf-8", errors="replace").splitlines() if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return next((line.strip() for line in reversed(_lines(log)) if line.strip()), "")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a ladder as Ctrl-C does: its cells save themselves first."""
+def _hang_up_as_interrupt() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless `nohup` has it ignored, end a ladder as Ctrl-C does: its cells save themselves first."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

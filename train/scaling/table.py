@@ -21,7 +21,7 @@ TABLE, CSV = "runs.sqlite", "runs.csv"
 
 # Column, its SQL type, and where it comes from.
 COLUMNS: tuple[tuple[str, str], ...] = (
-    ("cell", "TEXT PRIMARY KEY"),
+    ("cell", "TEXT"),  # its name, which rounds
     ("budget", "REAL"),  # C asked for, FLOPs
     ("flops", "REAL"),  # C = M·D
     ("all_flops", "REAL"),  # with the output head and MTP
@@ -41,6 +41,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("recipe_hash", "TEXT"),
     ("code_version", "TEXT"),
 )
+KEY = "PRIMARY KEY (budget, width, lr, batch, seed)"
 
 
 def write_table(path: Path, results: Iterable[Result]) -> None:
@@ -48,7 +49,7 @@ def write_table(path: Path, results: Iterable[Result]) -> None:
     names = [name for name, _ in COLUMNS]
     with replace_file(path) as temporary:
         database = sqlite3.connect(temporary)
-        database.execute(f"CREATE TABLE runs ({', '.join(f'{name} {kind}' for name, kind in COLUMNS)})")
+        database.execute(f"CREATE TABLE runs ({', '.join(f'{name} {kind}' for name, kind in COLUMNS)}, {KEY})")
         rows = [[_row(result)[name] for name in names] for result in results]
         database.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(names))})", rows)
         database.commit()
@@ -124,7 +125,7 @@ def _row(result: Result) -> dict[str, Any]:
         "bits_per_byte": result.bits_per_byte if math.isfinite(result.loss) else None,
         "reused_tokens": result.reused_tokens,
         "seconds": round(result.seconds, 1),
-        "recipe_hash": result.recipe_hash,
+        "recipe_hash": result.identity.hash(),
         "code_version": result.code_version,
     }
 

@@ -1,12 +1,16 @@
 """A real ladder of runs that take a second each: reused stages, interruptions, several tasks, failures."""
 
 import json
+import math
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ import pytest
 from data.store import Store
 from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
-from train.scaling.cells import Cells, mixture_loss
+from train.scaling.cells import RESULT, Cells, diverged, mixture_loss, seconds_of_steps
+from train.scaling.code_version import imported
 from train.scaling.execute import Execution
 from train.scaling.ladder import Cell, Ladder, load_ladder
 from train.scaling.table import keep, read_rows, read_runs
@@ -24,6 +29,11 @@ Said = list[str]
 
 def execution(ladder: Ladder, said: Said, jobs: int = 2) -> Execution:
     return Execution(ladder, jobs, 1, said.append)
+
+
+def ends(said: Said) -> Said:
+    """The lines of cells that have ended."""
+    return [line for line in said if line.startswith("[")]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,8 @@ def finished(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tup
 def test_every_wanted_cell_has_a_row_in_the_table(finished: tuple[Ladder, Said]) -> None:
     ladder, said = finished
     rows = read_rows(Path(ladder.dir))
-    assert len(rows) == 2 * (2 + 1 + 1) == len(said)  # grid, row, seed
+    assert len(rows) == 2 * (2 + 1 + 1) == len(ends(said))  # grid, row, seed
+    assert len({line for line in said if "raise hyperparameters.max_cells = 2" in line}) == 2
     for row in rows:
         assert (
             row["flops"] == row["flops_per_token"] * row["tokens"] == pytest.approx(row["budget"], rel=0.05)
@@ -58,7 +69,7 @@ def test_a_run_that_goes_on_from_a_shorter_one_ends_as_one_of_its_own(
     assert any("tokens reused" in line for line in said)
     cells = Cells(ladder)
     cell = Cell(8e8, 16, 4e-3, 256)
-    result = cells.result(cell)
+    result = cells.results().get(cell)
     assert result is not None and result.reused_tokens > 0.8 * cells.tokens(Cell(4e8, 16, 4e-3, 256))
     recipe = cells.recipe(cell)
     own = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": str(tmp_path / "own")})})
@@ -73,20 +84,68 @@ def test_a_finished_ladder_runs_nothing_again(finished: tuple[Ladder, Said]) -> 
     said: Said = []
     again = execution(ladder, said)
     again.run()
-    assert said == [] and not list(Path(ladder.dir).glob("cells/*/run/checkpoints"))
+    assert ends(said) == [] and not list(Path(ladder.dir).glob("cells/*/run/checkpoints"))
 
 
 def test_an_edited_ladder_runs_what_the_edit_has_changed(finished: tuple[Ladder, Said]) -> None:
     ladder, _ = finished
     more = ladder.model_copy(update={"seeds": 3})
     work = execution(more, [])
-    work.look()
-    left = [cell for cell in work.wanted() if cell not in work.results]
+    left = [cell for cell in work.wanted if cell not in work.results]
     assert [cell.seed for cell in left] == [2, 2]
     recipe = json.loads(json.dumps(ladder.recipe)) | {"optimizer": {"weight_decay": 0.2}}
     other = execution(ladder.model_copy(update={"recipe": recipe}), [])
-    other.look()
     assert other.results == {}
+    difference = "8 finished cells of .* belong to another recipe .first difference: optimizer.weight_decay 0.1 0.2."
+    assert re.search(difference, other.describe()[-1])
+
+
+def test_a_result_counts_for_later_code_and_for_no_other_recipe(finished: tuple[Ladder, Said], tmp_path: Path) -> None:
+    """Older code did not know `clip` and `data.packing`, and named folders in another way."""
+    ladder, _ = finished
+    folder = tmp_path / "cells" / "a-name"
+    folder.mkdir(parents=True)
+    cell, result = next(iter(Cells(ladder).results().items()))
+    result.write(folder)
+    record = json.loads((folder / RESULT).read_text())
+    del record["identity"]["values"]["optimizer"]["clip"], record["identity"]["values"]["data"]["packing"]
+    (folder / RESULT).write_text(json.dumps(record))
+    here = ladder.model_copy(update={"dir": str(tmp_path)})
+    assert list(Cells(here).results()) == [cell] and Cells(here).results()[cell].loss == result.loss
+    later = Cells(here)
+    later.results()
+    assert later.place(cell) == folder
+    recipe = json.loads(json.dumps(ladder.recipe)) | {"optimizer": {"clip": 0.5}}
+    other = Cells(here.model_copy(update={"recipe": recipe}))
+    assert other.results() == {} and list(other.others.values()) == ["optimizer.clip null 0.5"]
+    assert other.place(cell) != folder
+
+
+def test_a_fresh_process_and_a_continuing_one_write_the_same_table(tiny_store: Store, tmp_path: Path) -> None:
+    path = write_ladder(tmp_path, tiny_store.path, budgets=[4e8, 8e8, 1.6e9], lr=[1e-3, 2e-3], row=[16], sizes=1)
+    ladder = load_ladder(path)
+    draw = random.Random(0)
+    going = execution(ladder, [])
+    while left := [cell for cell in going.wanted if cell not in going.results]:
+        for cell in left[:3]:
+            basin = 1 + 0.01 * math.log2(cell.lr / 4e-3) ** 2 + 0.01 * math.log2(cell.batch_tokens / 256) ** 2
+            loss = 3 * basin * (1 + draw.gauss(0, 0.02 if cell.budget == 4e8 else 0.001))
+            place = going.cells.place(cell)
+            place.mkdir(parents=True)
+            replace(diverged(going.cells, cell, "", 1.0), loss=loss, bits_per_byte=loss).write(place)
+        going.look()
+    assert set(going.results) > set(going.wanted)  # the noise that had asked for the others was less in the end
+    going.run()
+    rows = read_rows(Path(ladder.dir))
+    fresh = execution(ladder, [])
+    fresh.run()
+    assert fresh.wanted == going.wanted and read_rows(Path(ladder.dir)) == rows and len(rows) == len(going.results)
+
+
+def test_the_version_of_the_code_is_that_of_what_a_run_imports() -> None:
+    modules = imported()
+    assert {"train.trainer", "model.moe", "data.store", "parallel.ddp"} <= set(modules)
+    assert not [name for name in modules if name.startswith(("train.scaling", "data.report", "data.prepare"))]
 
 
 def test_the_text_form_of_a_table_reads_as_the_table(finished: tuple[Ladder, Said], tmp_path: Path) -> None:
@@ -109,15 +168,17 @@ def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path:
     metrics = cells.place(Cell(3e9, 16, 4e-3, 256)) / "run" / "metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "start the same command again" in err, (out, err)
     before = len(metrics.read_text().splitlines())
-    assert cells.result(Cell(3e9, 16, 4e-3, 256)) is None
+    assert cells.results() == {}
     said: Said = []
     execution(ladder, said).run()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before and len(said) == 1
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before and len(ends(said)) == 1
+    (row,) = read_rows(Path(ladder.dir))
+    assert row["seconds"] > seconds_of_steps(metrics.parent)  # both sessions'
 
 
 def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
@@ -126,8 +187,8 @@ def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path), "--jobs", "1"]
     tasks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    ends = [line for task in tasks for line in task.communicate(timeout=120)[0].splitlines() if line.startswith("[")]
-    assert [task.returncode for task in tasks] == [0, 0] and len(ends) == 2, ends
+    said = [line for task in tasks for line in task.communicate(timeout=300)[0].splitlines()]
+    assert [task.returncode for task in tasks] == [0, 0] and len(ends(said)) == 2, said
     assert len(read_rows(tmp_path / "ladder")) == 2
 
 

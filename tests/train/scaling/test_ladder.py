@@ -1,6 +1,7 @@
 """Which runs a ladder asks for: a pure function of its file and of the losses so far."""
 
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,15 @@ from model.flops import flops_scaling
 from tests.train.scaling.small_ladder import write_ladder
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width, with_flops
-from train.scaling.ladder import Cell, Ladder, load_ladder, wanted
+from train.scaling.ladder import Cell, Ladder, load_ladder, open_ends
+from train.scaling.ladder import wanted as wanted_of
 
 PRESET = ModelConfig.from_hf(load_preset("small"))
+LENGTH = 32  # of the small ladder's sequences
+
+
+def wanted(ladder: Ladder, losses: dict[Cell, float]) -> list[Cell]:
+    return wanted_of(ladder, losses, LENGTH)
 
 
 def loss_of(cell: Cell) -> float:
@@ -59,6 +66,35 @@ def test_a_grid_stops_growing_at_its_limit(ladder: Ladder) -> None:
     cells = finish(ladder.model_copy(update={"hyperparameters": grid}))
     for budget in ladder.budgets:
         assert sum(cell.budget == budget and cell.width == 16 and cell.seed == 0 for cell in cells) == 5
+
+
+def test_a_grid_of_any_spacing_has_no_cell_twice(ladder: Ladder) -> None:
+    grid = ladder.hyperparameters.model_copy(update={"spacing": 1.41421356, "max_cells": 60, "lr": (1e-3, 2e-3, 4e-3)})
+    cells = list(finish(ladder.model_copy(update={"hyperparameters": grid})))
+    assert len({cell.name for cell in cells}) == len(cells)
+    at = {(cell.lr, cell.batch_tokens) for cell in cells if (cell.budget, cell.width, cell.seed) == (1e9, 16, 0)}
+    assert {(4e-3, 192), (4e-3, 352), (0.00282843, 256), (0.00565685, 256)} <= at  # 181 and 362 in whole sequences
+    assert not [pair for pair in combinations(sorted({lr for lr, _ in at}), 2) if pair[1] < 1.01 * pair[0]]
+
+
+def test_a_finished_cell_stands_for_all_within_one_per_cent(ladder: Ladder) -> None:
+    done = Cell(1e9, 16, 1.004e-3, 64)
+    cells = wanted(ladder, {done: 3.0})
+    assert done in cells and Cell(1e9, 16, 1e-3, 64) not in cells
+
+
+def test_what_a_grid_or_a_row_left_open_is_said_with_the_key_to_change(ladder: Ladder) -> None:
+    wide = ladder.allocation.model_copy(update={"widths": (8, 16, 24, 32)})  # type: ignore[union-attr]
+    ladder = ladder.model_copy(update={"allocation": wide})
+    assert open_ends(ladder, finish(ladder), LENGTH) == []
+    small = ladder.hyperparameters.model_copy(update={"max_cells": 5})
+    limited = ladder.model_copy(update={"hyperparameters": small})
+    lines = open_ends(limited, finish(limited), LENGTH)
+    assert len(lines) == 2 and all("raise hyperparameters.max_cells = 5" in line for line in lines), lines
+    rows = ladder.allocation.model_copy(update={"sizes": 2, "widths": (8, 16)})  # type: ignore[union-attr]
+    narrow = ladder.model_copy(update={"allocation": rows})
+    lines = open_ends(narrow, finish(narrow), LENGTH)
+    assert len(lines) == 2 and all("width 16; add a larger one to allocation.widths" in line for line in lines), lines
 
 
 def test_a_row_grows_until_its_minimum_lies_inside(ladder: Ladder) -> None:
