@@ -15,7 +15,7 @@ from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.law import Law, load_law
 
-ANOTHER = 2.0  # ratio to the law's from which on a batch or a learning rate is another one
+ANOTHER_HALF = 2.0  # ratio to the law's from which on a batch or a learning rate is another one
 
 
 def law_advice(recipe: Recipe) -> Advice | None:
@@ -73,7 +73,7 @@ def half_warning(recipe: Recipe, advice: Advice) -> str | None:
 
 
 def _is_another(value: float, wanted: float) -> bool:
-    return not 1 / ANOTHER <= value / wanted <= ANOTHER
+    return not 1 / ANOTHER_HALF <= value / wanted <= ANOTHER_HALF
 
 
 def store_tokenizer(recipe: Recipe) -> str | None:

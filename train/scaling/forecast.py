@@ -1,11 +1,12 @@
-"""A budget in, a run out: size, tokens, learning rate, batch and loss by a law, and a recipe that trains it.
+"""A budget in, a run out: size, tokens, learning rate, batch and loss by a law.
 
     C            →  M, D of the best loss: the law's allocation, or the minimum of its L(N, D) on C = k·N·D
     M            →  the member of a family of models that is nearest; its tokens keep the budget: D = C / M
     N, D, C      →  learning rate, batch, loss
 
 C is what the law counts: without embedding, head and MTP. What all of it costs stands beside it, and GPU hours pay for all of it.
-Intervals are those of the law's coefficients: they say how sure the fit is, not whether a law holds so far outside.
+Intervals are those of the law's coefficients: they say how sure the fit is, not whether a law holds so far outside. A recipe that
+trains the run is in `recipes`.
 """
 
 import dataclasses
@@ -15,24 +16,26 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.flops import flops_mfu
-from train.config import Recipe, load_recipe, parse_recipe
+from train.config import Recipe
 from train.planning.advice import store_tokenizer, tokenizer_warning
 from train.planning.devices import lookup
-from train.published import moved
-from train.scaling.apply import Advice, Course, advise, whole_batch
+from train.scaling.apply import Advice, Course, advise
 from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.family import differences, with_flops
+from train.scaling.family import with_flops
 from train.scaling.law import Law, LossLaw, load_law
 from train.scaling.loss_law import optimum
+from train.scaling.recipes import recipe_of, template_of
 from train.scaling.size import Size, size_of
+
+__all__ = ["MFU", "Forecast", "forecast", "gpu_hours", "recipe_of", "template_of"]
 
 MFU = (
     0.4  # DeepSeek-V3's: 14.8T tokens in 2.664M H800 hours (arXiv 2412.19437 table 1) by `flops_mfu` over the bf16 peak
 )
 HYPERPARAMETERS = "step-law"  # of laws that have none
-NEAR = 1.1  # ratio to the best allocation from which on a run is said to have another
+ANOTHER_ALLOCATION = 1.1  # ratio to the best one from which on a run is said to have another
 ROUNDS = 8  # of finding a size whose ratios are its own; two or three are enough
 MOST = {"flops": 1e28, "device_flops": 1e28, "params": 1e15, "tokens": 1e18}
 
@@ -153,74 +156,6 @@ def gpu_hours(device: str, hours: float, mfu: float = MFU) -> float:
     return lookup(device).bf16 * 3600 * hours * mfu
 
 
-def template_of(law: Law) -> Recipe:
-    """The recipe that a law's family is trained by: `small`, with the law's own models where it names them.
-
-    Raises:
-        RecipeError: the law's family is no model.
-    """
-    small = load_recipe("small")
-    if law.family is None:
-        return small
-    values = small.model_dump(mode="json", by_alias=True)
-    length = law.family.sequence_length
-    sections = {
-        "model": law.family.model,
-        "data": values["data"] | {"sequence_length": length},
-        "schedule": values["schedule"] | {"batch_tokens": length},
-    }
-    return parse_recipe(values | sections)
-
-
-def recipe_of(forecast: Forecast, base: Recipe | None = None, law: str | None = None) -> Recipe:
-    """A recipe that trains the run.
-
-    Positions of the balancing and MTP weights move in proportion to the tokens; the warm-up is at most a tenth of the steps. Stages
-    of the base's data are left out: a forecast is of one context.
-
-    Args:
-        base: what the forecast does not decide; the forecast's template by default. Its models must be of the same family.
-        law: what to name the law by; the law's name by default.
-
-    Raises:
-        ScalingError: there is no learning rate or batch.
-        RecipeError: the model does not go with the base.
-    """
-    base = base or forecast.template
-    if forecast.lr is None or forecast.batch_tokens is None:
-        missing = "learning rate" if forecast.lr is None else "batch"
-        raise ScalingError(
-            f"law = {forecast.law.name!r}: has no {missing}, so that there is no recipe; use another law"
-        )
-    values, length = base.model_dump(mode="json", by_alias=True), base.data.sequence_length
-    batch = whole_batch(forecast.batch_tokens.value, length * base.schedule.batch_multiple)
-    steps = max(1, round(forecast.tokens / batch))
-    tokens = steps * batch
-    schedule = values["schedule"] | {
-        "tokens": tokens,
-        "lr": float(f"{forecast.lr.value:.4g}"),
-        "batch_tokens": batch,
-        "lr_batch_exponent": 0.0,
-        "warmup_steps": min(base.schedule.warmup_steps, max(1, steps // 10)),
-        "law": forecast.hyperparameters.name if forecast.hyperparameters != forecast.law else law or forecast.law.name,
-    }
-    for name in ("gamma", "alpha", "lambda"):
-        if isinstance(points := schedule[name], list):
-            schedule[name] = moved(points, tokens, base.schedule.tokens)
-    micro_batch = min(base.parallel.micro_batch, batch // length)
-    budget = f"{forecast.flops:.1e}".replace("+", "").replace(".0e", "e")
-    return parse_recipe(
-        values
-        | {
-            "model": values["model"] | differences(base.model_config_resolved(), forecast.model),
-            "data": values["data"] | {"stages": []},
-            "parallel": values["parallel"] | {"micro_batch": micro_batch},
-            "schedule": schedule,
-            "run": values["run"] | {"dir": f"{base.run.dir}-{budget}"},
-        }
-    )
-
-
 def _check(asked: dict[str, float | None]) -> None:
     given = {name for name, value in asked.items() if value is not None}
     if given not in ({"flops"}, {"device_flops"}, {"params", "tokens"}):
@@ -261,7 +196,7 @@ def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> 
     else:
         lr, batch = advice.lr, advice.batch_tokens
     assert lr is not None and batch is not None
-    if best and not 1 / NEAR < (rate := _rate(law, size)) / best[0].value < NEAR:
+    if best and not 1 / ANOTHER_ALLOCATION < (rate := _rate(law, size)) / best[0].value < ANOTHER_ALLOCATION:
         warnings.append(
             f"the best C/D of C = {flops:.3g} is {best[0].value:.3g} FLOPs per token, the run's model has {rate:.3g}"
         )
@@ -286,7 +221,7 @@ def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> 
 def _loss(law: Law, advice: Advice, best: tuple[Estimate, Estimate] | None) -> tuple[Estimate | None, list[str]]:
     """The loss of a run, and what there is to doubt in it."""
     at = advice.variables
-    near = best is not None and 1 / NEAR < at["tokens"] / best[1].value < NEAR
+    near = best is not None and 1 / ANOTHER_ALLOCATION < at["tokens"] / best[1].value < ANOTHER_ALLOCATION
     of_budget = law.best_loss.estimate(at["flops"]) if law.best_loss else None
     if law.loss is None and of_budget is None:
         return None, [

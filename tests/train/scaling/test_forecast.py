@@ -7,11 +7,14 @@ import pytest
 
 from data.store import Store
 from model.flops import flops_mfu, flops_scaling, flops_training
+from tests.small_run import LENGTH, Run
+from train.cli import main
 from train.config import load_recipe
 from train.planning.advice import law_in_words
 from train.scaling.errors import ScalingError
-from train.scaling.forecast import forecast, gpu_hours, recipe_of, template_of
+from train.scaling.forecast import forecast, gpu_hours
 from train.scaling.law import BestLoss, Family, Law, LossLaw, PowerLaw, load_law
+from train.scaling.recipes import recipe_of, template_of
 from train.schedule import Schedule
 
 POWER = {"lr": (0.5, -0.15), "batch_tokens": (0.05, 0.33), "flops_per_token": (0.3, 0.5)}
@@ -131,6 +134,34 @@ def test_a_forecasts_recipe_says_the_same_of_its_law(tmp_path: Path) -> None:
     again = load_recipe(tmp_path / "recipe.yaml", ["schedule.lr=auto", "schedule.batch_tokens=auto"])
     assert again == recipe
     assert law_in_words(again)[0].startswith("law ling-moe")
+
+
+def train_a_file(_: list[str], path: Path) -> int:
+    return main(["train", str(path)])
+
+
+def test_the_recipe_of_a_forecast_trains_to_its_end(tiny_store: Store, tmp_path: Path) -> None:
+    """The smallest of models for 2,048 tokens: size, batch and learning rate are the law's, and so is what the run has done."""
+    run = Run(tiny_store, tmp_path / "run")
+    base = load_recipe("tiny", run.arguments("parallel.micro_batch=2")[1:])
+    rate = flops_scaling(base.model_config_resolved(), LENGTH)
+    law = ours(
+        flops_per_token=PowerLaw(coefficient=rate, exponents={"flops": 0}),
+        batch_tokens=PowerLaw(coefficient=4 * LENGTH, exponents={"flops": 0}),
+        lr=PowerLaw(coefficient=5e-3, exponents={"flops": 0}),
+    )
+    found = forecast(law, flops=2048 * rate, template=base)
+    recipe = recipe_of(found)
+    assert recipe.schedule.from_law and recipe.schedule.from_law.hash == law.hash
+    assert recipe.schedule.from_law.numbers == {"lr": 5e-3, "batch_tokens": 4 * LENGTH}
+    (tmp_path / "forecast.yaml").write_text(recipe.to_yaml())
+    assert run.start(work=train_a_file, extra=(tmp_path / "forecast.yaml",)).wait() == [0], run.said
+    run.folder = Path(recipe.run.dir)
+    lines, record = run.metrics(), run.record(16)
+    assert len(lines) == 16 and lines[-1]["tokens"] == found.tokens == 2048
+    assert lines[4]["lr"] == pytest.approx(5e-3) and {line["batch_tokens"] for line in lines} == {128}
+    assert (record["law"], record["law_hash"]) == ("ours", law.hash)
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_a_store_cut_by_another_tokenizer_is_warned_of(tiny_store: Store) -> None:
