@@ -55,7 +55,7 @@ def draw_basin(basin: Basin, lr: PowerLaw | None, batch: PowerLaw | None, key: b
         key: with the explanation of colours and marks.
     """
     figure, axes = panel(4.1 if key else 3.0, 4.8 if key else 3.9)
-    band, worse, finite = 100 * basin.band, 100 * basin.excess, np.isfinite(basin.loss)
+    band, worse, finite = 100 * basin.band, 100 * np.maximum(basin.excess, 0), np.isfinite(basin.loss)
     shades = BoundaryNorm([*levels(band), np.inf], COLOURS.N)
     _contours(axes, basin, worse, finite, band, shades)
     for rows, width in ((finite & ~basin.near, 0.6), (basin.near, 1.5)):

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import t
 
-from train.scaling.basins import SAME_CELL, SAME_SIZE, clusters
+from train.scaling.basins import SAME_CELL, SAME_SIZE, clusters, same_size, together
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.law import BestLoss, PowerLaw
@@ -172,14 +172,14 @@ class _Points:
 
     @classmethod
     def of(cls, runs: Runs) -> "_Points":
-        """The best loss of each size of one budget's runs."""
+        """The best loss of each M of one budget's runs; models of one M that differ in N are apart until the best is taken."""
         assert runs.flops is not None and runs.tokens is not None
         sizes = clusters(runs.flops_per_token, SAME_SIZE)
         settings = [clusters(column, SAME_CELL) for column in (runs.lr, runs.batch) if column is not None]
-        _, cells = np.unique(np.stack([sizes, *settings]), axis=1, return_inverse=True)
+        cells = together([sizes, same_size(runs), *settings])
         among = np.mean if runs.seed is not None else np.min  # without seeds, runs of a cell may differ in anything
-        loss = np.array([among(runs.loss[cells.ravel() == cell]) for cell in range(cells.max() + 1)])
-        best = [loss[np.unique(cells.ravel()[sizes == size])].min() for size in np.unique(sizes)]
+        loss = np.array([among(runs.loss[cells == cell]) for cell in range(cells.max() + 1)])
+        best = [loss[np.unique(cells[sizes == size])].min() for size in np.unique(sizes)]
         m, d = (
             np.array([column[sizes == size].mean() for size in np.unique(sizes)])
             for column in (runs.flops_per_token, runs.tokens)

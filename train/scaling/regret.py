@@ -31,7 +31,7 @@ class Regret:
     """What a choice costs in one basin.
 
     Attributes:
-        value: relative excess loss.
+        value: relative excess loss; below 0 where single runs were luckier than the mean of the best cell.
         inside: whether the choice lies in what was measured.
     """
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage_hyper import LADDERS, Ladder
-from train.scaling.basins import basins, seed_noise
+from train.scaling.basins import basins, best_runs, same_size, seed_noise
 from train.scaling.errors import ScalingError
 from train.scaling.hyperparameters import fit_hyperparameters
 from train.scaling.runs import Runs
@@ -66,10 +66,30 @@ def test_seeds_of_a_cell_are_averaged_and_measure_the_noise() -> None:
     runs = joined(grid(BOWL, RATES, BATCHES), again)
     basin = basins(runs)[0]
     assert len(basin.loss) == 9 and np.isclose(basin.loss[basin.seeds == 3].item(), 2.01)
-    assert basin.minimum == (2e-3, 4096.0, 2.006)  # the middle was lucky with its first seed
+    assert basin.minimum == pytest.approx((2e-3, 2048.0, 2.01))  # 2.006 is a single run
+    assert basin.excess.min() == pytest.approx(2.006 / 2.01 - 1)
     # 2.00, 2.02, 2.01 have variance 1e-4 with 2 degrees of freedom, the two of 2.04 add none with 1: sd 0.0082 of 2.01
     assert np.isclose(seed_noise(runs), np.sqrt(2e-4 / 3) / 2.01, rtol=1e-3)
     assert seed_noise(grid(BOWL, RATES, BATCHES)) is None
+
+
+def test_a_bad_cell_that_was_repeated_is_not_the_best() -> None:
+    again = replace(grid(BOWL, RATES, BATCHES).take([0, 0]), seed=np.array([1.0, 2.0]))
+    assert basins(joined(grid(BOWL, RATES, BATCHES), again))[0].minimum == (2e-3, 2048.0, 2.0)
+
+
+def test_models_of_one_size_that_use_different_parts_of_it_are_apart() -> None:
+    tables = [replace(grid(BOWL, RATES, BATCHES), active=np.full(9, active)) for active in (1e5, 2e5)]
+    tables[1] = replace(tables[1], loss=tables[1].loss - 0.1)
+    columns = ("params", "active", "tokens", "lr", "batch", "loss")
+    runs = Runs.of(**{name: np.concatenate([getattr(t, name) for t in tables]) for name in columns})
+    assert [basin.minimum[2] for basin in basins(runs)] == pytest.approx([2.0, 1.9])
+    assert best_runs(runs).loss.tolist() == pytest.approx([2.0, 1.9])
+
+
+def test_rounding_does_not_cut_a_size_in_two() -> None:
+    runs = Runs.of(params=[1e6, 2e6, 2e6], tokens=[1e7, 1.015e7, 1.03e7], loss=[3.0, 2.0, 2.0])
+    assert same_size(runs).tolist() == [0, 1, 1]
 
 
 def test_runs_without_a_grid_are_no_basin() -> None:

@@ -58,6 +58,19 @@ def test_noise_is_in_the_intervals_of_rows_and_laws() -> None:
     assert np.all(hits >= 35), hits
 
 
+def test_models_of_one_compute_a_token_that_differ_in_size_are_not_averaged() -> None:
+    runs = rows_of(EVEN)
+    twice = Runs.of(
+        params=np.concatenate([runs.params, 3 * runs.params]),  # type: ignore[operator, list-item]
+        flops=np.concatenate([runs.flops, runs.flops]),  # type: ignore[arg-type]
+        tokens=np.concatenate([runs.tokens, runs.tokens]),  # type: ignore[arg-type]
+        loss=np.concatenate([runs.loss, runs.loss + 0.5]),
+        seed=np.zeros(2 * len(runs)),
+    )
+    for found, alone in zip(isoflop_rows(twice), isoflop_rows(runs), strict=True):
+        assert found.loss.tolist() == alone.loss.tolist()
+
+
 def test_a_minimum_outside_of_the_measured_sizes_is_an_edge_and_no_answer() -> None:
     small, large = (isoflop_rows(rows_of(EVEN, shift=shift)) for shift in (0.2, 5.0))
     assert {row.edge for row in small} == {"high"} and {row.edge for row in large} == {"low"}
