@@ -123,7 +123,10 @@ class Execution:
 
     def look(self) -> None:
         """Read the results that there are, whoever made them, and what they ask for."""
-        self.results = self.cells.results()
+        results = self.cells.results()
+        if self.wanted and results.keys() == self.results.keys():
+            return
+        self.results = results
         self.wanted = wanted(self.ladder, self._losses(), self.cells.sequence_length)
 
     def _losses(self) -> dict[Cell, float]:
@@ -135,7 +138,9 @@ class Execution:
 
     def _start(self, left: list[Cell]) -> None:
         """Fill the free slots with cells that nobody runs and whose donor is not in work."""
-        free = sorted(set(range(self.jobs)) - {running.slot for running in self._running} - self._orphans(left))
+        orphans, own = self._orphans(left), [running.slot for running in self._running]
+        room = max(0, self.jobs - len(orphans) - len(own))
+        free = sorted({*range(self.jobs)} - {*orphans, *own})[:room]
         for cell in left:
             if not free:
                 return
@@ -154,33 +159,23 @@ class Execution:
                     lock.flush()
                     self._running.append(_Running(cell, slot, process, stack.pop_all(), spent))
 
-    def _orphans(self, left: list[Cell]) -> set[int]:
+    def _orphans(self, left: list[Cell]) -> list[int]:
         """Slots of this machine where cells of a killed ladder are still at work."""
-        slots = set()
-        for cell in left:
-            path = self._lock(cell)
-            owner = _owner(path) if path.exists() else {}
-            if (
-                owner.get("host") == socket.gethostname()
-                and not _is_alive(owner["ladder"])
-                and _is_alive(owner["cell"])
-            ):
-                with ExitStack() as stack:
-                    if try_lock(path, stack) is None:
-                        slots.add(owner["slot"] % self.jobs)
+        slots = []
+        for path in map(self._lock, left):
+            owner = _owner(path)
+            if owner.get("host") != socket.gethostname() or _is_alive(owner["ladder"]) or not _is_alive(owner["cell"]):
+                continue
+            if _is_locked(path):
+                slots.append(owner["slot"])
         return slots
 
     def _wait_for_others(self, left: list[Cell]) -> None:
         """Wait a little for cells that others run; say now and then which."""
         if time.monotonic() - self._reminded > REMIND:
-            self._reminded = time.monotonic()
-            held = []
-            for cell in left:
-                with ExitStack() as stack:
-                    path = self._lock(cell)
-                    if path.exists() and try_lock(path, stack) is None:
-                        held.append(cell.name)
+            held = [cell.name for cell in left if _is_locked(self._lock(cell))]
             if held:
+                self._reminded = time.monotonic()
                 self.say(f"waiting for cells that other tasks run, or that a killed one has left: {', '.join(held)}")
         time.sleep(POLL_OTHERS)
 
@@ -191,8 +186,9 @@ class Execution:
         """Start a cell's trainer. It inherits the lock, so that it keeps the cell even if this process is killed."""
         place, run = self.cells.place(cell), self._run(cell)
         place.mkdir(parents=True, exist_ok=True)
-        if code_version() not in (versions := _lines(place / CODE)):
-            (place / CODE).write_text("\n".join([*versions, code_version()]) + "\n", encoding="utf-8")
+        if (version := code_version()) not in _lines(place / CODE):
+            with (place / CODE).open("a", encoding="utf-8") as file:
+                file.write(f"{version}\n")
         recipe = self.cells.recipe(cell)
         changes = {"run": recipe.run.model_copy(update={"dir": str(run)})}
         if step := self.stages.kept(cell):
@@ -282,6 +278,11 @@ def _owner(lock: Path) -> dict[str, Any]:
     """Who had a cell last: host, processes of the ladder and of the cell, slot."""
     lines = _lines(lock)
     return json.loads(lines[0]) if lines else {}
+
+
+def _is_locked(path: Path) -> bool:
+    with ExitStack() as stack:
+        return path.exists() and try_lock(path, stack) is None
 
 
 def _is_alive(process: int) -> bool:

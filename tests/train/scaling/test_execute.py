@@ -6,15 +6,18 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data.locks import try_lock
 from data.store import Store
 from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
@@ -179,6 +182,36 @@ def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path:
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > before and len(ends(said)) == 1
     (row,) = read_rows(Path(ladder.dir))
     assert row["seconds"] > seconds_of_steps(metrics.parent)  # both sessions'
+
+
+def test_a_cell_that_a_killed_ladder_left_running_keeps_its_place_and_is_named(
+    tiny_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one cell at once, none is started beside it."""
+    said: Said = []
+    work = execution(load_ladder(write_ladder(tmp_path, tiny_store.path)), said, jobs=1)
+    monkeypatch.setattr("train.scaling.execute.POLL_OTHERS", 0)
+    locks = work.cells.folder / "locks"
+    locks.mkdir(parents=True)
+    ladder = subprocess.Popen(["true"])
+    ladder.wait()
+    cell = work.wanted[0]
+    with ExitStack() as stack:
+        lock = try_lock(locks / work.cells.place(cell).name, stack)
+        assert lock is not None
+        orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock.fileno(),))
+        owner = {"host": socket.gethostname(), "ladder": ladder.pid, "cell": orphan.pid, "slot": 0}
+        lock.write(json.dumps(owner) + "\n")
+    try:
+        work._start(work.wanted)
+        assert work._running == []
+        for _ in range(2):
+            work._wait_for_others(work.wanted)
+        assert len(said) == 1 and cell.name in said[0] and work.wanted[1].name not in said[0]
+    finally:
+        orphan.kill()
+        orphan.wait()
+    assert work._orphans(work.wanted) == []
 
 
 def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
