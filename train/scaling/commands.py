@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -77,6 +77,9 @@ def fit(
             help="What its columns are: loss=…, params=…, active=…, flops=…, tokens=…, lr=…, batch=…*2048, seed=…"
         ),
     ] = None,
+    loss_unit: Annotated[
+        Literal["nats", "bits"], typer.Option(help="What the losses are in: nats per token, or bits per byte.")
+    ] = "nats",
     drop_highest: Annotated[int, typer.Option(min=0, help="Leave so many of the highest losses out of L(N, D).")] = 0,
     drop_outliers: Annotated[
         bool,
@@ -118,6 +121,7 @@ def fit(
         name=name or place.resolve().stem,
         source=f"{len(found)} runs of {place.name}",
         common=common,
+        loss_unit="nats per token" if loss_unit == "nats" else "bits per byte",
         highest=drop_highest,
         without_outliers=drop_outliers,
         draws=draws,

@@ -23,7 +23,7 @@ from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
 from train.scaling.cells import RESULT, Cells, diverged, mixture_loss, seconds_of_steps
 from train.scaling.code_version import imported
-from train.scaling.execute import Execution
+from train.scaling.execute import Execution, _hang_up_as_interrupt
 from train.scaling.ladder import Cell, Ladder, load_ladder
 from train.scaling.table import keep, read_rows, read_runs
 
@@ -212,6 +212,18 @@ def test_a_cell_that_a_killed_ladder_left_running_keeps_its_place_and_is_named(
         orphan.kill()
         orphan.wait()
     assert work._orphans(work.wanted) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_is_an_interrupt_unless_nohup_has_it_ignored(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), _hang_up_as_interrupt():
+        signal.raise_signal(number)
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        with _hang_up_as_interrupt():
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, previous)
 
 
 def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
