@@ -26,9 +26,10 @@ def continued(recipe: Recipe, record: Mapping[str, Any]) -> tuple[Recipe, str | 
     Raises:
         RecipeError: the run's numbers do not go with what else has been changed.
     """
-    given, old = recipe.schedule.from_law, ScheduleSection.model_validate(record["recipe"]["schedule"])
-    if given is None or given == old.from_law:
+    given = recipe.schedule.from_law
+    if given is None:
         return recipe, None
+    old = ScheduleSection.model_validate(record["recipe"]["schedule"])
     own = {name: getattr(old, name) for name in given.numbers}
     values = recipe.model_dump(mode="json", by_alias=True)
     values["schedule"] |= old.model_dump(mode="json", include={*own, "law", "from_law"})
