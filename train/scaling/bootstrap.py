@@ -17,6 +17,7 @@ price of a fit without each of the runs. Everything is a function of its seed.
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t
 
 from train.scaling.estimate import Estimate
 from train.scaling.runs import Array
@@ -62,3 +63,27 @@ def percentile_interval(value: float, draws: ArrayLike) -> Estimate:
 def quantile(draws: ArrayLike, shares: ArrayLike) -> Array:
     """Where so many shares of the draws lie below, if one more draw is as likely to fall between any two of them."""
     return np.asarray(np.quantile(np.asarray(draws, float), np.asarray(shares, float), method="weibull"))
+
+
+def scatter(residuals: ArrayLike, parameters: int) -> float | None:
+    """How far a single run lies from a fitted law, relative, in 95 of 100 cases: Student's quantile times the residuals' sd.
+
+    Args:
+        residuals: ln measured − ln fit.
+        parameters: how many the fit has taken; None is returned where it leaves no degree of freedom.
+    """
+    left = np.asarray(residuals, float)
+    freedom = len(left) - parameters
+    return float(t.ppf(0.975, freedom) * np.sqrt(left @ left / freedom)) if freedom > 0 else None
+
+
+def of_a_run(law: Estimate, scatter: float | None) -> Estimate:
+    """The interval of a single run: that of the law and the scatter around it, in quadrature. Unknown where one of them is."""
+    if law.low is None or law.high is None or scatter is None:
+        return Estimate(law.value)
+    around = scatter * law.value
+    return Estimate(
+        law.value,
+        law.value - float(np.hypot(law.value - law.low, around)),
+        law.value + float(np.hypot(law.high - law.value, around)),
+    )

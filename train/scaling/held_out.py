@@ -1,19 +1,21 @@
 """The largest budget, left away and forecast: the only error of a law that can be measured before it is used."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from train.scaling.attempt import Attempt
-from train.scaling.basins import Basin, best_runs, clusters
+from train.scaling.basins import Basin, best_runs, clusters, seed_noise
+from train.scaling.bootstrap import of_a_run, scatter
 from train.scaling.estimate import Estimate
 from train.scaling.law import Law
 from train.scaling.regret import regret
 from train.scaling.runs import Array, Runs
 
 LEAST = 4  # budgets: a law of fewer than three says little
+LOSS_PARAMETERS = 5  # of L(N, D)
+SIZES = ("flops", "params", "active", "tokens")
 ONE = 1.2  # runs whose C differ by less are of one budget
 
 
@@ -21,22 +23,34 @@ ONE = 1.2  # runs whose C differ by less are of one budget
 class HoldOut:
     """The largest budget, forecast by a fit that has not seen it.
 
+    What was measured is one run: the best cell of the budget's grid, as `basins.best_cell` finds it, where there is a grid; else
+    the best of the budget's runs. Its loss is the mean over its seeds.
+
     Attributes:
-        flops: its C.
-        loss: forecast for its best run's N and D, with the noise of a run; None where the rest gives no law of the loss.
+        flops: C.
+        params, tokens: N and D of the measured run.
+        loss: forecast for this N and D, with the noise of a run; None where the rest gives no law of the loss.
         lr, batch: forecast for it; None where the rest gives no law of them.
-        measured_loss, measured_lr, measured_batch: of its best cell.
-        regret: what the forecast lr and batch cost there, relative; None where there is no grid.
+        measured_loss, measured_lr, measured_batch: of the measured run.
+        measured_seeds: how many runs its loss is the mean of.
+        inside: whether the forecast lr and batch lie inside the measured grid; None where there is no grid, or no forecast.
+        regret: what the forecast lr and batch cost there, relative; None where it is unknown, as outside of the grid.
+        noise: relative sd of the loss over seeds: a regret below it is none.
     """
 
     flops: float
+    params: float
+    tokens: float
     loss: Estimate | None
     measured_loss: float
+    measured_seeds: int = 1
     lr: Estimate | None = None
     batch: Estimate | None = None
     measured_lr: float | None = None
     measured_batch: float | None = None
+    inside: bool | None = None
     regret: float | None = None
+    noise: float | None = None
 
 
 Refit = Callable[
@@ -61,40 +75,53 @@ def forecast_largest(runs: Runs, found: Sequence[Basin], refit: Refit, attempt: 
     if rest is None:
         return []
     there = (runs.flops >= flops / ONE) & (runs.flops <= flops * ONE) & np.isfinite(runs.loss)
+    law, residuals = rest
+    around = None if residuals is None else scatter(residuals, LOSS_PARAMETERS)
+    grids = [basin for basin in found if flops / ONE < basin.flops < flops * ONE and basin.tokens]
+    if grids:
+        grid = min(grids, key=lambda basin: basin.minimum[2])
+        return [replace(_of_grid(grid, law, around, attempt), noise=seed_noise(runs))]
     best = best_runs(runs.take(there))
-    held = HoldOut(flops, None, float(best.loss.min()))
-    held = _with_loss(held, best, *rest)
-    basin = next((basin for basin in found if basin.flops > flops / ONE), None)
-    return [held if basin is None else _with_choice(held, basin, rest[0], attempt)]
+    return [replace(_of_run(best.take([int(np.argmin(best.loss))]), law, around), noise=seed_noise(runs))]
 
 
-def _with_loss(held: HoldOut, best: Runs, law: Law, residuals: Array | None) -> HoldOut:
-    """The loss of the best run, with the interval of a single run: the law's and the scatter around it in quadrature."""
-    assert best.params is not None and best.tokens is not None
-    if law.loss is None or residuals is None:
-        return held
-    at = int(np.argmin(best.loss))
-    estimate = law.loss.estimate(float(best.params[at]), float(best.tokens[at]))
-    if estimate.low is None or estimate.high is None:
-        return replace(held, loss=estimate)
-    scatter = 1.96 * math.sqrt(float(np.sum(residuals**2)) / max(1, len(residuals) - 5)) * estimate.value
-    low = estimate.value - math.hypot(estimate.value - estimate.low, scatter)
-    high = estimate.value + math.hypot(estimate.high - estimate.value, scatter)
-    return replace(held, loss=Estimate(estimate.value, low, high))
+def _of_run(run: Runs, law: Law, around: float | None) -> HoldOut:
+    """Without a grid: the loss alone."""
+    size = {name: float(c[0]) for name in SIZES if (c := getattr(run, name)) is not None}
+    return HoldOut(size["flops"], size["params"], size["tokens"], _loss(law, size, around), float(run.loss[0]))
 
 
-def _with_choice(held: HoldOut, basin: Basin, law: Law, attempt: Attempt) -> HoldOut:
-    """Learning rate and batch, and what the forecast of them costs on the measured grid."""
+def _of_grid(basin: Basin, law: Law, around: float | None, attempt: Attempt) -> HoldOut:
+    """Loss, learning rate and batch, and what the forecast of the two costs on the measured grid."""
+    size = {name: value for name in SIZES if (value := getattr(basin, name)) is not None}
+    lr, batch, loss = basin.minimum
+    held = HoldOut(
+        basin.flops,
+        size["params"],
+        size["tokens"],
+        _loss(law, size, around),
+        loss,
+        measured_seeds=int(basin.seeds[basin.best]),
+        measured_lr=lr,
+        measured_batch=batch,
+    )
     if law.lr is None or law.batch_tokens is None:
         return held
-    size = {name: getattr(basin, name) for name in ("flops", "params", "active", "tokens")}
-    lr, batch = law.lr.estimate(**size), law.batch_tokens.estimate(**size)
-    cost = attempt("regret of the forecast", regret, basin, lr.value, batch.value)
-    return replace(
-        held,
-        lr=lr,
-        batch=batch,
-        measured_lr=basin.minimum[0],
-        measured_batch=basin.minimum[1],
-        regret=None if cost is None else cost.value,
-    )
+    held = replace(held, lr=law.lr.estimate(**size), batch=law.batch_tokens.estimate(**size))
+    assert held.lr is not None and held.batch is not None
+    cost = attempt("regret of the forecast", regret, basin, held.lr.value, held.batch.value)
+    if cost is None:
+        return held
+    if not cost.inside:
+        attempt.problems.append(
+            f"held out: C = {held.flops:.3g}: the forecast lr {held.lr.value:.3g} and batch {held.batch.value:.4g} lie outside of "
+            "the grid, so that what they cost is unknown; add runs there"
+        )
+    return replace(held, inside=cost.inside, regret=cost.value if cost.inside else None)
+
+
+def _loss(law: Law, size: dict[str, float], around: float | None) -> Estimate | None:
+    """The forecast of a single run's loss."""
+    if law.loss is None or law.loss.size not in size:
+        return None
+    return of_a_run(law.loss.estimate(size[law.loss.size], size["tokens"]), around)

@@ -3,7 +3,8 @@
 import numpy as np
 from scipy.stats import t
 
-from train.scaling.bootstrap import percentile_interval, resample, residual_samples
+from train.scaling.bootstrap import of_a_run, percentile_interval, resample, residual_samples, scatter
+from train.scaling.estimate import Estimate
 
 
 def test_samples_are_a_function_of_their_seed() -> None:
@@ -36,3 +37,12 @@ def test_the_ends_of_an_interval_allow_for_few_draws() -> None:
     # 39 draws cut the line into 40 parts that a further draw falls into with equal chance: 2.5 % lie below the first draw
     interval = percentile_interval(20.0, np.arange(1.0, 40.0))
     assert np.allclose([interval.low, interval.high], [1, 39])
+
+
+def test_a_run_lies_around_a_law_that_is_uncertain_itself() -> None:
+    # Residuals of ±1 % with 100 degrees of freedom scatter by 1.98 %; beside a law known to 3 %: √(3² + 1.98²) = 3.6 %.
+    around = scatter([0.01, -0.01] * 50 + [0.0] * 5, parameters=5)
+    run = of_a_run(Estimate(2.0, 1.94, 2.06), around)
+    assert around is not None and np.isclose(around, 0.0198, atol=1e-4)
+    assert run.low is not None and run.high is not None and np.allclose([run.low, run.high], [1.928, 2.072], atol=1e-3)
+    assert of_a_run(Estimate(2.0), around) == of_a_run(Estimate(2.0, 1.9, 2.1), None) == Estimate(2.0)

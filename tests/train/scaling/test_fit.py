@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,26 @@ def test_a_law_knows_what_its_compute_and_its_loss_are() -> None:
     )
     assert (counted.law.compute, counted.law.loss_unit) == ("M*D", "nats per token")
     assert (derived.law.compute, derived.law.loss_unit) == ("6*N*D", "bits per byte")
+
+
+def test_what_was_measured_at_the_held_out_budget_is_one_run() -> None:
+    runs = a_ladder()
+    (held,) = fit_runs(runs, draws=20).held_out
+    at = int(np.flatnonzero(np.isclose(runs.loss, held.measured_loss))[0])
+    of_it = {name: getattr(runs, name)[at] for name in ("params", "tokens", "lr", "batch")}
+    assert of_it == pytest.approx(
+        {"params": held.params, "tokens": held.tokens, "lr": held.measured_lr, "batch": held.measured_batch}
+    )
+
+
+def test_a_forecast_outside_of_the_held_out_grid_has_no_regret() -> None:
+    runs = a_ladder()
+    moved = replace(runs, lr=np.where(runs.flops > 1e16, 64 * runs.lr, runs.lr))  # type: ignore[operator]
+    fit = fit_runs(moved, draws=20)
+    (held,) = fit.held_out
+    assert held.inside is False and held.regret is None
+    assert fit.to_dict()["held_out"][0]["inside"] is False
+    assert any("lie outside of the grid, so that what they cost is unknown" in warning for warning in fit.warnings)
 
 
 def test_a_budget_of_one_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ def test_the_forecast_of_the_held_out_budget_stands_beside_what_was_measured(ful
     assert re.search(
         rf"loss, nats per token {held.loss.value:.4f} \(.*?\) {held.measured_loss:.4f} \S+ % {inside} ", text
     )
+    assert f"{held.regret * 100:.2f} % (seeds differ by " in text.replace("\u202f", " ")
+    assert f"D = {amount(held.tokens)}, 3 seeds." in text
+    beyond = text_of(render(replace(bare, held_out=[replace(held, inside=False, regret=None)]), "A ladder"))
+    assert "regret outside of the grid: unknown" in beyond and "near-optimal" not in beyond
     missed = replace(bare, held_out=[replace(held, loss=Estimate(1.0, 0.9, 1.1), regret=0.02)])
     text = text_of(render(missed, "A ladder"))
     assert re.search(r"1\.0000 \(0\.9000 to 1\.1000\) \S+ −\S+ % no ", text)
