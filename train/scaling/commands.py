@@ -207,6 +207,8 @@ def _print_fit(result: dict[str, Any]) -> None:
                 print(f"  {key:5} forecast {held[key]['value']:.4g}{interval}, measured {held[f'measured_{key}']:.4g}")
         if held["regret"] is not None:
             print(f"  the forecast lr and batch cost {held['regret']:.2%} of the loss")
+        if held["inside"] is False:
+            print("  the forecast lr and batch lie outside of the grid: what they cost is not known")
 
 
 def _print_forecast(values: dict[str, Any]) -> None:
