@@ -13,30 +13,68 @@ from train.scaling.hyperparameters import HyperFit, Method
 from train.scaling.isoflop import Allocation
 from train.scaling.law import Variable
 from train.scaling.loss_law import LossFit
-from train.scaling.regret import cross_validated
+from train.scaling.regret import Regret, cross_validated
 
 FORMS: dict[str, tuple[Variable, ...]] = {
     "C": ("flops",),
     "N, D": ("params", "tokens"),
     "active, D": ("active", "tokens"),
 }
+FREEDOM = 2  # degrees of freedom of each fold of a cross-validation
 METHODS: tuple[Method, ...] = ("surface", "band")  # the first is trusted more: see `hyperparameters`
 
 
-def choose(found: Sequence[Basin], hyper: Mapping[str, HyperFit], attempt: Attempt) -> HyperFit | None:
-    """The form whose forecasts of left-out basins cost less; of C where (N, D) cannot be told."""
-    for method in METHODS:
-        forms = [form for form in FORMS if f"{method} {form}" in hyper]
-        costs = {}
-        for form in forms if len(forms) > 1 else ():
-            what = f"cross-validation of {method} in {form}"
-            left_out = attempt(what, cross_validated, found, FORMS[form], method)
-            if left_out is not None:
-                costs[form] = float(np.mean([cost.value for cost in left_out]))
-        if forms:
-            best = min(costs, key=costs.__getitem__) if costs else forms[0]
-            return hyper[f"{method} {best}"]
-    return None
+def choose(found: Sequence[Basin], hyper: Mapping[str, HyperFit], attempt: Attempt) -> tuple[HyperFit | None, str]:
+    """The form of the method that is trusted most whose forecasts of left-out basins cost least, and why, in words.
+
+    A form takes the place of a simpler one if it is better by more than one standard error: in the regret over the folds where the
+    choices of both lie in the measured grid, or in the number of folds whose choice lies outside, where the regret is unknown; and
+    in the other not worse by as much. A form that leaves a fold fewer than 2 degrees of freedom is no candidate.
+    """
+    method = next((m for m in METHODS if any(f"{m} {form}" in hyper for form in FORMS)), None)
+    if method is None:
+        return None, ""
+    forms = [form for form in FORMS if f"{method} {form}" in hyper]
+    best, said = forms[0], []
+    folds = {form: _left_out(found, form, method, attempt) for form in forms} if len(forms) > 1 else {}
+    for form in forms[1:]:
+        mine, theirs = folds[best], folds[form]
+        if mine is None or theirs is None:
+            lacking = form if theirs is None else best
+            said.append(f"{form} not compared: {len(found)} basins are too few for folds of {lacking}")
+            continue
+        better, words = _better(best, mine, form, theirs)
+        said.append(words)
+        best = form if better else best
+    return hyper[f"{method} {best}"], f"{method} in {best}" + (f"; {'; '.join(said)}" if said else "")
+
+
+def _left_out(found: Sequence[Basin], form: str, method: Method, attempt: Attempt) -> list[Regret] | None:
+    """Each basin's regret by the law of all others; None where a fold would have too few of them."""
+    if len(found) - 1 - (1 + len(FORMS[form])) < FREEDOM:
+        return None
+    return attempt(f"cross-validation of {method} in {form}", cross_validated, found, FORMS[form], method)
+
+
+def _better(simple: str, mine: Sequence[Regret], form: str, theirs: Sequence[Regret]) -> tuple[bool, str]:
+    """Whether the second form is better than the first by more than one standard error."""
+    pairs = list(zip(mine, theirs, strict=True))
+    both = np.array([(one.value, other.value) for one, other in pairs if one.inside and other.inside]).reshape(-1, 2)
+    lower = both[:, 0] - both[:, 1]
+    gain, error = (
+        (float(lower.mean()), float(lower.std(ddof=1) / math.sqrt(len(lower)))) if len(lower) > 2 else (0.0, math.inf)
+    )
+    fewer = sum(other.inside and not one.inside for one, other in pairs)
+    more = sum(one.inside and not other.inside for one, other in pairs)
+    chance = math.sqrt(fewer + more)
+    better = (gain > error and more - fewer <= chance) or (fewer - more > chance and gain >= -error)
+    outside = [sum(not one.inside for one in each) for each in (mine, theirs)]
+    means = both.mean(0) if len(both) else [math.nan, math.nan]
+    words = (
+        f"left-out basins cost {means[0]:.3%} in {simple}, {means[1]:.3%} in {form}, difference {gain:.3%} ± {error:.3%} over "
+        f"{len(both)} of {len(pairs)}; outside of the grid: {outside[0]} and {outside[1]}"
+    )
+    return better, words
 
 
 def disagreements(

@@ -197,7 +197,7 @@ def _law(
     attempt: Attempt,
 ) -> Law:
     """The law of the methods that are trusted most: surface before band, huber before vpnls."""
-    chosen = choose(found, hyper, attempt)
+    chosen, why = choose(found, hyper, attempt)
     if allocation is not None and not _is_told(allocation):
         attempt.problems.append(
             "allocation: the exponent of size in C is not known to lie between 0 and 1, so that the law leaves it to L(N, D); "
@@ -218,6 +218,7 @@ def _law(
         tokens=allocation.D if allocation else None,
         best_loss=allocation.best_loss if allocation else None,
         loss=loss.law if loss else None,
+        notes={"lr, batch": why} if why else {},
         measured={name: (float(c.min()), float(c.max())) for name, c in ranges.items() if c is not None},  # type: ignore[misc]
     )
 
