@@ -25,8 +25,8 @@ def test_a_law_says_what_the_losses_of_its_points_are_in(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        (HoldOut(1e12, None, 3.0, inside=True, regret=0.001), "cost 0.10% of the loss"),
-        (HoldOut(1e12, None, 3.0, inside=False), "outside of the grid"),
+        (HoldOut(1e12, 1e5, 1e7, None, 3.0, inside=True, regret=0.001), "cost 0.10% of the loss"),
+        (HoldOut(1e12, 1e5, 1e7, None, 3.0, inside=False), "outside of the grid"),
     ],
 )
 def test_what_a_forecast_costs_is_told_or_that_it_lies_outside_of_the_grid(
