@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from train.scaling.attempt import Attempt
-from train.scaling.basins import Basin
+from train.scaling.basins import SAME_SIZE, Basin
 from train.scaling.bootstrap import percentile_interval
 from train.scaling.estimate import Estimate
 from train.scaling.hyperparameters import HyperFit, Method
@@ -14,6 +14,7 @@ from train.scaling.isoflop import Allocation
 from train.scaling.law import Variable
 from train.scaling.loss_law import LossFit
 from train.scaling.regret import Regret, cross_validated
+from train.scaling.runs import Array
 
 FORMS: dict[str, tuple[Variable, ...]] = {
     "C": ("flops",),
@@ -77,6 +78,30 @@ def _better(simple: str, mine: Sequence[Regret], form: str, theirs: Sequence[Reg
     return better, words
 
 
+def trusted_loss(losses: Mapping[str, LossFit]) -> tuple[LossFit | None, str]:
+    """Huber's before vpnls's; of the active N where it describes the runs better by more than one standard error; and why."""
+    for method in ("huber", "vpnls"):
+        total, active = losses.get(method), losses.get(f"{method} active")
+        if total is None or active is None:
+            if total or active:
+                return total or active, ""
+            continue
+        gain = np.abs(total.residuals) - np.abs(active.residuals)
+        mean, error = float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
+        chosen = active if mean > error else total
+        return chosen, (
+            f"of N = {chosen.law.size}; runs lie {np.abs(total.residuals).mean():.3%} off the law of params, "
+            f"{np.abs(active.residuals).mean():.3%} off that of active, difference {mean:.3%} ± {error:.3%}"
+        )
+    return None, ""
+
+
+def in_proportion(params: Array, active: Array) -> bool:
+    """Whether the active part is the same share of N everywhere, so that laws of either say the same."""
+    share = active / params
+    return bool(np.all(share <= SAME_SIZE * share.min(initial=np.inf)))
+
+
 def disagreements(
     hyper: Mapping[str, HyperFit], losses: Mapping[str, LossFit], allocation: Allocation | None
 ) -> Iterator[str]:
@@ -84,10 +109,15 @@ def disagreements(
     for form in FORMS:
         if (one := hyper.get(f"surface {form}")) and (other := hyper.get(f"band {form}")):
             yield from _apart(f"lr and batch in {form}", "surface", one.coefficients(), "band", other.coefficients())
-    if "huber" in losses and "vpnls" in losses:
-        yield from _apart("L(N, D)", "huber", losses["huber"].intervals, "vpnls", losses["vpnls"].intervals)
-    if allocation is not None and "huber" in losses:
-        rows, law = allocated(allocation)["M flops"], losses["huber"].intervals["a"]
+    for size in ("", " active"):
+        huber, vpnls = losses.get(f"huber{size}"), losses.get(f"vpnls{size}")
+        if huber and vpnls:
+            yield from _apart(
+                f"L(N, D){size and ' of' + size + ' N'}", "huber", huber.intervals, "vpnls", vpnls.intervals
+            )
+    trusted, _ = trusted_loss(losses)
+    if allocation is not None and trusted is not None:
+        rows, law = allocated(allocation)["M flops"], trusted.intervals["a"]
         yield from _apart(
             "allocation", "IsoFLOP", {"exponent of size in C": rows}, "L(N, D)", {"exponent of size in C": law}
         )

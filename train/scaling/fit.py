@@ -15,14 +15,14 @@ import numpy as np
 from train.scaling.attempt import Attempt
 from train.scaling.basins import Basin, basins, best_runs, seed_noise
 from train.scaling.common import Common
-from train.scaling.compare import FORMS, METHODS, allocated, choose, disagreements
+from train.scaling.compare import FORMS, METHODS, allocated, choose, disagreements, in_proportion, trusted_loss
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.held_out import HoldOut, forecast_largest
 from train.scaling.hyperparameters import HyperFit, fit_hyperparameters
 from train.scaling.isoflop import Allocation, IsoFlop, fit_allocation, isoflop_rows
 from train.scaling.law import Family, Law
-from train.scaling.loss_law import LossFit, drop_highest, fit_loss, outliers
+from train.scaling.loss_law import LossFit, Size, drop_highest, fit_loss, outliers
 from train.scaling.runs import Array, Runs
 
 DRAWS = 400  # of each bootstrap
@@ -38,7 +38,7 @@ class Fit:
         dropped: what was left out, in words.
         noise: relative sd of the loss over seeds; None where nothing was repeated.
         hyper: by method and form: "surface C", "surface N, D", "band C", "band N, D".
-        losses: by method: "huber", "vpnls".
+        losses: by method: "huber", "vpnls"; of the active N "huber active", "vpnls active", where that says something else.
         warnings: what could not be fitted, what is not covered, what disagrees.
     """
 
@@ -154,7 +154,8 @@ def _uncovered(found: Sequence[Basin], rows: Sequence[IsoFlop], hyper: dict[str,
 
 def _far_off(losses: dict[str, LossFit]) -> Iterator[str]:
     """Runs that the law of the loss does not describe."""
-    if "huber" in losses and (count := int(outliers(losses["huber"].residuals).sum())):
+    loss, _ = trusted_loss(losses)
+    if loss is not None and (count := int(outliers(loss.residuals).sum())):
         yield (
             f"L(N, D): {count} runs lie more than 5 robust standard deviations off the law; look at them, or fit without them "
             "(--drop-outliers)"
@@ -163,28 +164,33 @@ def _far_off(losses: dict[str, LossFit]) -> Iterator[str]:
 
 def _fit_hyper(found: Sequence[Basin], draws: int, seed: int, attempt: Attempt) -> dict[str, HyperFit]:
     hyper = {}
+    sizes = np.array([(basin.params, basin.active) for basin in found], float).reshape(-1, 2)  # None is nan
+    forms = [form for form in FORMS if form != "active, D" or not in_proportion(*sizes.T)]
     for method in METHODS if found else ():
-        for form, variables in FORMS.items():
-            if form == "active, D" and f"{method} N, D" in hyper:
-                continue  # in a family N and the active part say the same
+        for form in forms:
             what = f"lr and batch by {method} in {form}"
             settings = {"method": method, "draws": draws, "seed": seed}
-            fit = attempt(what, fit_hyperparameters, found, variables, **settings)
+            fit = attempt(what, fit_hyperparameters, found, FORMS[form], **settings)
             if fit is not None:
                 hyper[f"{method} {form}"] = fit
     return hyper
 
 
 def _fit_losses(runs: Runs, draws: int, seed: int, attempt: Attempt) -> dict[str, LossFit]:
-    params, tokens = runs.params, runs.tokens
-    if params is None or tokens is None:
-        return {}
-    fits = {}
-    for method in ("huber", "vpnls"):
-        settings = {"method": method, "draws": draws, "seed": seed}
-        fit = attempt(f"L(N, D) by {method}", fit_loss, params, tokens, runs.loss, **settings)
-        if fit is not None:
-            fits[method] = fit
+    """Of N by both methods, then of the active N where it says something else."""
+    tokens, fits = runs.tokens, {}
+    same = runs.params is not None and runs.active is not None and in_proportion(runs.params, runs.active)
+    sizes: list[tuple[Size, str]] = [("params", ""), ("active", " active")]
+    for size, suffix in sizes[: 1 if same else 2]:
+        column = getattr(runs, size)
+        for method in ("huber", "vpnls") if column is not None and tokens is not None else ():
+            what, settings = (
+                f"L(N, D) by {method}{suffix}",
+                {"method": method, "size": size, "draws": draws, "seed": seed},
+            )
+            fit = attempt(what, fit_loss, column, tokens, runs.loss, **settings)
+            if fit is not None:
+                fits[f"{method}{suffix}"] = fit
     return fits
 
 
@@ -204,7 +210,7 @@ def _law(
             "add budgets that are farther apart, or more sizes of each"
         )
         allocation = None
-    loss = losses.get("huber") or losses.get("vpnls")
+    loss, which = trusted_loss(losses)
     ranges = {name: getattr(runs, name) for name in ("flops", "params", "active", "tokens")}
     if found:
         ranges |= {"lr": runs.lr, "batch": runs.batch}
@@ -218,7 +224,7 @@ def _law(
         tokens=allocation.D if allocation else None,
         best_loss=allocation.best_loss if allocation else None,
         loss=loss.law if loss else None,
-        notes={"lr, batch": why} if why else {},
+        notes={what: words for what, words in (("lr, batch", why), ("loss", which)) if words},
         measured={name: (float(c.min()), float(c.max())) for name, c in ranges.items() if c is not None},  # type: ignore[misc]
     )
 
@@ -232,7 +238,7 @@ def _is_told(allocation: Allocation) -> bool:
 def _refit(runs: Runs, draws: int, seed: int) -> tuple[Law, Array | None]:
     """The law of some of the runs, and the residuals of its loss."""
     fit = fit_runs(runs, draws=draws, seed=seed, hold_out=False)
-    trusted = fit.losses.get("huber") or fit.losses.get("vpnls")
+    trusted, _ = trusted_loss(fit.losses)
     return fit.law, trusted.residuals if trusted else None
 
 

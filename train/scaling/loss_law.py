@@ -29,6 +29,7 @@ from train.scaling.least_squares import Residuals, huber, minimise
 from train.scaling.runs import Array
 
 Method = Literal["vpnls", "huber"]
+Size = Literal["params", "active"]
 Mask = NDArray[np.bool_]
 
 DELTA = 1e-3  # of Huber's function (Hoffmann et al., approach 3)
@@ -77,7 +78,7 @@ def fit_loss(
     *,
     method: Method = "huber",
     start: LossLaw | None = None,
-    size: Literal["params", "active"] = "params",
+    size: Size = "params",
     draws: int = 0,
     seed: int = 0,
 ) -> LossFit:
@@ -170,7 +171,7 @@ class _Table:
         return np.concatenate([np.exp(theta[..., :1]), np.exp(theta[..., 1:3] + powers * self.center), powers], axis=-1)
 
 
-def _law(row: Array, size: Literal["params", "active"]) -> LossLaw:
+def _law(row: Array, size: Size) -> LossLaw:
     e, a, b, alpha, beta = row.tolist()
     return LossLaw(E=e, A=a, B=b, alpha=alpha, beta=beta, size=size)
 

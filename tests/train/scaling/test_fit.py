@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.train.scaling.steplaw import steplaw
 from train.cli import main
 from train.scaling.basins import best_runs
 from train.scaling.fit import fit_runs
@@ -109,6 +110,31 @@ def test_a_law_knows_what_its_compute_and_its_loss_are() -> None:
     )
     assert (counted.law.compute, counted.law.loss_unit) == ("M*D", "nats per token")
     assert (derived.law.compute, derived.law.loss_unit) == ("6*N*D", "bits per byte")
+
+
+def test_an_moe_is_fitted_in_both_sizes_and_the_one_that_describes_it_is_the_law() -> None:
+    runs = a_ladder(noise=0.0005)
+    share = 2.0 ** -(np.arange(len(runs)) % 3 + 1.0)  # models that use a half to an eighth of their parameters
+    moe = replace(runs, params=runs.active / share)  # type: ignore[operator]
+    fit = fit_runs(moe, draws=20, hold_out=False)
+    assert {"huber", "vpnls", "huber active", "vpnls active"} <= set(fit.losses)
+    assert (
+        fit.law.loss is not None
+        and fit.law.loss.size == "active"
+        and "of N = active; runs lie" in fit.law.notes["loss"]
+    )
+    proportional = fit_runs(replace(runs, params=10 * runs.active), draws=0, hold_out=False)  # type: ignore[operator]
+    assert set(proportional.losses) == {"huber", "vpnls"} and proportional.law.loss.size == "params"  # type: ignore[union-attr]
+
+
+@needs_published
+def test_dense_and_moe_grids_of_step_law_have_laws_of_both_sizes() -> None:
+    dense, moe = steplaw("dense"), steplaw("moe")
+    columns = {name: [*getattr(dense, name), *getattr(moe, name)] for name in COLUMNS if name != "seed"}
+    fit = fit_runs(Runs.of(**columns), draws=0, hold_out=False)
+    assert len(fit.basins) == 17 + 16
+    assert {"surface N, D", "surface active, D", "band N, D", "band active, D"} <= set(fit.hyper)
+    assert fit.law.lr is not None and set(fit.law.lr.exponents) == {"params", "tokens"}, fit.law.notes
 
 
 def test_what_was_measured_at_the_held_out_budget_is_one_run() -> None:
