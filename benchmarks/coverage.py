@@ -6,7 +6,8 @@ An experiment makes a ladder with noise of its own for each repetition, fits it 
 coefficient whether its interval holds the truth. A share outside of 95 ± 4 %, which right intervals have in less than one of 100
 experiments of 200 repetitions, ends the program with 1. Fits whose intervals are not said to hold are listed for comparison.
 
-Here are L(N, D) and the allocation; the laws of learning rate and batch are in `coverage_hyper.py`.
+Here are L(N, D) and the allocation; the laws of learning rate and batch are in `coverage_hyper.py`, ladders
+that choose their own cells in `coverage_ladder.py`.
 """
 
 import argparse
@@ -174,8 +175,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     from coverage_hyper import LADDERS
+    from coverage_ladder import GROWN
 
-    report = measure([*EXPERIMENTS, *LADDERS], arguments.repetitions, arguments.only)
+    report = measure([*EXPERIMENTS, *LADDERS, *GROWN], arguments.repetitions, arguments.only)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(entry["outside"] for entry in report if entry["claimed"]))

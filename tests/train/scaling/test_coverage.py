@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.coverage import DESIGNS, AllocationExperiment, Experiment, LossExperiment, coverage, misses
 from benchmarks.coverage_hyper import LADDERS
+from benchmarks.coverage_ladder import GROWN
 
 REPETITIONS = 20
 EXPERIMENTS: list[Experiment] = [
@@ -12,6 +13,7 @@ EXPERIMENTS: list[Experiment] = [
     LossExperiment(DESIGNS[0], "huber"),
     AllocationExperiment(DESIGNS[-1]),
     LADDERS[0],
+    GROWN[1],
 ]
 
 
