@@ -146,7 +146,8 @@ def fit(
 @scaling.command()
 def forecast(
     law: Annotated[
-        str, typer.Argument(metavar="LAW", help="A law.json, or deepseek-llm, step-law, ling-moe, chinchilla.")
+        str,
+        typer.Argument(metavar="LAW", help="A law.json, or deepseek-llm, step-law, ling-moe, chinchilla, ladder-cpu."),
     ],
     flops: Annotated[
         float | None, typer.Option(help="C: training FLOPs without embedding, output head and MTP.")
@@ -166,11 +167,16 @@ def forecast(
     as_json: AsJson = False,
 ) -> None:
     """Size, tokens, learning rate, batch and loss of a budget, with intervals, and a recipe that can be trained as it is."""
-    from data.files import replace_file
     from train.config import load_recipe
     from train.scaling import forecast as forecasts
     from train.scaling.law import load_law
+    from train.scaling.output import check_output, write_output
+    from train.scaling.recipes import recipe_of, run_of
 
+    if out is not None:
+        check_output(out)
+    if mfu is not None and gpu_hours is None:
+        raise ScalingError(f"mfu = {mfu:g}: goes with gpu_hours and device; leave it out, or give both")
     if (gpu_hours is None) != (device is None):
         raise ScalingError("gpu_hours, device: go together; give for example --gpu-hours 1000 --device h200")
     paid = None
@@ -180,11 +186,10 @@ def forecast(
     found = forecasts.forecast(
         load_law(law), flops=flops, device_flops=paid, params=params, tokens=tokens, template=template
     )
+    trained = recipe_of(found, law=law)
     if out is not None:
-        text = forecasts.recipe_of(found, law=law).to_yaml()
-        with replace_file(out) as path:
-            path.write_text(text, encoding="utf-8")
-    values = found.to_dict()
+        write_output(out, trained.to_yaml())
+    values = found.to_dict() | {"run": run_of(trained), "recipe": None if out is None else str(out)}
     print(json.dumps(values)) if as_json else _print_forecast(values)
 
 
@@ -212,17 +217,60 @@ def _print_fit(result: dict[str, Any]) -> None:
 
 
 def _print_forecast(values: dict[str, Any]) -> None:
-    for warning in values.pop("warnings"):
+    from train.scaling.apply import NAMES
+
+    for warning in values["warnings"]:
         print(f"warning: {warning}")
-    for key, value in values.items():
-        name = key.replace("_", " ")
-        if isinstance(value, dict) and "value" in value:
-            interval = "" if value["low"] is None else f"   {value['low']:.4g} to {value['high']:.4g}"
-            print(f"{name:24} {value['value']:.4g}{interval}")
-        elif isinstance(value, int | float):
-            print(f"{name:24} {value:,}" if isinstance(value, int) else f"{name:24} {value:.4g}")
-        elif isinstance(value, str):
-            print(f"{name:24} {value}")
+    run, law = values["run"], values["law"]
+    rate = "M" if values["compute"] == "M*D" else "6N"  # C/D
+
+    def other(of: str) -> str:
+        return f"by {values[of]}" if values[of] != law else ""
+
+    print("the run, as in its recipe:")
+    _print_rows(
+        [
+            (
+                f"C = {values['compute']}",
+                f"{values['flops']:.4g} FLOPs; {values['all_flops']:.4g} with output head and MTP",
+            ),
+            ("model", f"width {values['hidden_size']}, {values['num_hidden_layers']} layers"),
+            ("N", f"{values['params']:,} parameters without embedding and head, {values['active']:,} active"),
+            ("M", f"{values['flops_per_token']:,} FLOPs per token; {values['all_flops_per_token']:,} with all"),
+            ("tokens", f"{run['tokens']:,} in {run['steps']:,} steps, {run['warmup_steps']:,} of warm-up"),
+            ("batch", f"{run['batch_tokens']:,} tokens, {run['sequences']:,} × {run['sequence_length']:,}"),
+            ("learning rate", f"{run['lr']:.4g}"),
+        ]
+    )
+    print(f"by law {law}:")
+    _print_rows(
+        [
+            (f"{rate} of the best allocation at C", _told(values["best_flops_per_token"], "FLOPs per token")),
+            ("D of the best allocation at C", _told(values["best_tokens"], "tokens")),
+            ("learning rate", _told(values["lr"], other("lr_law"))),
+            ("batch", _told(values["batch_tokens"], f"tokens {other('batch_law')}")),
+            ("loss", _told(values["loss"], values["loss_unit"])),
+        ]
+    )
+    for name, distances in values["distances"].items():
+        far = [f"{NAMES[quantity]} {decades:.1f}" for quantity, decades in distances.items()]
+        print(f"decades (factors of 10) outside of what law {name} was measured on: {', '.join(far) or 'unknown'}")
+    if values["recipe"]:
+        print(f"written to {values['recipe']}")
+
+
+def _print_rows(rows: list[tuple[str, str | None]]) -> None:
+    for name, value in rows:
+        if value is not None:
+            print(f"  {name:30} {value}")
+
+
+def _told(estimate: dict[str, float | None] | None, unit: str = "") -> str | None:
+    """A law's number with its 95 % interval."""
+    if estimate is None:
+        return None
+    interval = "" if estimate["low"] is None else f" ({estimate['low']:.4g} to {estimate['high']:.4g})"
+    return f"{estimate['value']:.4g}{interval} {unit}".rstrip()
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,7 @@ class Common(BaseModel):
     recipe: dict[str, Any]  # of a run, without what the ladder varies
     data: list[str]  # stores with their sources
     tokenizer: str  # fingerprint
+    warmup_tokens: int | None = None  # of every run; None: the recipe's steps, or not known
 
     def write(self, folder: Path) -> None:
         with replace_file(folder / COMMON) as path:

@@ -245,11 +245,10 @@ def _refit(runs: Runs, draws: int, seed: int) -> tuple[Law, Array | None]:
 def _provenance(common: Common | None) -> dict[str, Any]:
     if common is None:
         return {}
-    model, length = common.recipe["model"], common.recipe["data"]["sequence_length"]
     return {
         "data": "; ".join(common.data),
         "tokenizer": common.tokenizer,
-        "family": Family(model=model, sequence_length=length),
+        "family": Family(recipe=common.recipe, warmup_tokens=common.warmup_tokens),
     }
 
 

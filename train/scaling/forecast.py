@@ -10,8 +10,9 @@ trains the run is in `recipes`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
@@ -26,16 +27,16 @@ from train.scaling.estimate import Estimate
 from train.scaling.family import with_flops
 from train.scaling.law import Law, LossLaw, load_law
 from train.scaling.loss_law import optimum
-from train.scaling.recipes import recipe_of, template_of
+from train.scaling.recipes import template_of
 from train.scaling.size import Size, size_of
-
-__all__ = ["MFU", "Forecast", "forecast", "gpu_hours", "recipe_of", "template_of"]
 
 MFU = (
     0.4  # DeepSeek-V3's: 14.8T tokens in 2.664M H800 hours (arXiv 2412.19437 table 1) by `flops_mfu` over the bf16 peak
 )
 HYPERPARAMETERS = "step-law"  # of laws that have none
-ANOTHER_ALLOCATION = 1.1  # ratio to the best one from which on a run is said to have another
+ANOTHER = 1.1  # ratio to what was asked for, or is best, from which on a run is said to be another
+UNTOLD = 30.0  # high over low of the interval of M, from which on a law does not tell the size
+TOLD = 0.95  # share of the draws that must divide a budget
 ROUNDS = 8  # of finding a size whose ratios are its own; two or three are enough
 MOST = {"flops": 1e28, "device_flops": 1e28, "params": 1e15, "tokens": 1e18}
 
@@ -46,7 +47,7 @@ class Forecast:
 
     Attributes:
         law: of the allocation and the loss.
-        hyperparameters: the law of learning rate and batch: the same where it has both, else Step Law.
+        lr_law, batch_law: the laws of learning rate and batch: the same where it has them, else Step Law.
         template: the recipe that the run is like.
         model, size: the member of the template's family.
         tokens: of the run; C / M where a budget was given.
@@ -54,7 +55,7 @@ class Forecast:
         all_flops: with output head and MTP, attention counted full as in M.
         best_flops_per_token, best_tokens: C/D and D of the best loss at C, wherever the run lies; None where the law has none.
         loss: in the law's unit, on its data and tokenizer; None where it has none.
-        distances: decades outside of what was measured.
+        distances: decades outside of what was measured, by law and quantity.
     """
 
     law: Law
@@ -65,11 +66,12 @@ class Forecast:
     flops: float
     best_flops_per_token: Estimate | None
     best_tokens: Estimate | None
-    hyperparameters: Law
+    lr_law: Law
     lr: Estimate
+    batch_law: Law
     batch_tokens: Estimate
     loss: Estimate | None
-    distances: dict[str, float]
+    distances: dict[str, dict[str, float]]
     warnings: tuple[str, ...]
 
     @property
@@ -78,15 +80,17 @@ class Forecast:
 
     @property
     def distance(self) -> float:
-        """Decades outside of what was measured, the farthest of all quantities."""
-        return max(self.distances.values(), default=0.0)
+        """Decades outside of what was measured, the farthest of all quantities of all laws."""
+        return max((decades for law in self.distances.values() for decades in law.values()), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; an interval's ends are null where nothing is known of the error."""
         estimates = ("best_flops_per_token", "best_tokens", "lr", "batch_tokens", "loss")
         return {
             "law": self.law.name,
-            "hyperparameters": self.hyperparameters.name,
+            "compute": self.law.compute,
+            "lr_law": self.lr_law.name,
+            "batch_law": self.batch_law.name,
             "flops": self.flops,
             "all_flops": self.all_flops,
             "params": self.size.params,
@@ -128,10 +132,12 @@ def forecast(
     """
     asked = {"flops": flops, "device_flops": device_flops, "params": params, "tokens": tokens}
     _check(asked)
+    doubts = []
     template = template or template_of(law)
     family, length = template.model_config_resolved(), template.data.sequence_length
     if params is not None and tokens is not None:
         model = _with_params(family, params, length)
+        doubts += _another_size(model, size_of(model, length).params, params)
     elif flops is not None:
         model = _allocated(law, flops, family, length)
         tokens = flops / _rate(law, size_of(model, length))
@@ -139,7 +145,7 @@ def forecast(
         assert device_flops is not None
         model = _affordable(law, device_flops, family, length)
         tokens = device_flops / flops_mfu(model, length)
-    return _describe(law, template, model, tokens)
+    return _describe(law, template, model, tokens, doubts)
 
 
 def gpu_hours(device: str, hours: float, mfu: float = MFU) -> float:
@@ -158,6 +164,11 @@ def gpu_hours(device: str, hours: float, mfu: float = MFU) -> float:
 
 def _check(asked: dict[str, float | None]) -> None:
     given = {name for name, value in asked.items() if value is not None}
+    for one, other, example in (("tokens", "params", "1e9"), ("params", "tokens", "2e10")):
+        if given == {one}:
+            raise ScalingError(
+                f"{one} = {asked[one]:g}: is no budget without {other}; give it too, for example {other}={example}, or flops alone"
+            )
     if given not in ({"flops"}, {"device_flops"}, {"params", "tokens"}):
         raise ScalingError(
             f"forecast of {', '.join(sorted(given)) or 'nothing'}: must have one budget; give flops, or GPU hours and a device, or "
@@ -170,7 +181,17 @@ def _check(asked: dict[str, float | None]) -> None:
             )
 
 
-def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> Forecast:
+def _another_size(model: ModelConfig, params: float, asked: float) -> list[str]:
+    """A line where the family has no model of the size that was asked for."""
+    if 1 / ANOTHER < params / asked < ANOTHER:
+        return []
+    return [
+        f"params = {asked:.4g}: the nearest model of the family has N = {params:.4g} (width {model.hidden_size}, "
+        f"{model.num_hidden_layers} layers), and the forecast is of that one"
+    ]
+
+
+def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float, doubts: list[str]) -> Forecast:
     length = template.data.sequence_length
     size = size_of(model, length)
     if tokens < length:
@@ -180,26 +201,18 @@ def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> 
     advice = advise(law, Course.of(law, model, ((0, length),)), tokens)
     flops = advice.variables["flops"]
     best = _best(law, flops, size)
-    found, doubts = _loss(law, advice, best)
-    warnings = [*advice.warnings(), *doubts]
+    found, doubtful = _loss(law, advice, best)
+    theirs, borrowed = advice, []
+    if missing := [words for words, has in (("learning rate", advice.lr), ("batch", advice.batch_tokens)) if not has]:
+        other = load_law(HYPERPARAMETERS)
+        theirs = advise(other, Course.of(other, model, ((0, length),)), tokens)
+        borrowed = [f"law {law.name} has no {' and no '.join(missing)}: taken from {other.name}", *theirs.warnings()]
+    lr, batch = advice.lr or theirs.lr, advice.batch_tokens or theirs.batch_tokens
+    assert lr is not None and batch is not None
+    warnings = [*doubts, *advice.warnings(), *doubtful]
     if doubt := tokenizer_warning(law, store_tokenizer(template)):
         warnings.append(doubt)
-    hyperparameters = law
-    if advice.lr is None or advice.batch_tokens is None:
-        hyperparameters = load_law(HYPERPARAMETERS)
-        theirs = advise(hyperparameters, Course.of(hyperparameters, model, ((0, length),)), tokens)
-        warnings += [
-            f"law {law.name} lacks learning rate or batch: both are of {hyperparameters.name}",
-            *theirs.warnings(),
-        ]
-        lr, batch = theirs.lr, theirs.batch_tokens
-    else:
-        lr, batch = advice.lr, advice.batch_tokens
-    assert lr is not None and batch is not None
-    if best and not 1 / ANOTHER_ALLOCATION < (rate := _rate(law, size)) / best[0].value < ANOTHER_ALLOCATION:
-        warnings.append(
-            f"the best C/D of C = {flops:.3g} is {best[0].value:.3g} FLOPs per token, the run's model has {rate:.3g}"
-        )
+    warnings += [*borrowed, *_division(law, model.hidden_size, size, flops, best), *_text(law, template)]
     return Forecast(
         law=law,
         template=template,
@@ -209,19 +222,53 @@ def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float) -> 
         flops=flops,
         best_flops_per_token=best[0] if best else None,
         best_tokens=best[1] if best else None,
-        hyperparameters=hyperparameters,
+        lr_law=law if advice.lr else theirs.law,
         lr=lr,
+        batch_law=law if advice.batch_tokens else theirs.law,
         batch_tokens=batch,
         loss=found,
-        distances=advice.distances,
+        distances={one.law.name: one.distances for one in (advice, theirs)},
         warnings=tuple(warnings),
     )
+
+
+def _division(law: Law, width: int, size: Size, flops: float, best: tuple[Estimate, Estimate] | None) -> Iterator[str]:
+    """What there is to doubt in the division of C into size and tokens."""
+    if best is None:
+        return
+    value, low, high = best[0].value, best[0].low, best[0].high
+    at = f"at C = {flops:.3g} the best model has {value:.3g} FLOPs per token"
+    if low is not None and high is not None and high > UNTOLD * low:
+        yield (
+            f"law {law.name} does not tell the size: {at}, between {low:.3g} and {high:.3g}; give params and tokens, or fit a "
+            "law to more sizes and budgets"
+        )
+    loss = law.loss if law.flops_per_token is None and law.tokens is None else None
+    if loss and loss.draws and (whole := sum(map(_has_minimum, _drawn(loss)))) < TOLD * len(loss.draws):
+        yield (
+            f"law {law.name} does not tell the size: {len(loss.draws) - whole} of {len(loss.draws)} draws of its L(N, D) have no "
+            "best division; give params and tokens, or fit a law to more sizes and tokens"
+        )
+    if not 1 / ANOTHER < (rate := _rate(law, size)) / value < ANOTHER:
+        yield f"the run does not divide its budget as law {law.name} does: {at}, the run's (width {width}) has {rate:.3g}"
+
+
+def _text(law: Law, template: Recipe) -> list[str]:
+    """A line where the recipe's text is not here to train on."""
+    missing = [source.path for source in template.data.train if not Path(source.path).is_dir()]
+    if not missing:
+        return []
+    theirs = f", the text of law {law.name} ({law.data})" if law.family and law.data else ""
+    return [
+        f"there is no token store {missing[0]}{theirs}: a recipe of this forecast needs data.train=STORE at `rorqual train`, or "
+        "give the forecast a recipe with a store of yours (--recipe)"
+    ]
 
 
 def _loss(law: Law, advice: Advice, best: tuple[Estimate, Estimate] | None) -> tuple[Estimate | None, list[str]]:
     """The loss of a run, and what there is to doubt in it."""
     at = advice.variables
-    near = best is not None and 1 / ANOTHER_ALLOCATION < at["tokens"] / best[1].value < ANOTHER_ALLOCATION
+    near = best is not None and 1 / ANOTHER < at["tokens"] / best[1].value < ANOTHER
     of_budget = law.best_loss.estimate(at["flops"]) if law.best_loss else None
     if law.loss is None and of_budget is None:
         return None, [
@@ -270,7 +317,7 @@ def _best(law: Law, flops: float, size: Size) -> tuple[Estimate, Estimate] | Non
                 f"{law.loss.alpha:g} and beta = {law.loss.beta:g} must be more than 0; fit it to runs of more sizes and tokens"
             )
         per_parameter = _rate(law, size) / getattr(size, law.loss.size)
-        laws = [law.loss, *filter(_has_minimum, (_drawn(law.loss, draw) for draw in law.loss.draws))]
+        laws = [law.loss, *filter(_has_minimum, _drawn(law.loss))]
         value, *draws = [per_parameter * optimum(one, flops, per_parameter).params for one in laws]
         low, high = map(float, quantile(draws, [0.025, 0.975])) if draws else (None, None)
         rate = Estimate(value, low, high)
@@ -283,9 +330,10 @@ def _has_minimum(law: LossLaw) -> bool:
     return min(law.A, law.B, law.alpha, law.beta) > 0
 
 
-def _drawn(law: LossLaw, draw: Sequence[float]) -> LossLaw:
-    e, a, b, alpha, beta = draw
-    return LossLaw(E=e, A=a, B=b, alpha=alpha, beta=beta, size=law.size)
+def _drawn(law: LossLaw) -> Iterator[LossLaw]:
+    """The law by each of its draws."""
+    for e, a, b, alpha, beta in law.draws:
+        yield LossLaw(E=e, A=a, B=b, alpha=alpha, beta=beta, size=law.size)
 
 
 def _quotient(flops: float, by: Estimate) -> Estimate:

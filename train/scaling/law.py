@@ -22,14 +22,16 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from data.files import replace_file
 from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
+from train.scaling.output import write_output
 from train.scaling.runs import Array
 
 LAWS = Path(__file__).parent / "laws"
+REMEDY = "give a law.json of `rorqual scaling fit`"
 
 Variable = Literal["flops", "params", "active", "tokens"]  # C = M·D; N, all experts counted; N of one token; D
 Quantity = Variable | Literal["lr", "batch"]  # what a law can have been measured over; batch in tokens
@@ -132,15 +134,15 @@ class BestLoss(_Form):
 
 
 class Family(_Form):
-    """The models that a law was measured on: one template at many widths (`train.scaling.family`).
+    """What the runs of a law had in common: one recipe at many widths (`train.scaling.family`).
 
     Attributes:
-        model: a recipe's section `model`: preset or config, and fields that differ from it.
-        sequence_length: T of the runs; M has the attention over it.
+        recipe: theirs, without what they differ in; the law is silent about other models, text, schedules and optimizers.
+        warmup_tokens: of every run; None where they had the recipe's steps.
     """
 
-    model: dict[str, Any]
-    sequence_length: Annotated[int, Field(gt=0)]
+    recipe: dict[str, Any]
+    warmup_tokens: Annotated[int, Field(gt=0)] | None = None
 
 
 class Law(_Form):
@@ -218,29 +220,54 @@ def load_law(name_or_path: str | Path) -> Law:
     """
     path = _find(str(name_or_path))
     try:
-        return Law.model_validate_json(path.read_text("utf-8"))
+        values = from_json(path.read_bytes())
     except OSError as error:
         raise ScalingError(f"law = {str(path)!r}: cannot be read ({error.strerror}); give another file") from None
-    except UnicodeDecodeError:
-        raise ScalingError(
-            f"law = {str(path)!r}: is not a text file; give a law.json of `rorqual scaling fit`"
-        ) from None
+    except ValueError:
+        raise ScalingError(f"law = {str(path)!r}: is not a JSON file; {REMEDY}") from None
+    try:
+        return Law.model_validate(_known_version(path, values))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ScalingError(
-            f"law = {str(path)!r}: {where}: {first['msg']}; give a law.json of `rorqual scaling fit`"
-        ) from None
+        raise ScalingError(f"law = {str(path)!r}: {_first_mistake(error)}") from None
 
 
 def save_law(law: Law, path: str | Path) -> None:
-    """Write a law file; who reads it meanwhile has the old one or the new one."""
+    """Write a law file; who reads it meanwhile has the old one or the new one.
+
+    Raises:
+        ScalingError: the path is none that can be written.
+    """
     text = json.dumps(law.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
     short = re.sub(
         r"\[[^\[\]{}\"]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text
     )  # a row of numbers on one line
-    with replace_file(path) as temporary:
-        temporary.write_text(short + "\n", "utf-8")
+    write_output(path, short + "\n")
+
+
+def _known_version(path: Path, values: Any) -> dict[str, Any]:
+    """What a file has, if it says that it is a law of this version."""
+    if not isinstance(values, dict):
+        raise ScalingError(f"law = {str(path)!r}: {values!r:.40} is not a map of keys; {REMEDY}")
+    if "version" not in values:
+        raise ScalingError(f"law = {str(path)!r}: version: missing, so that it is no law; {REMEDY}")
+    if values["version"] != (known := Law.model_fields["version"].default):
+        raise ScalingError(
+            f"law = {str(path)!r}: version = {values['version']!r:.40}: must be {known}, the only one that this code reads; "
+            "fit the law again with it"
+        )
+    return values
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """`key = value: rule; fix` of the first of them."""
+    first = error.errors(include_url=False)[0]
+    where, value = ".".join(map(str, first["loc"])), f"{first['input']!r:.40}"
+    if first["type"] == "missing":
+        return f"{where}: missing; {REMEDY}"
+    if first["type"] == "extra_forbidden":
+        return f"{where} = {value}: unknown key; leave it out, or read the law with the code that wrote it"
+    rule = first["msg"].removeprefix("Value error, ")
+    return f"{where} = {value}: {rule}; {REMEDY}" if where else f"{rule}; {REMEDY}"
 
 
 def _find(name: str) -> Path:

@@ -14,10 +14,18 @@ from train.planning.advice import law_in_words
 from train.scaling.errors import ScalingError
 from train.scaling.forecast import forecast, gpu_hours
 from train.scaling.law import BestLoss, Family, Law, LossLaw, PowerLaw, load_law
-from train.scaling.recipes import recipe_of, template_of
+from train.scaling.recipes import recipe_of, run_of, template_of
 from train.schedule import Schedule
 
 POWER = {"lr": (0.5, -0.15), "batch_tokens": (0.05, 0.33), "flops_per_token": (0.3, 0.5)}
+
+COMMON = {
+    "model": {"preset": "tiny", "vocab_size": 512},
+    "data": {"train": "stores/ladder", "sequence_length": 128},
+    "optimizer": {"weight_decay": 0.05},
+    "schedule": {"shape": "wsd", "gamma": 0.002, "alpha": 0.0003, "lambda": [[0, 0.3], [5e11, 0.1]]},
+    "evaluate": {"tokens": 4096},
+}
 
 
 def ours(**changes: Any) -> Law:
@@ -28,7 +36,7 @@ def ours(**changes: Any) -> Law:
         "source": "a ladder",
         "measured": {"flops": (1e12, 1.6e13)},
         "tokenizer": "ab" * 32,
-        "family": Family(model={"preset": "tiny", "vocab_size": 512}, sequence_length=128),
+        "family": Family(recipe=COMMON),
         **laws,
     }
     return Law.model_validate(values | changes)
@@ -75,9 +83,11 @@ def test_a_law_of_the_loss_alone_divides_a_budget_in_closed_form_and_takes_step_
     assert found.best_flops_per_token.value * found.best_tokens.value == pytest.approx(5.88e23)
     assert 6 * found.size.active * found.tokens == pytest.approx(5.88e23)
     assert found.loss and 1.96 < found.loss.value < 1.99
-    assert found.hyperparameters.name == "step-law"
+    assert (found.lr_law.name, found.batch_law.name) == ("step-law", "step-law")
     assert recipe_of(found, law="laws/chinchilla.json").schedule.law == "step-law"
-    assert any("lacks learning rate or batch" in warning for warning in found.warnings)
+    assert "law chinchilla has no learning rate and no batch: taken from step-law" in found.warnings
+    assert set(found.distances) == {"chinchilla", "step-law"}
+    assert found.distance == max(max(of.values()) for of in found.distances.values()) > 0
     assert any("another text has another" in warning for warning in found.warnings)
 
 
@@ -111,6 +121,7 @@ def test_two_forecasts_of_the_loss_that_disagree_are_both_told() -> None:
 def test_the_template_is_the_laws_own_family() -> None:
     recipe = template_of(ours())
     assert (recipe.model_config_resolved().vocab_size, recipe.data.sequence_length) == (512, 128)
+    assert (recipe.schedule.shape, recipe.evaluate.tokens, recipe.optimizer.weight_decay) == ("wsd", 4096, 0.05)
     assert template_of(load_law("step-law")) == load_recipe("small")
 
 
@@ -124,8 +135,120 @@ def test_the_recipe_of_a_forecast_is_the_forecast() -> None:
     assert schedule.lr == pytest.approx(found.lr.value, rel=1e-3)
     assert 0.7 < schedule.batch_tokens / found.batch_tokens.value < 1.42
     assert schedule.warmup_steps <= Schedule(schedule, recipe.data.lengths).total_steps / 10
-    assert schedule.gamma == ((0, 0.001), (pytest.approx(schedule.tokens * 143 / 148, rel=1e-6), 0.0))
-    assert schedule.law == "ladder/law.json" and recipe.run.dir == "runs/small-1e13"
+    assert (schedule.shape, schedule.gamma, schedule.alpha) == ("wsd", 0.002, 0.0003)
+    assert schedule.lambda_ == ((0, 0.3), (schedule.tokens // 2, 0.1))  # half way, as in the law's own runs
+    assert recipe.evaluate == template_of(ours()).evaluate and recipe.optimizer == template_of(ours()).optimizer
+    assert schedule.law == "ladder/law.json" and recipe.run.dir == "runs/ours-1e13"
+    used = run_of(recipe)
+    assert used["steps"] * used["batch_tokens"] == used["tokens"] == schedule.tokens and used["lr"] == schedule.lr
+
+
+def test_the_warm_up_keeps_its_share_of_the_middle_of_the_laws_runs() -> None:
+    measured = {"flops": (1e12, 1.6e13), "tokens": (1e6, 4e6)}  # 2e6 in the middle
+    law = ours(measured=measured, family=Family(recipe=COMMON, warmup_tokens=100_000))
+    recipe = recipe_of(forecast(law, flops=1e13))
+    assert recipe.schedule.warmup_steps == round(0.05 * run_of(recipe)["steps"])
+    theirs = recipe_of(forecast(law, flops=1e13, template=load_recipe("tiny")))  # another recipe's is its own
+    assert theirs.schedule.warmup_steps == min(
+        load_recipe("tiny").schedule.warmup_steps, max(1, run_of(theirs)["steps"] // 10)
+    )
+
+
+def test_the_law_of_our_ladder_is_trained_by_as_it_was_measured() -> None:
+    recipe = recipe_of(forecast(load_law("ladder-cpu"), flops=1e13))
+    schedule = recipe.schedule
+    assert (schedule.shape, schedule.gamma, schedule.alpha, schedule.lambda_) == ("wsd", 0.001, 1e-4, 0)
+    assert (recipe.evaluate.tokens, recipe.evaluate.sample_prompts) == (131072, ())
+    assert recipe.data.train[0].path == "stores/ladder" and recipe.run.dir == "runs/ladder-cpu-1e13"
+
+
+def test_a_store_that_is_not_here_is_warned_of_with_what_to_give(tiny_store: Store) -> None:
+    said = [line for line in forecast(ours(data="ladder: code"), flops=1e13).warnings if "no token store" in line]
+    assert len(said) == 1 and "stores/ladder, the text of law ours (ladder: code)" in said[0]
+    assert "data.train=STORE" in said[0] and "--recipe" in said[0]
+    base = load_recipe("tiny", [f"data.train={tiny_store.path}"])
+    assert not any("no token store" in line for line in forecast(ours(), flops=1e13, template=base).warnings)
+
+
+def test_a_law_whose_recipe_is_none_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        ScalingError, match=r"^law = 'ours': family.recipe: optimiser = .*unknown key.*give the forecast"
+    ):
+        template_of(ours(family=Family(recipe={**COMMON, "optimiser": 1})))
+
+
+def test_a_size_that_the_family_has_not_is_named_beside_what_was_asked() -> None:
+    found = forecast(load_law("ladder-cpu"), params=1, tokens=1e5)
+    assert any(line.startswith("params = 1: the nearest model of the family has N = 3840") for line in found.warnings)
+    near = forecast(load_law("ladder-cpu"), params=found.size.params, tokens=1e6)
+    assert not any(line.startswith("params = ") for line in near.warnings)
+    small = forecast(load_law("ladder-cpu"), flops=1e8)  # below the smallest model
+    assert any("does not divide its budget" in line and "(width 8) has 7.72e+04" in line for line in small.warnings)
+
+
+def test_a_law_whose_interval_spans_everything_does_not_tell_a_size() -> None:
+    loss = LossLaw(E=2, A=40, B=400, alpha=0.3, beta=0.3, size="active")
+
+    def told(*draws: tuple[float, ...]) -> bool:
+        law = ours(flops_per_token=None, loss=loss.model_copy(update={"draws": draws}))
+        return not any("does not tell the size" in line for line in forecast(law, flops=1e13).warnings)
+
+    assert told(*((2.0, 40 * f, 400 / f, 0.3, 0.3) for f in (0.8, 1.0, 1.25)))
+    assert not told(*((2.0, 40 * f, 400 / f, 0.3, 0.3) for f in (0.02, 1.0, 50.0)))
+    assert not told((2.0, 40, 400, 0.3, 0.3), (2.0, 0.0, 400, 0.3, 0.3))  # a half of them has no best division
+
+
+def test_a_law_without_a_learning_rate_keeps_its_own_batch() -> None:
+    found = forecast(ours(lr=None), flops=1e13)
+    assert found.batch_tokens == forecast(ours(), flops=1e13).batch_tokens
+    assert (found.lr_law.name, found.batch_law.name) == ("step-law", "ours")
+    assert "law ours has no learning rate: taken from step-law" in found.warnings
+    assert set(found.distances) == {"ours", "step-law"} and found.distance == max(found.distances["step-law"].values())
+    schedule = recipe_of(found).schedule
+    assert schedule.law == "ours" and schedule.from_law and set(schedule.from_law.numbers) == {"batch_tokens"}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["scaling", "forecast", "no-such-law", "--flops", "1e13", "--out"]
+    for place, rule in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none/a.yaml", "there is no folder"),
+        ("/proc/a", "cannot be"),
+    ):
+        assert main([*command, str(place)]) == 2
+        said = capsys.readouterr().err
+        assert f"out = '{place}': {rule}" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_what_the_run_will_use_and_where_its_recipe_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "forecast.yaml"
+    assert main(["scaling", "forecast", "ladder-cpu", "--flops", "1e13", "--out", str(path)]) == 0
+    said, schedule = capsys.readouterr().out, load_recipe(path).schedule
+    assert f"{schedule.tokens:,} in {schedule.tokens // schedule.batch_tokens:,} steps" in said  # type: ignore[operator]
+    assert f"{schedule.batch_tokens:,} tokens" in said and f"{schedule.lr:.4g}\n" in said
+    assert "M of the best allocation at C" in said and "decades (factors of 10) outside of what law ladder-cpu" in said
+    assert said.endswith(f"written to {path}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--flops", "1e12", "--mfu", "0.3"], "mfu = 0.3: goes with gpu_hours and device; "),
+        (["--tokens", "1e6"], "tokens = 1e+06: is no budget without params; "),
+        (["--gpu-hours", "10"], "gpu_hours, device: go together; "),
+    ],
+)
+def test_options_that_do_not_go_alone_are_refused(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scaling", "forecast", "ladder-cpu", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
 
 
 def test_a_forecasts_recipe_says_the_same_of_its_law(tmp_path: Path) -> None:
@@ -177,7 +300,7 @@ def test_a_store_cut_by_another_tokenizer_is_warned_of(tiny_store: Store) -> Non
     [
         ({}, "forecast of nothing: must have one budget; give flops, or GPU hours and a device, or params together with tokens"),
         ({"flops": 1e20, "tokens": 1e9}, "forecast of flops, tokens: must have one budget"),
-        ({"params": 1e9}, "forecast of params: must have one budget"),
+        ({"params": 1e9}, "params = 1e+09: is no budget without tokens; give it too, for example tokens=2e10"),
         ({"flops": -1.0}, "flops = -1: must be more than 0 and at most 1e+28; write it like 1e20"),
         ({"flops": float("nan")}, "flops = nan: must be more than 0"),
         ({"flops": 1e40}, "flops = 1e+40: must be more than 0 and at most 1e+28"),

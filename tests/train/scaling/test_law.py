@@ -22,7 +22,7 @@ def fitted() -> Law:
         best_loss=BestLoss(E=2.0, k=50.0, gamma=0.1, draws=((2.0, 50.0, 0.1), (2.1, 50.0, 0.1))),
         measured={"flops": (1e14, 1.6e15), "batch": (1024, 65536)},
         tokenizer="ab" * 32,
-        family=Family(model={"preset": "tiny", "hidden_size": 64}, sequence_length=256),
+        family=Family(recipe={"model": {"preset": "tiny", "hidden_size": 64}, "data": {"sequence_length": 256}}),
         runs=80,
     )
 
@@ -106,14 +106,16 @@ def test_draws_make_the_interval_of_an_estimate() -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"version": 2}, "version: "),
-        ({"lr": {"coefficient": -1, "exponents": {"flops": 1}}}, "lr.coefficient: "),
-        ({"lr": {"coefficient": float("nan"), "exponents": {"flops": 1}}}, "lr.coefficient: "),
+        ({"version": 2}, "version = 2: must be 1, the only one that this code reads; fit the law again"),
+        ({"version": None}, "version = None: must be 1"),
+        ({"lr": {"coefficient": -1, "exponents": {"flops": 1}}}, "lr.coefficient = -1: "),
+        ({"lr": {"coefficient": float("nan"), "exponents": {"flops": 1}}}, "lr.coefficient = nan: "),
         ({"lr": {"coefficient": 1, "exponents": {"width": 1}}}, "lr.exponents.width"),
         ({"lr": {"coefficient": 1, "exponents": {"flops": 1}, "draws": [[1]]}}, "draws must be rows of 2 numbers"),
         ({"tokens": {"coefficient": 1, "exponents": {"params": 1}}}, "tokens must be a power law of flops alone"),
         ({"measured": {"flops": [2, 1]}}, "measured.flops must be lowest and highest"),
-        ({"learning_rate": 1}, "learning_rate: "),
+        ({"learning_rate": 1}, "learning_rate = 1: unknown key; leave it out"),
+        ({"lr": {"exponents": {"flops": 1}}}, "lr.coefficient: missing; give a law.json"),
     ],
 )
 def test_a_file_that_is_no_law_is_refused_in_one_line(tmp_path: Path, change: dict[str, object], line: str) -> None:
@@ -125,7 +127,23 @@ def test_a_file_that_is_no_law_is_refused_in_one_line(tmp_path: Path, change: di
     assert said.startswith(f"law = '{path}': ") and line in said and "\n" not in said
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]"])
+def test_a_file_without_a_version_is_no_law(tmp_path: Path) -> None:
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps({"name": "a", "source": "b"}))
+    with pytest.raises(ScalingError, match=r"version: missing, so that it is no law; give a law.json"):
+        load_law(path)
+
+
+def test_a_law_is_not_written_where_no_file_can_be(tmp_path: Path) -> None:
+    for place, rule in ((tmp_path, "is a folder"), (tmp_path / "none" / "law.json", "there is no folder")):
+        with pytest.raises(ScalingError, match=f"^out = '{place}': {rule}.*; "):
+            save_law(fitted(), place)
+    with pytest.raises(ScalingError, match=r"^out = '/proc/law.json': cannot be written \(.*; give another place$"):
+        save_law(fitted(), "/proc/law.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"[" * 100_000])
 def test_a_file_of_anything_else_is_refused_too(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "law.json"
     path.write_bytes(content)
