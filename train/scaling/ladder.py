@@ -16,23 +16,105 @@ so that their losses are a little too high: a known bias of the row's minimum to
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from data.errors import DataError
 from data.yaml_io import first_problem, read_yaml
+from model.config import ConfigError
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
-from train.fields import Count, Name, Positive, PositiveCount, mistake
+from train.fields import Count, Name, PositiveCount, mistake, number, show, whole_number
 from train.scaling.basins import SAME_CELL, seed_noise
 from train.scaling.errors import ScalingError
-from train.scaling.family import STEP
+from train.scaling.family import STEP, at_width
+from train.scaling.law import load_law
 from train.scaling.runs import Runs
+from train.scaling.size import size_of
 
 NEAR = 0.0025  # of the minimum: DeepSeek LLM §3.1
+MOST_FLOPS = 1e28  # of a budget
+MOST_SEEDS = 100
+SPACINGS = (1.1, 10.0)  # closer cells are hardly apart, farther ones step over a basin
+
+V = TypeVar("V", int, float)
+
+
+def _listed(example: str) -> BeforeValidator:
+    """A list, and not an empty one."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise mistake("must be a list", f"write for example {example}")
+        if not value:
+            raise mistake("has no entry", f"write for example {example}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _distinct_values(values: tuple[V, ...]) -> tuple[V, ...]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise mistake(f"has {show(value)} twice", "drop one of them")
+    return values
+
+
+def _growing(values: tuple[V, ...]) -> tuple[V, ...]:
+    if list(_distinct_values(values)) != sorted(values):
+        raise mistake("must grow", f"write {show(sorted(values))}")
+    return values
+
+
+def _budget(value: Any) -> float:
+    if not 0 < (flops := number(value)) <= MOST_FLOPS:
+        raise mistake(f"must be more than 0 and at most {MOST_FLOPS:g}", "write it like 1e12")
+    return flops
+
+
+def _lr(value: Any) -> float:
+    if (lr := number(value, open_below=True)) > 1:
+        raise mistake("is more than 1", "write it like 4e-3")
+    return lr
+
+
+def _width(value: Any) -> int:
+    if (width := whole_number(value, 1)) % STEP:
+        raise mistake(f"must be a multiple of {STEP}", f"write for example {-(-width // STEP) * STEP}")
+    return width
+
+
+def _spacing(value: Any) -> float:
+    least, most = SPACINGS
+    if not least <= (ratio := number(value)) <= most:
+        raise mistake(f"is the ratio of two neighbours, at least {least:g} and at most {most:g}", "write for example 2")
+    return ratio
+
+
+def _seeds(value: Any) -> int:
+    if (seeds := whole_number(value, 1)) > MOST_SEEDS:
+        raise mistake(f"must be at most {MOST_SEEDS}", "write for example 3")
+    return seeds
+
+
+def _name_or_sections(value: Any) -> Any:
+    if not isinstance(value, str | dict) or not value:
+        raise mistake("must be a recipe's name or path, or a map of its sections", "write for example recipe: small")
+    return value
+
+
+Budgets = Annotated[
+    tuple[Annotated[float, BeforeValidator(_budget)], ...], _listed("[1e11, 2e11, 4e11]"), AfterValidator(_growing)
+]
+Rates = Annotated[
+    tuple[Annotated[float, BeforeValidator(_lr)], ...], _listed("[4e-3, 8e-3]"), AfterValidator(_distinct_values)
+]
+Batches = Annotated[tuple[PositiveCount, ...], _listed("[1024, 2048]"), AfterValidator(_distinct_values)]
+Widths = Annotated[tuple[Annotated[int, BeforeValidator(_width)], ...], _listed("[64, 128]")]
 
 
 class Section(BaseModel):
@@ -44,62 +126,61 @@ class Section(BaseModel):
 class Grid(Section):
     """Part 1: what each budget starts with."""
 
-    widths: tuple[PositiveCount, ...]  # of each budget, or one for all
-    lr: tuple[Positive, ...]
-    batch_tokens: tuple[PositiveCount, ...]
-    spacing: Positive = 2.0  # ratio of two neighbours, with which the grid grows
+    widths: Widths  # of each budget, or one for all
+    lr: Rates
+    batch_tokens: Batches
+    spacing: Annotated[float, BeforeValidator(_spacing)] = 2.0  # ratio of two neighbours, with which the grid grows
     max_cells: PositiveCount = 20  # of a budget
 
     @model_validator(mode="after")
-    def _is_a_grid(self) -> Self:
-        if self.spacing <= 1:
-            raise mistake(f"spacing = {self.spacing} is the ratio of two neighbours and more than 1", "write 2")
-        for name in ("widths", "lr", "batch_tokens"):
-            if not getattr(self, name):
-                raise mistake(f"{name} must have an entry", "write for example [1e-3, 2e-3]")
+    def _holds_its_first_cells(self) -> Self:
+        if self.max_cells < (first := len(self.lr) * len(self.batch_tokens)):
+            raise mistake(
+                f"is less than the {first} cells that lr and batch_tokens begin with",
+                f"write at least {first}",
+                field="max_cells",
+                value=self.max_cells,
+            )
         return self
 
 
 class Rows(Section):
     """Part 2: the widths of an IsoFLOP row, from which every budget takes those around its own."""
 
-    widths: tuple[PositiveCount, ...]
+    widths: Annotated[Widths, AfterValidator(_growing)]
     sizes: PositiveCount = 5  # of a row to begin with
-
-    @model_validator(mode="after")
-    def _grows(self) -> Self:
-        if list(self.widths) != sorted(set(self.widths)) or not self.widths:
-            raise mistake(f"widths = {list(self.widths)} must have an entry, and grow", "sort them")
-        return self
 
 
 class Ladder(Section):
     """A ladder's YAML file. Width, tokens, rate, batch and seeds are the ladder's, whatever `recipe` says of them."""
 
-    recipe: Name | dict[str, Any]  # a recipe's name or path, or the sections themselves
-    budgets: tuple[Positive, ...]  # C of each rung, FLOPs
+    recipe: Annotated[str | dict[str, Any], BeforeValidator(_name_or_sections)]  # a name, a path, or the sections
+    budgets: Budgets  # C of each rung, FLOPs
     hyperparameters: Grid
     allocation: Rows | None = None
     warmup_tokens: Count = 0  # of every run, rounded to steps; fixed, so that runs of one rate and batch begin alike
-    seeds: PositiveCount = 3  # runs of a budget's best cell
+    seeds: Annotated[int, BeforeValidator(_seeds)] = 3  # runs of a budget's best cell
     dir: Name  # cells/, runs.sqlite
     keep_checkpoints: bool = False  # of finished cells
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if list(self.budgets) != sorted(set(self.budgets)) or not self.budgets:
-            raise mistake(f"budgets = {list(self.budgets)} must have an entry, and grow", "sort them")
-        widths, others = self.hyperparameters.widths, self.allocation.widths if self.allocation else ()
+        widths = self.hyperparameters.widths
         if len(widths) not in (1, len(self.budgets)):
+            budgets = f"{len(self.budgets)} budget{'s' * (len(self.budgets) > 1)}"
             raise mistake(
-                f"hyperparameters.widths has {len(widths)} entries for {len(self.budgets)} budgets",
+                f"has {len(widths)} entries for {budgets}",
                 "give one width for each, or one for all",
+                field="hyperparameters.widths",
+                value=widths,
             )
-        for width in (*widths, *others):
-            if width % STEP:
-                raise mistake(f"width {width}: widths must be multiples of {STEP}", "give for example 64")
-        if missing := sorted(set(widths) - set(others)) if self.allocation else ():
-            raise mistake(f"allocation.widths lacks {missing[0]}, a width of hyperparameters.widths", "add it")
+        if self.allocation and (missing := sorted(set(widths) - set(self.allocation.widths))):
+            raise mistake(
+                f"lacks {missing[0]}, a width of hyperparameters.widths",
+                "add it",
+                field="allocation.widths",
+                value=self.allocation.widths,
+            )
         return self
 
     def width(self, budget: float) -> int:
@@ -111,34 +192,137 @@ class Ladder(Section):
         """What the runs have in common, as a recipe; its own tokens, rate and batch stand for nothing.
 
         Raises:
-            RecipeError, ScalingError: it is no recipe.
+            ScalingError: it is no recipe.
         """
         if isinstance(self.recipe, str):
             if not Path(self.recipe).is_file() and self.recipe not in builtin_recipes():
                 raise ScalingError(f"recipe = {self.recipe!r}: is no recipe; give the path of one")
-            return load_recipe(self.recipe)
-        schedule = {"tokens": 1e12, "lr": 1e-3, **self.recipe.get("schedule", {})}
-        schedule.setdefault("batch_tokens", self.recipe.get("data", {}).get("sequence_length"))
-        return parse_recipe(
-            {**self.recipe, "schedule": schedule, "run": {"dir": self.dir, **self.recipe.get("run", {})}}
-        )
+            try:
+                return load_recipe(self.recipe)
+            except RecipeError as error:
+                raise ScalingError(f"recipe = {self.recipe!r}: {_as_key(str(error))}") from None
+        data, schedule, run = (_section(self.recipe, name) for name in ("data", "schedule", "run"))
+        schedule = {"tokens": 1e12, "lr": 1e-3, "batch_tokens": data.get("sequence_length"), **schedule}
+        try:
+            return parse_recipe({**self.recipe, "schedule": schedule, "run": {"dir": self.dir, **run}})
+        except RecipeError as error:
+            raise ScalingError(in_ladder(str(error))) from None
 
 
 def load_ladder(path: Path) -> Ladder:
     """Read a ladder's file.
 
     Raises:
-        ScalingError: it cannot be read, or breaks a rule; the line names the key.
+        ScalingError: it cannot be read, or breaks a rule; the line names the file and the key.
     """
     try:
         content = read_yaml(path)
-        ladder = Ladder.model_validate(content)
-        ladder.template()
-    except (DataError, RecipeError) as error:
+    except DataError as error:
         raise ScalingError(str(error)) from None
+    try:
+        ladder = Ladder.model_validate(content)
+        template = ladder.template()
+        _check_law(template)
+        _check_runs(ladder, template)
     except ValidationError as error:
-        raise ScalingError(f"{path}: {first_problem(error, Ladder, content)}") from None
+        raise ScalingError(f"{path}: {_first_mistake(error, content)}") from None
+    except ScalingError as error:
+        raise ScalingError(f"{path}: {error}") from None
     return ladder
+
+
+def in_ladder(message: str) -> str:
+    """What is wrong with a recipe, as the file says it that has the recipe as its section `recipe`."""
+    text = _KEY.sub(r"recipe.\g<0>", _as_key(message))
+    return text if text.startswith("recipe.") or not _FIELD.match(text) else f"recipe.{text}"
+
+
+_SECTIONS = "|".join(Recipe.model_fields)
+_KEY = re.compile(rf"""(?<![\w./'"-])(?:{_SECTIONS})\.(?=\w)""")
+_OVERRIDE = re.compile(rf"\b((?:{_SECTIONS})\.[\w.]+)=(?=\S)")
+_FIELD = re.compile(r"[\w.]+(?: =|:) ")
+
+
+def _as_key(message: str) -> str:
+    """A mistake of a recipe with the fixes that a file can take: `schedule.lr: 1e-3` in place of `schedule.lr=1e-3`."""
+    return _OVERRIDE.sub(r"\1: ", re.sub(r" in the recipe or as \S+=…", "", message))
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A section as it is written; nothing below its key means the defaults, which `data` has not."""
+    given = recipe.get(name)
+    if given is None and name != "data":
+        return {}
+    if not isinstance(given, dict):
+        examples = {"data": "{train: STORE, sequence_length: 128}", "schedule": "{shape: wsd}", "run": "{device: cpu}"}
+        raise ScalingError(f"recipe.{name}: must be a map of keys; write for example {name}: {examples[name]}")
+    return given
+
+
+def _first_mistake(error: ValidationError, content: Any) -> str:
+    """The first problem of a ladder's own keys, an unknown key before all else, as one line."""
+    first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    if first["type"] != "recipe":
+        return first_problem(error, Ladder, content)
+    context = first["ctx"]
+    field = ".".join([*map(str, first["loc"]), *filter(None, [context.get("field")])])
+    return f"{field} = {show(context.get('value', first['input']))}: {context['rule']}; {context['fix']}"
+
+
+def _check_law(template: Recipe) -> None:
+    """A law that is named must be there, unless it has given its numbers already."""
+    if template.schedule.law is not None and template.schedule.from_law is None:
+        try:
+            load_law(template.schedule.law)
+        except ScalingError as error:
+            raise ScalingError(f"recipe.schedule.{error}") from None
+
+
+def _check_runs(ladder: Ladder, template: Recipe) -> None:
+    """Batches are whole sequences; every first run has a step of its batch, and more tokens than its warm-up."""
+    batches, base, length = (
+        ladder.hyperparameters.batch_tokens,
+        template.model_config_resolved(),
+        template.data.sequence_length,
+    )
+    for i, batch in enumerate(batches):
+        for tokens in sorted({tokens for _, tokens in template.data.lengths}):
+            if batch % tokens:
+                raise ScalingError(
+                    f"hyperparameters.batch_tokens.{i} = {batch}: is not a multiple of the sequence length {tokens}; write for "
+                    f"example {max(round(batch / tokens), 1) * tokens}"
+                )
+    for i, budget in enumerate(ladder.budgets):
+        own = ladder.width(budget)
+        low, high = _first_row(ladder, own)
+        row = ladder.allocation.widths[low:high] if ladder.allocation else ()
+        for width in dict.fromkeys((own, *row)):
+            try:
+                flops = size_of(at_width(base, width), length).flops_per_token
+            except ConfigError as error:
+                raise ScalingError(f"width {width}: {in_ladder(str(error))}") from None
+            rung, tokens = f"budgets.{i} = {budget:g}", int(budget / flops)
+            if budget < (least := flops * min(batches)):
+                raise ScalingError(
+                    f"{rung}: is less than one step of batch {min(batches)} at width {width} ({least:.3g} FLOPs); give at least "
+                    f"{_rounded_up(least):.3g}"
+                )
+            if width == own and tokens < (most := max(batches)):
+                raise ScalingError(
+                    f"hyperparameters.batch_tokens.{batches.index(most)} = {most}: is more than the whole run of {rung} at width "
+                    f"{width}, {tokens:,} tokens; lower it, or let the budgets begin at {_rounded_up(flops * most):.3g}"
+                )
+            if tokens <= ladder.warmup_tokens:
+                raise ScalingError(
+                    f"warmup_tokens = {ladder.warmup_tokens}: is not less than the whole run of {rung} at width {width}, "
+                    f"{tokens:,} tokens; write for example {tokens // 10}"
+                )
+
+
+def _rounded_up(flops: float) -> float:
+    """To three digits, never below."""
+    unit = 10.0 ** (math.floor(math.log10(flops)) - 2)
+    return math.ceil(flops / unit) * unit
 
 
 @dataclass(frozen=True)
@@ -297,10 +481,8 @@ def _row(ladder: Ladder, best: Cell, losses: Losses) -> tuple[list[Cell], str]:
     """
     if ladder.allocation is None:
         return [], ""
-    widths, sizes = ladder.allocation.widths, ladder.allocation.sizes
-    middle = widths.index(best.width)
-    low = max(0, min(middle - (sizes - 1) // 2, len(widths) - sizes))
-    high = min(len(widths), low + sizes)
+    widths = ladder.allocation.widths
+    low, high = _first_row(ladder, best.width)
     while True:
         cells = [_with(best, width=width) for width in widths[low:high]]
         if any(cell not in losses for cell in cells):
@@ -312,6 +494,15 @@ def _row(ladder: Ladder, best: Cell, losses: Losses) -> tuple[list[Cell], str]:
             high += 1
         else:
             return cells, "smaller" if at == 0 else "larger" if at == len(cells) - 1 else ""
+
+
+def _first_row(ladder: Ladder, own: int) -> tuple[int, int]:
+    """Which of the ladder's widths the row around this one begins with: from the first to below the last."""
+    if ladder.allocation is None:
+        return 0, 0
+    widths, sizes = ladder.allocation.widths, ladder.allocation.sizes
+    low = max(0, min(widths.index(own) - (sizes - 1) // 2, len(widths) - sizes))
+    return low, min(len(widths), low + sizes)
 
 
 def _with(cell: Cell, **changes: Any) -> Cell:

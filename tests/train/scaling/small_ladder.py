@@ -40,7 +40,7 @@ def write_ladder(folder: Path, store: Path, **changes: Any) -> Path:
         "evaluate": {"tokens": 512},
         "logging": {"every_steps": 100},
         "run": {"device": "cpu"},
-    }
+    } | changes.pop("sections", {})
     ladder = {
         "recipe": changes.pop("recipe", recipe),
         "budgets": changes.pop("budgets", [4e8, 8e8]),

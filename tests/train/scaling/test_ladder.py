@@ -116,24 +116,112 @@ def test_a_budget_whose_runs_all_diverged_asks_for_no_more(ladder: Ladder) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budgets": [2e9, 1e9]}, "budgets"),
-        ({"budgets": []}, "budgets"),
-        ({"widths": [16, 16, 16]}, "3 entries for 2 budgets"),
-        ({"widths": [20]}, "multiples of 8"),
-        ({"row": [8, 24]}, "lacks 16"),
-        ({"lr": [-1.0]}, "lr"),
-        ({"spacing": 1.0}, "more than 1"),
-        ({"colour": "blue"}, "colour"),
-        ({"recipe": "no-such-recipe"}, "no-such-recipe"),
-        ({"data": {"train": "STORE", "sequence_length": 0}}, "data.sequence_length"),
+        (
+            {"budgets": [2e9, 1e9]},
+            "budgets = [2000000000.0, 1000000000.0]: must grow; write [1000000000.0, 2000000000.0]",
+        ),
+        ({"budgets": []}, "budgets = []: has no entry; write for example [1e11, 2e11, 4e11]"),
+        ({"budgets": [1e9, 1e9]}, "budgets = [1000000000.0, 1000000000.0]: has 1000000000.0 twice; drop one of them"),
+        ({"budgets": 1e9}, "budgets = 1000000000.0: must be a list; write"),
+        ({"budgets": [1e9, 1e29]}, "budgets.1 = 1e+29: must be more than 0 and at most 1e+28; write it like 1e12"),
+        ({"budgets": [1]}, "budgets.0 = 1: is less than one step of batch 256 at width 16 ("),
+        (
+            {"batch_tokens": [256, 3200000]},
+            "hyperparameters.batch_tokens.1 = 3200000: is more than the whole run of budgets.0",
+        ),
+        (
+            {"batch_tokens": [100]},
+            "hyperparameters.batch_tokens.0 = 100: is not a multiple of the sequence length 32; write for",
+        ),
+        ({"batch_tokens": []}, "hyperparameters.batch_tokens = []: has no entry; write for example [1024, 2048]"),
+        ({"batch_tokens": [256, 256]}, "hyperparameters.batch_tokens = [256, 256]: has 256 twice; drop one"),
+        (
+            {"warmup_tokens": 10**9},
+            "warmup_tokens = 1000000000: is not less than the whole run of budgets.0 = 4e+08 at",
+        ),
+        ({"widths": [16, 16, 16]}, "hyperparameters.widths = [16, 16, 16]: has 3 entries for 2 budgets; give"),
+        ({"widths": [16, 16], "budgets": [1e9]}, "hyperparameters.widths = [16, 16]: has 2 entries for 1 budget; give"),
+        ({"widths": [20]}, "hyperparameters.widths.0 = 20: must be a multiple of 8; write for example 24"),
+        ({"widths": []}, "hyperparameters.widths = []: has no entry; write for example [64, 128]"),
+        ({"row": [8, 16, 20]}, "allocation.widths.2 = 20: must be a multiple of 8"),
+        ({"row": [8, 24]}, "allocation.widths = [8, 24]: lacks 16, a width of hyperparameters.widths; add it"),
+        ({"row": [16, 16]}, "allocation.widths = [16, 16]: has 16 twice"),
+        ({"lr": [-1.0]}, "hyperparameters.lr.0 = -1.0: must be a number more than 0"),
+        ({"lr": [1e-3, 4]}, "hyperparameters.lr.1 = 4: is more than 1; write it like 4e-3"),
+        ({"lr": [1e-3, 1e-3]}, "hyperparameters.lr = [0.001, 0.001]: has 0.001 twice"),
+        ({"seeds": 101}, "seeds = 101: must be at most 100; write for example 3"),
+        (
+            {"spacing": 1.05},
+            "hyperparameters.spacing = 1.05: is the ratio of two neighbours, at least 1.1 and at most 10; wr",
+        ),
+        ({"spacing": 11}, "hyperparameters.spacing = 11: is the ratio"),
+        (
+            {"max_cells": 1},
+            "hyperparameters.max_cells = 1: is less than the 2 cells that lr and batch_tokens begin with; wr",
+        ),
+        ({"colour": "blue"}, "colour: unknown key"),
     ],
 )
 def test_a_mistake_in_a_ladder_is_one_line_that_names_it(
     tiny_store: Store, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
+    _is_refused(write_ladder(tmp_path, tiny_store.path, **changes), message)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": None}, "data: must be a map of keys; write for example data: {train: STORE, sequence_length: 128}"),
+        ({"data": []}, "data: must be a map of keys"),
+        ({"schedule": 5}, "schedule: must be a map of keys; write for example schedule: {shape: wsd}"),
+        ({"run": "x"}, "run: must be a map of keys"),
+        ({"model": 5}, "model = 5: must be a map of keys"),
+        (
+            {"model": {}},
+            "model = {}: has neither preset nor config; give one of recipe.model.preset: tiny and recipe.model.c",
+        ),
+        ({"model": {"preset": "none"}}, "model.preset: 'none' is not a preset"),
+        ({"data": {"train": "STORE", "sequence_length": 0}}, "data.sequence_length = 0: must be a whole number"),
+        ({"data": {"sequence_length": 32}}, "data.train: missing; it has no default; give it"),
+        ({"schedule": {"gama": 1}}, "schedule.gama = 1: unknown key; did you mean recipe.schedule.gamma?"),
+        ({"schedule": {"law": "no-law"}}, "schedule.law = 'no-law': must be a file or one of"),
+        ({"optimiser": {}}, "optimiser = {}: unknown key; did you mean optimizer?"),
+    ],
+)
+def test_a_mistake_in_the_recipe_of_a_ladder_is_said_as_the_ladder_has_it(
+    tiny_store: Store, tmp_path: Path, sections: dict[str, object], message: str
+) -> None:
+    _is_refused(write_ladder(tmp_path, tiny_store.path, sections=sections), f"recipe.{message}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("no-such-recipe", "recipe = 'no-such-recipe': is no recipe; give the path of one"),
+        (5, "recipe = 5: must be a recipe's name or path, or a map of its sections; write for example recipe: small"),
+        (None, "recipe = null: must be"),
+        ({}, "recipe = {}: must be"),
+    ],
+)
+def test_what_stands_for_the_recipe_of_a_ladder_must_be_one(
+    tiny_store: Store, tmp_path: Path, recipe: object, message: str
+) -> None:
+    _is_refused(write_ladder(tmp_path, tiny_store.path, recipe=recipe), message)
+
+
+def _is_refused(path: Path, message: str) -> None:
     with pytest.raises(ScalingError) as error:
-        load_ladder(write_ladder(tmp_path, tiny_store.path, **changes))
-    assert message in str(error.value) and "\n" not in str(error.value)
+        load_ladder(path)
+    line = str(error.value)
+    assert line.startswith(f"{path}: {message}") and "\n" not in line and "as data." not in line, line
+
+
+def test_the_budget_that_a_ladder_suggests_is_taken(tiny_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ScalingError) as error:
+        load_ladder(write_ladder(tmp_path, tiny_store.path, budgets=[1], warmup_tokens=0, row=[16], sizes=1))
+    least = float(str(error.value).rpartition("at least ")[2])
+    ladder = write_ladder(tmp_path, tiny_store.path, budgets=[least], warmup_tokens=0, row=[16], sizes=1)
+    assert load_ladder(ladder).budgets == (least,)
 
 
 def test_a_family_keeps_the_proportions_of_its_template() -> None:
