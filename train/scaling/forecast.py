@@ -10,6 +10,7 @@ trains the run is in `recipes`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.family import with_flops
 from train.scaling.law import Law, LossLaw, load_law
-from train.scaling.loss_law import optimum
+from train.scaling.loss_law import EXPONENTS, optimum
 from train.scaling.recipes import template_of
 from train.scaling.size import Size, size_of
 
@@ -37,6 +38,8 @@ HYPERPARAMETERS = "step-law"  # of laws that have none
 ANOTHER = 1.1  # ratio to what was asked for, or is best, from which on a run is said to be another
 UNTOLD = 30.0  # high over low of the interval of M, from which on a law does not tell the size
 TOLD = 0.95  # share of the draws that must divide a budget
+LARGEST = 1e17  # FLOPs per token of a model
+LOG_LARGEST = 500.0  # of the scale of sizes in a division, so that powers of it stay numbers
 ROUNDS = 8  # of finding a size whose ratios are its own; two or three are enough
 MOST = {"flops": 1e28, "device_flops": 1e28, "params": 1e15, "tokens": 1e18}
 
@@ -234,21 +237,24 @@ def _describe(law: Law, template: Recipe, model: ModelConfig, tokens: float, dou
 
 def _division(law: Law, width: int, size: Size, flops: float, best: tuple[Estimate, Estimate] | None) -> Iterator[str]:
     """What there is to doubt in the division of C into size and tokens."""
+    loss = law.loss if law.flops_per_token is None and law.tokens is None else None
     if best is None:
+        if loss:
+            yield f"law {law.name} does not tell the size: {_no_minimum(loss)}"
         return
     value, low, high = best[0].value, best[0].low, best[0].high
     at = f"at C = {flops:.3g} the best model has {value:.3g} FLOPs per token"
-    if low is not None and high is not None and high > UNTOLD * low:
-        yield (
-            f"law {law.name} does not tell the size: {at}, between {low:.3g} and {high:.3g}; give params and tokens, or fit a "
-            "law to more sizes and budgets"
+    doubt = ""
+    if loss and not all(EXPONENTS[0] < exponent < EXPONENTS[-1] for exponent in (loss.alpha, loss.beta)):
+        doubt = (
+            f"alpha = {loss.alpha:.3g} and beta = {loss.beta:.3g} must lie inside {EXPONENTS[0]:g} to {EXPONENTS[-1]:g}"
         )
-    loss = law.loss if law.flops_per_token is None and law.tokens is None else None
-    if loss and loss.draws and (whole := sum(map(_has_minimum, _drawn(loss)))) < TOLD * len(loss.draws):
-        yield (
-            f"law {law.name} does not tell the size: {len(loss.draws) - whole} of {len(loss.draws)} draws of its L(N, D) have no "
-            "best division; give params and tokens, or fit a law to more sizes and tokens"
-        )
+    elif loss and loss.draws and (whole := sum(map(_has_minimum, _drawn(loss)))) < TOLD * len(loss.draws):
+        doubt = f"{len(loss.draws) - whole} of {len(loss.draws)} draws of its L(N, D) have no best division"
+    elif low is not None and high is not None and high > UNTOLD * low:
+        doubt = f"{at}, between {low:.3g} and {high:.3g}"
+    if doubt:
+        yield f"law {law.name} does not tell the size: {doubt}; give params and tokens, or fit a law to more sizes and tokens"
     if not 1 / ANOTHER < (rate := _rate(law, size)) / value < ANOTHER:
         yield f"the run does not divide its budget as law {law.name} does: {at}, the run's (width {width}) has {rate:.3g}"
 
@@ -310,12 +316,7 @@ def _best(law: Law, flops: float, size: Size) -> tuple[Estimate, Estimate] | Non
     if law.tokens:
         tokens = law.tokens.estimate(flops=flops)
         return _quotient(flops, tokens), tokens
-    if law.loss:
-        if not _has_minimum(law.loss):
-            raise ScalingError(
-                f"law = {law.name!r}: its L(N, D) has no minimum on a budget: A = {law.loss.A:g}, B = {law.loss.B:g}, alpha = "
-                f"{law.loss.alpha:g} and beta = {law.loss.beta:g} must be more than 0; fit it to runs of more sizes and tokens"
-            )
+    if law.loss and _has_minimum(law.loss):
         per_parameter = _rate(law, size) / getattr(size, law.loss.size)
         laws = [law.loss, *filter(_has_minimum, _drawn(law.loss))]
         value, *draws = [per_parameter * optimum(one, flops, per_parameter).params for one in laws]
@@ -326,8 +327,18 @@ def _best(law: Law, flops: float, size: Size) -> tuple[Estimate, Estimate] | Non
 
 
 def _has_minimum(law: LossLaw) -> bool:
-    """Whether more parameters and more tokens both help, so that a budget has a best division."""
-    return min(law.A, law.B, law.alpha, law.beta) > 0
+    """Whether more parameters and more tokens both help, so that a budget has a best division, and one that numbers can hold."""
+    if min(law.A, law.B, law.alpha, law.beta) <= 0:
+        return False
+    log_g = math.log(law.alpha) + math.log(law.A) - math.log(law.beta) - math.log(law.B)
+    return abs(log_g) / (law.alpha + law.beta) < LOG_LARGEST
+
+
+def _no_minimum(law: LossLaw) -> str:
+    return (
+        f"its L(N, D) has no minimum on a budget: A = {law.A:g}, B = {law.B:g}, alpha = {law.alpha:g} and beta = {law.beta:g} must "
+        "be more than 0, and not by a trifle; fit it to runs of more sizes and tokens, or give params and tokens"
+    )
 
 
 def _drawn(law: LossLaw) -> Iterator[LossLaw]:
@@ -349,9 +360,16 @@ def _allocated(law: Law, flops: float, family: ModelConfig, length: int) -> Mode
         size = size_of(model, length)
         best = _best(law, flops, size)
         if best is None:
+            if law.loss:
+                raise ScalingError(f"law = {law.name!r}: {_no_minimum(law.loss)}")
             raise ScalingError(
                 f"law = {law.name!r}: has neither an allocation of compute nor L(N, D), so that it gives no size; give params and "
                 "tokens, or use another law, for example deepseek-llm"
+            )
+        if best[0].value > min(flops, LARGEST):
+            raise ScalingError(
+                f"law = {law.name!r}: its best model for C = {flops:.3g} has {best[0].value:.3g} FLOPs per token, which is no run; "
+                "give params and tokens, or use another law"
             )
         wanted = best[0].value * size.flops_per_token / _rate(law, size)
         before, model = model, with_flops(family, wanted, length)

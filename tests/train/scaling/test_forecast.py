@@ -198,6 +198,24 @@ def test_a_law_whose_interval_spans_everything_does_not_tell_a_size() -> None:
     assert not told((2.0, 40, 400, 0.3, 0.3), (2.0, 0.0, 400, 0.3, 0.3))  # a half of them has no best division
 
 
+@pytest.mark.parametrize("exponents", [(20.0, 0.3), (0.3, 20.0), (1e-3, 0.3)])
+def test_an_exponent_at_the_end_of_the_search_does_not_tell_a_size(exponents: tuple[float, float]) -> None:
+    loss = LossLaw(E=2, A=40, B=400, alpha=exponents[0], beta=exponents[1], size="active")
+    found = forecast(ours(flops_per_token=None, loss=loss), params=1e5, tokens=1e7)
+    assert any("does not tell the size: alpha = " in line and "inside 0.03 to 2;" in line for line in found.warnings)
+
+
+def test_a_law_that_divides_no_budget_still_answers_for_a_size_that_is_given() -> None:
+    flat = ours(flops_per_token=None, loss=LossLaw(E=2, A=0, B=400, alpha=0.3, beta=0.3))
+    found = forecast(flat, params=1e5, tokens=1e7)
+    assert found.best_tokens is None and any("has no minimum on a budget: A = 0" in line for line in found.warnings)
+    steep = ours(flops_per_token=PowerLaw(coefficient=1e9, exponents={"flops": 1}))
+    with pytest.raises(
+        ScalingError, match=r"its best model for C = 1e\+13 has 1e\+22 FLOPs per token, which is no run; give"
+    ):
+        forecast(steep, flops=1e13)
+
+
 def test_a_law_without_a_learning_rate_keeps_its_own_batch() -> None:
     found = forecast(ours(lr=None), flops=1e13)
     assert found.batch_tokens == forecast(ours(), flops=1e13).batch_tokens
