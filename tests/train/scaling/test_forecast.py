@@ -19,7 +19,7 @@ from train.schedule import Schedule
 
 POWER = {"lr": (0.5, -0.15), "batch_tokens": (0.05, 0.33), "flops_per_token": (0.3, 0.5)}
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "model": {"preset": "tiny", "vocab_size": 512},
     "data": {"train": "stores/ladder", "sequence_length": 128},
     "optimizer": {"weight_decay": 0.05},
@@ -141,6 +141,12 @@ def test_the_recipe_of_a_forecast_is_the_forecast() -> None:
     assert schedule.law == "ladder/law.json" and recipe.run.dir == "runs/ours-1e13"
     used = run_of(recipe)
     assert used["steps"] * used["batch_tokens"] == used["tokens"] == schedule.tokens and used["lr"] == schedule.lr
+
+
+def test_positions_of_a_laws_curves_move_from_the_tokens_that_its_recipe_has() -> None:
+    schedule = {**COMMON["schedule"], "tokens": 2e9, "gamma": [[0, 0.001], [1.5e9, 0.0]], "lambda": 0}
+    made = recipe_of(forecast(ours(family=Family(recipe={**COMMON, "schedule": schedule})), flops=1e13)).schedule
+    assert made.gamma == ((0, 0.001), (made.tokens * 3 // 4, 0.0))
 
 
 def test_the_warm_up_keeps_its_share_of_the_middle_of_the_laws_runs() -> None:
