@@ -33,11 +33,15 @@ def run(
 
     from train.scaling.execute import Execution
     from train.scaling.ladder import load_ladder
+    from train.scaling.preflight import preflight
 
+    loaded = load_ladder(ladder)
+    preflight(ladder, loaded, processes)
     places = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    execution = Execution(load_ladder(ladder), jobs or max(1, places // processes), processes, _say)
-    for line in execution.describe():
-        _say(line)
+    execution = Execution(loaded, jobs or max(1, places // processes), processes, _say)
+    if dry_run or not execution.is_finished:
+        for line in execution.describe():
+            _say(line)
     if dry_run:
         return
     try:

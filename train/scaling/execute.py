@@ -9,6 +9,7 @@ left running keeps its place on the machine until it ends.
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ from train.scaling.cells import RESULT, Cells, Result, diverged, result_of, seco
 from train.scaling.code_version import code_version
 from train.scaling.errors import ScalingError
 from train.scaling.ladder import Cell, Ladder, open_ends, wanted
-from train.scaling.outlook import describe, duration
+from train.scaling.outlook import counted, describe, duration
 from train.scaling.pace import Pace
 from train.scaling.reuse import ConstantStages, inherit
 from train.scaling.table import TABLE, write_table
@@ -96,9 +97,8 @@ class Execution:
             finally:
                 self._stop()
                 self._write_table()
-        for line in open_ends(self.ladder, self._losses(), self.cells.sequence_length):
-            self.say(line)
         if self.failed:
+            self._say_all(self._open_ends())
             cell, reason = next(iter(self.failed.items()))
             more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
             raise ScalingError(
@@ -108,18 +108,20 @@ class Execution:
         if not self.ladder.keep_checkpoints:
             for cell in self.results:
                 shutil.rmtree(self._run(cell) / "checkpoints", ignore_errors=True)
+        self._say_all(self._ending())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to run."""
+        return not self._left()
 
     def describe(self) -> list[str]:
         """What is before us, in lines for people."""
-        self.look()
+        if self.is_finished:
+            return self._ending()
         finished = [cell for cell in self.wanted if cell in self.results]
         lines = describe(self.cells, self.stages, self.pace, self.jobs, self.wanted, finished)
-        if others := self.cells.others:
-            first = next(iter(others.values()))
-            lines.append(
-                f"{len(others)} finished cells of {self.cells.folder} belong to another recipe (first difference: {first})"
-            )
-        return lines
+        return [*lines, *self._others()]
 
     def look(self) -> None:
         """Read the results that there are, whoever made them, and what they ask for."""
@@ -128,6 +130,32 @@ class Execution:
             return
         self.results = results
         self.wanted = wanted(self.ladder, self._losses(), self.cells.sequence_length)
+
+    def _ending(self) -> list[str]:
+        """What a finished ladder came to, and what to do with it."""
+        number, more = len(self.wanted), len(self.results.keys() - set(self.wanted))
+        all_cells = f"all {number} cells are finished" if number > 1 else "the only cell is finished"
+        unwanted = f" ({more} more {'are' if more > 1 else 'is'} no longer wanted)" if more else ""
+        folder = self.ladder.dir
+        line = f"{all_cells}{unwanted}; table: {Path(folder) / TABLE}; next: rorqual scaling fit {shlex.quote(folder)}"
+        return [*self._open_ends(), *self._others(), line]
+
+    def _open_ends(self) -> list[str]:
+        return open_ends(self.ladder, self._losses(), self.cells.sequence_length)
+
+    def _others(self) -> list[str]:
+        """A line about finished cells of another recipe, if there are any."""
+        if not (others := self.cells.others):
+            return []
+        belong = "belongs" if len(others) == 1 else "belong"
+        return [
+            f"{counted(len(others), 'finished cell')} of {self.cells.folder} {belong} to another recipe (first difference: "
+            f"{next(iter(others.values()))})"
+        ]
+
+    def _say_all(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say(line)
 
     def _losses(self) -> dict[Cell, float]:
         return {cell: result.loss for cell, result in self.results.items()}

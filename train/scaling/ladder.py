@@ -363,8 +363,8 @@ def open_ends(ladder: Ladder, losses: Losses, sequence_length: int) -> list[str]
         if part.uncovered:
             limit = ladder.hyperparameters.max_cells
             lines.append(
-                f"C = {part.budget:.4g}: max_cells ended its grid with {part.uncovered} neighbours of near-optimal cells not "
-                f"run; raise hyperparameters.max_cells = {limit}"
+                f"C = {part.budget:.4g}: max_cells ended its grid with {part.uncovered} neighbour{'s' * (part.uncovered > 1)} of "
+                f"near-optimal cells not run; raise hyperparameters.max_cells = {limit}"
             )
         if part.edge:
             end = part.row[0 if part.edge == "smaller" else -1]

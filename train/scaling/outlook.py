@@ -16,17 +16,25 @@ def describe(
     grid, rows, rungs = cells.ladder.hyperparameters, cells.ladder.allocation, len(cells.ladder.budgets)
     first = len(grid.lr) * len(grid.batch_tokens)
     left = [cell for cell in wanted if cell not in finished]
-    later = max(0, rungs * (first + (rows.sizes - 1 if rows else 0) + cells.ladder.seeds - 1) - len(wanted))
-    refined = rungs * max(0, grid.max_cells - first)
+    repeated = (rows.sizes - 1 if rows else 0) + cells.ladder.seeds - 1
+    later = max(0, rungs * (first + repeated) - len(wanted))
+    refined = max(0, rungs * (grid.max_cells + repeated) - len(wanted) - later)
     seconds, each = pace.seconds(left) / jobs, pace.seconds(wanted) / jobs / max(1, len(wanted))
     flops, all_flops = sum(map(cells.flops, wanted)), sum(map(cells.all_flops, wanted))
     return [
-        f"{len(wanted)} cells of {rungs} budgets are known to be wanted, {len(finished)} of them finished: "
-        f"C = {flops:.3g} FLOPs, {all_flops:.3g} with the output head and MTP",
-        f"{later} more follow from their results (IsoFLOP rows, seeds), and up to {refined} where a grid must grow",
-        f"{jobs} at once: about {duration(seconds + later * each)}, or up to {duration(seconds + (later + refined) * each)}",
+        f"{counted(len(wanted), 'cell')} of {counted(rungs, 'budget')} {'is' if len(wanted) == 1 else 'are'} known to be wanted, "
+        f"{len(finished)} of them finished: C = {flops:.3g} FLOPs, {all_flops:.3g} with the output head and MTP",
+        f"{later} more {'follows' if later == 1 else 'follow'} from their results (IsoFLOP rows, seeds), and up to {refined} "
+        "where a grid must grow",
+        f"{jobs} at once: about {duration(seconds + later * each)}, or up to {duration(seconds + (later + refined) * each)}; more "
+        "where the noise, once seeds tell it, moves a best cell: its row and its seeds are then run again",
         *_reused(cells, stages, wanted),
     ]
+
+
+def counted(number: int, what: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -45,12 +53,15 @@ def _reused(cells: Cells, stages: ConstantStages, wanted: list[Cell]) -> list[st
     lines = []
     if used:
         share = sum(used) / sum(map(cells.tokens, wanted))
-        lines.append(f"{len(used)} cells go on from the constant stage of a shorter one: {share:.0%} of the tokens")
+        go = "goes" if len(used) == 1 else "go"
+        lines.append(
+            f"{counted(len(used), 'cell')} {go} on from the constant stage of a shorter one: {share:.0%} of the tokens"
+        )
     if unused:
         shorter, longer = unused
         shared = stages.shared(shorter, longer)
         lines.append(
-            f"{longer.name} cannot go on from {shorter.name}: they have {shared.steps} steps in common, then "
+            f"{longer.name} cannot go on from {shorter.name}: they have {counted(shared.steps, 'step')} in common, then "
             f"{shared.why_not_more} differs"
         )
     return lines

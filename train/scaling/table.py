@@ -57,14 +57,22 @@ def write_table(path: Path, results: Iterable[Result]) -> None:
 
 
 def keep(folder: Path, out: Path) -> None:
-    """Write the table and what the runs have in common as text."""
+    """Write the table and what the runs have in common as text.
+
+    Raises:
+        ScalingError: there is no table, or nothing can be written in `out`.
+    """
     rows, common = read_rows(folder), read_common(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    with replace_file(out / CSV) as path, path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else [name for name, _ in COLUMNS], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    common.write(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replace_file(out / CSV) as path, path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]) if rows else [name for name, _ in COLUMNS], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        common.write(out)
+    except OSError as error:
+        reason = "a file is there" if isinstance(error, FileExistsError) else error.strerror
+        raise ScalingError(f"out = {str(out)!r}: is no folder to write in ({reason}); give another one") from None
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

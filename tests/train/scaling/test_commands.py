@@ -2,9 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.prepare import prepare
+from data.store import Store
+from tests.conftest import write_tiny_recipe
+from tests.train.scaling.small_ladder import MODEL, write_ladder
 from train.cli import main
 from train.scaling.commands import _print_fit
 from train.scaling.held_out import HoldOut
@@ -20,6 +25,56 @@ def test_a_law_says_what_the_losses_of_its_points_are_in(tmp_path: Path, capsys:
         assert main([*command, *arguments, "--json"]) == 0
         units.append(json.loads(capsys.readouterr().out)["law"]["loss_unit"])
     assert units == ["nats per token", "bits per byte"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dir": "FOLDER/file"}, "dir = 'FOLDER/file': FOLDER/file is a file; give another folder"),
+        ({"dir": "FOLDER/file/below"}, "dir = 'FOLDER/file/below': FOLDER/file is a file; give another folder"),
+        ({"dir": "/proc/ladder"}, "dir = '/proc/ladder': nothing can be written in /proc ("),
+        ({"sections": {"model": MODEL | {"vocab_size": 384}}}, "recipe.model.vocab_size = 384: the tokenizer of "),
+        (
+            {"sections": {"run": {"device": "cuda"}}},
+            "recipe.run.device = 'cuda': this machine shows no CUDA device; write auto",
+        ),
+        ({"sections": {"schedule": {"law": "no"}}}, "recipe.schedule.law = 'no': must be a file or one of"),
+        ({"sections": {"data": {"train": "FOLDER/none", "sequence_length": 32}}}, "recipe.data: FOLDER/none"),
+        (
+            {"store": "FOLDER/store"},
+            "recipe.data.validation: no source of FOLDER/store has the 33 tokens of one window",
+        ),
+        (
+            {"data": {"train": "", "sequence_length": 32, "stages": [{"from_tokens": 10**9, "packing": "best_fit"}]}},
+            "recipe.data.",
+        ),
+        (
+            {"processes": "3"},
+            "hyperparameters.batch_tokens: a global batch of 8 sequences does not divide over 3 processes",
+        ),
+    ],
+)
+def test_what_only_a_run_would_show_is_found_by_a_dry_run(
+    changes: dict[str, Any],
+    said: str,
+    tiny_store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "file").write_text("")
+    changes = json.loads(json.dumps(changes).replace("FOLDER", str(tmp_path)))
+    store, processes = Path(changes.pop("store", tiny_store.path)), changes.pop("processes", "1")
+    if store != tiny_store.path:
+        prepare(write_tiny_recipe(tmp_path, documents=30).model_copy(update={"validation": 0.0}), store)
+    ladder = write_ladder(tmp_path, store, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()  # what the preparation said
+    assert main(["scaling", "run", str(ladder), "--dry-run", "--processes", processes]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"rorqual: {ladder}: {said.replace('FOLDER', str(tmp_path))}") and err.count("\n") == 1, err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

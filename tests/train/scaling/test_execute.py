@@ -90,6 +90,26 @@ def test_a_finished_ladder_runs_nothing_again(finished: tuple[Ladder, Said]) -> 
     assert ends(said) == [] and not list(Path(ladder.dir).glob("cells/*/run/checkpoints"))
 
 
+def test_a_finished_ladder_says_so_and_what_to_do_next(finished: tuple[Ladder, Said]) -> None:
+    ladder, said = finished
+    folder = ladder.dir
+    last = f"all 8 cells are finished; table: {folder}/runs.sqlite; next: rorqual scaling fit {folder}"
+    assert said[-1] == last == execution(ladder, []).describe()[-1]
+    fewer = ladder.model_copy(update={"seeds": 1, "budgets": (4e8,)})
+    lines = execution(fewer, []).describe()
+    assert lines[-1].startswith("all 3 cells are finished (5 more are no longer wanted); table: "), lines
+
+
+def test_the_first_estimate_says_what_it_leaves_open(tiny_store: Store, tmp_path: Path) -> None:
+    path = write_ladder(
+        tmp_path, tiny_store.path, budgets=[4e8], lr=[4e-3], max_cells=4, seeds=2, row=[16, 24], sizes=2
+    )
+    lines = execution(load_ladder(path), []).describe()
+    assert lines[0].startswith("1 cell of 1 budget is known to be wanted, 0 of them finished: C = "), lines
+    assert lines[1] == "2 more follow from their results (IsoFLOP rows, seeds), and up to 3 where a grid must grow"
+    assert "up to" in lines[2] and "where the noise, once seeds tell it, moves a best cell" in lines[2]
+
+
 def test_an_edited_ladder_runs_what_the_edit_has_changed(finished: tuple[Ladder, Said]) -> None:
     ladder, _ = finished
     more = ladder.model_copy(update={"seeds": 3})
@@ -155,6 +175,17 @@ def test_the_text_form_of_a_table_reads_as_the_table(finished: tuple[Ladder, Sai
     folder = Path(finished[0].dir)
     keep(folder, tmp_path / "kept")
     assert read_runs(tmp_path / "kept").loss.tolist() == read_runs(folder).loss.tolist()
+
+
+@pytest.mark.parametrize(("place", "reason"), [("file", "a file is there"), ("file/below", "Not a directory")])
+def test_a_table_that_cannot_be_kept_is_one_line(
+    finished: tuple[Ladder, Said], place: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["scaling", "table", finished[0].dir, "--out", str(tmp_path / place)]) == 2
+    assert (
+        f"out = '{tmp_path / place}': is no folder to write in ({reason}); give another one" in capsys.readouterr().err
+    )
 
 
 def test_schedules_without_a_common_part_are_said_to_have_none(tiny_store: Store, tmp_path: Path) -> None:
