@@ -109,14 +109,19 @@ class Cells:
 
     def common(self) -> Common:
         """What all cells have in common."""
-        varied = {"schedule": ("tokens", "lr", "batch_tokens", "warmup_steps"), "run": ("dir", "seed")}
+        varied = {"schedule": ("lr", "batch_tokens", "warmup_steps"), "run": ("dir", "seed")}
         recipe = {
             section: {name: value for name, value in values.items() if name not in varied.get(section, ())}
             for section, values in self._common.items()
         }
         stores = list(self._stores.values())
         data = [f"{store.path.name}: {', '.join(store.shares('train'))}" for store in stores]
-        return Common(recipe=recipe, data=data, tokenizer=stores[0].manifest.tokenizer_fingerprint)
+        return Common(
+            recipe=recipe,
+            data=data,
+            tokenizer=stores[0].manifest.tokenizer_fingerprint,
+            warmup_tokens=self.ladder.warmup_tokens or None,
+        )
 
     def flops(self, cell: Cell) -> int:
         """C = M·D."""

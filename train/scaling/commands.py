@@ -90,7 +90,7 @@ def fit(
         typer.Option("--drop-outliers", help="Leave runs out of L(N, D) that are over 5 robust sd off a first fit."),
     ] = False,
     draws: Annotated[int, typer.Option(min=0, help="Samples of each bootstrap.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of the bootstraps.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstraps.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the law; default: the folder's or file's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the law here (law.json).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with pictures here.")] = None,
@@ -101,14 +101,13 @@ def fit(
     from train.scaling.common import read_common
     from train.scaling.fit import fit_runs
     from train.scaling.law import save_law
+    from train.scaling.output import check_output
     from train.scaling.points import read_points
     from train.scaling.table import read_runs
 
     for option, path in (("out", out), ("html", html)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ScalingError(
-                f"{option} = {str(path)!r}: there is no folder {path.parent}; make it or give another place"
-            )
+        if path is not None:
+            check_output(path, option)
     if (runs is None) == (points is None):
         raise ScalingError("fit: give either RUNS, a ladder's folder, or --points FILE.csv with --columns")
     if points is not None:

@@ -107,6 +107,7 @@ def fit_loss(
         theta, objective = _fit_huber(runs, exponents, alone=start is not None)
     law = _law(runs.natural(theta), size)
     _check_falls(law, runs)
+    _check_exponents(law)
     fitted = np.log(law(runs.params, runs.tokens))
     residuals = np.log(runs.loss) - fitted
     if draws:
@@ -189,12 +190,14 @@ def _search(runs: _Table) -> tuple[float, float]:
     best = min(product(EXPONENTS, EXPONENTS), key=lambda pair: _project(runs, pair)[1])
 
     def projected(logs: Array) -> float:
-        return _project(runs, (float(np.exp(logs[0])), float(np.exp(logs[1]))))[1]
+        alpha, beta = np.exp(np.minimum(logs, np.log(STEEPEST)))
+        return _project(runs, (float(alpha), float(beta)))[1]
 
     found = minimize(
         projected, np.log(best), method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 0.0, "maxiter": 400}
     )
-    return float(np.exp(found.x[0])), float(np.exp(found.x[1]))
+    alpha, beta = np.exp(np.minimum(found.x, np.log(STEEPEST)))
+    return float(alpha), float(beta)
 
 
 def _start(runs: _Table, exponents: tuple[float, float]) -> Array:
@@ -286,6 +289,16 @@ def _check_plane(ln_n: Array, ln_d: Array) -> None:
         f"D = {np.exp(offset):.3g}·N^{slope:.2f} in all {len(ln_n)} runs: L(N, D) needs N and D that differ apart; "
         f"add runs of the same sizes with other tokens"
     )
+
+
+def _check_exponents(law: LossLaw) -> None:
+    """An exponent outside of the search is a wall or a constant: the runs do not say how the loss goes with that quantity."""
+    for name, quantity, value in (("alpha", "sizes", law.alpha), ("beta", "numbers of tokens", law.beta)):
+        if not EXPONENTS[0] <= value <= EXPONENTS[-1]:
+            raise ScalingError(
+                f"{name} = {value:.3g}: is outside of {EXPONENTS[0]:g} to {EXPONENTS[-1]:g}, so that the runs do not tell the law; "
+                f"add runs with {quantity} that are farther apart, or repeat runs to lower the noise"
+            )
 
 
 def _check_falls(law: LossLaw, runs: _Table) -> None:

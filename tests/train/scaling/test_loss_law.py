@@ -1,5 +1,6 @@
 """L(N, D) against the golden fit of the Chinchilla points, laws that are known, and runs that cannot tell one."""
 
+import contextlib
 import re
 from collections.abc import Callable
 
@@ -172,3 +173,14 @@ def test_runs_that_cannot_tell_the_law_are_refused_in_one_line(spoil: Callable[[
     with pytest.raises(ScalingError) as refusal:
         fit(spoil(made()))
     assert re.search(says, str(refusal.value)) and "\n" not in str(refusal.value)
+
+
+def test_runs_that_are_noise_alone_are_refused() -> None:
+    """Nine runs whose loss has nothing to do with size and tokens end in one line, whatever the noise was."""
+    sizes, tokens = (column.ravel() for column in np.meshgrid([1e5, 2e5, 4e5], [1e7, 2e7, 4e7]))
+    for seed in range(20):
+        loss = 3 + 0.05 * np.random.default_rng(seed).normal(size=9)
+        for method in ("vpnls", "huber"):
+            with contextlib.suppress(ScalingError):
+                law = fit_loss(sizes, tokens, loss, method=method).law
+                assert 0.03 <= law.alpha <= 2 and 0.03 <= law.beta <= 2
