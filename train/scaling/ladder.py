@@ -71,7 +71,7 @@ def _growing(values: tuple[V, ...]) -> tuple[V, ...]:
 
 
 def _budget(value: Any) -> float:
-    if not 0 < (flops := number(value)) <= MOST_FLOPS:
+    if (flops := number(value, open_below=True)) > MOST_FLOPS:
         raise mistake(f"must be more than 0 and at most {MOST_FLOPS:g}", "write it like 1e12")
     return flops
 
@@ -202,7 +202,7 @@ class Ladder(Section):
             except RecipeError as error:
                 raise ScalingError(f"recipe = {self.recipe!r}: {_as_key(str(error))}") from None
         data, schedule, run = (_section(self.recipe, name) for name in ("data", "schedule", "run"))
-        schedule = {"tokens": 1e12, "lr": 1e-3, "batch_tokens": data.get("sequence_length"), **schedule}
+        schedule = {"tokens": 1e12, "lr": 1e-3, "batch_tokens": _whole_sequences(data), **schedule}
         try:
             return parse_recipe({**self.recipe, "schedule": schedule, "run": {"dir": self.dir, **run}})
         except RecipeError as error:
@@ -259,13 +259,33 @@ def _section(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return given
 
 
+def _whole_sequences(data: Mapping[str, Any]) -> int | None:
+    """The least batch that is whole sequences in every stage of the data; None where what is written is no length."""
+    stages = data["stages"] if isinstance(data.get("stages"), list) else []
+    sections = [data, *(stage for stage in stages if isinstance(stage, dict))]
+    lengths = [section["sequence_length"] for section in sections if section.get("sequence_length") is not None]
+    if not lengths or not all(isinstance(T, int | float) and 1 <= T < math.inf for T in lengths):
+        return None
+    return math.lcm(*map(int, lengths))
+
+
+_RULES = {
+    "model_type": "must be a map of keys; write key: value pairs below it",
+    "string_type": "must be text; write it in quotes",
+    "bool_parsing": "must be true or false; write one of them",
+    "bool_type": "must be true or false; write one of them",
+}
+
+
 def _first_mistake(error: ValidationError, content: Any) -> str:
     """The first problem of a ladder's own keys, an unknown key before all else, as one line."""
     first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    context, field = first.get("ctx", {}), ".".join(map(str, first["loc"]))
+    if rule := _RULES.get(first["type"]):
+        return f"{field} = {show(first['input'])}: {rule}"
     if first["type"] != "recipe":
         return first_problem(error, Ladder, content)
-    context = first["ctx"]
-    field = ".".join([*map(str, first["loc"]), *filter(None, [context.get("field")])])
+    field = ".".join(filter(None, [field, context.get("field")]))
     return f"{field} = {show(context.get('value', first['input']))}: {context['rule']}; {context['fix']}"
 
 

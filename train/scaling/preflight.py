@@ -15,6 +15,14 @@ from train.scaling.errors import ScalingError
 from train.scaling.ladder import Ladder, in_ladder, wanted
 from train.schedule import Schedule
 
+# What the ladder decides in place of its recipe, and the key by which it does.
+OWN_KEYS = {
+    "recipe.schedule.batch_tokens": "hyperparameters.batch_tokens",
+    "recipe.schedule.tokens": "budgets",
+    "recipe.schedule.lr": "hyperparameters.lr",
+    "recipe.run.dir": "dir",
+}
+
 
 def preflight(path: Path, ladder: Ladder, processes: int) -> None:
     """See that the cells which the results so far ask for can be trained here, and their results be written.
@@ -38,7 +46,9 @@ def preflight(path: Path, ladder: Ladder, processes: int) -> None:
         longest = cells.recipe(max(asked, key=cells.tokens))  # it needs the most text
         Corpus(longest, _schedule(longest))
     except (RecipeError, LayoutError, ConfigError) as error:
-        text = in_ladder(str(error)).replace("recipe.schedule.batch_tokens", "hyperparameters.batch_tokens")
+        text = in_ladder(str(error))
+        for key, own in OWN_KEYS.items():
+            text = text.replace(key, own)
         raise ScalingError(f"{path}: {text}") from None
     except DataError as error:
         text = in_ladder(str(error))

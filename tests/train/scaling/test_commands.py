@@ -45,8 +45,8 @@ def test_a_law_says_what_the_losses_of_its_points_are_in(tmp_path: Path, capsys:
             "recipe.data.validation: no source of FOLDER/store has the 33 tokens of one window",
         ),
         (
-            {"data": {"train": "", "sequence_length": 32, "stages": [{"from_tokens": 10**9, "packing": "best_fit"}]}},
-            "recipe.data.",
+            {"data": {"train": "", "sequence_length": 32, "stages": [{"from_tokens": 10**9, "sequence_length": 64}]}},
+            "recipe.data.stages.0.from_tokens = 1000000000: begins",
         ),
         (
             {"processes": "3"},

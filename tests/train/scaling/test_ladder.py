@@ -159,6 +159,9 @@ def test_a_budget_whose_runs_all_diverged_asks_for_no_more(ladder: Ladder) -> No
             {"max_cells": 1},
             "hyperparameters.max_cells = 1: is less than the 2 cells that lr and batch_tokens begin with; wr",
         ),
+        ({"hyperparameters": None}, "hyperparameters = null: must be a map of keys; write key: value pairs below it"),
+        ({"dir": 5}, "dir = 5: must be text; write it in quotes"),
+        ({"keep_checkpoints": "x"}, "keep_checkpoints = 'x': must be true or false; write one of them"),
         ({"colour": "blue"}, "colour: unknown key"),
     ],
 )
@@ -183,6 +186,10 @@ def test_a_mistake_in_a_ladder_is_one_line_that_names_it(
         ({"model": {"preset": "none"}}, "model.preset: 'none' is not a preset"),
         ({"data": {"train": "STORE", "sequence_length": 0}}, "data.sequence_length = 0: must be a whole number"),
         ({"data": {"sequence_length": 32}}, "data.train: missing; it has no default; give it"),
+        (
+            {"data": {"train": "STORE", "sequence_length": "x", "stages": 5}},
+            "data.sequence_length = 'x': must be a whole number",
+        ),
         ({"schedule": {"gama": 1}}, "schedule.gama = 1: unknown key; did you mean recipe.schedule.gamma?"),
         ({"schedule": {"law": "no-law"}}, "schedule.law = 'no-law': must be a file or one of"),
         ({"optimiser": {}}, "optimiser = {}: unknown key; did you mean optimizer?"),
