@@ -20,101 +20,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from data.errors import DataError
 from data.yaml_io import first_problem, read_yaml
 from model.config import ConfigError
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
-from train.fields import Count, Name, PositiveCount, mistake, number, show, whole_number
+from train.fields import Count, Name, PositiveCount, mistake, show
 from train.scaling.basins import SAME_CELL, seed_noise
 from train.scaling.errors import ScalingError
-from train.scaling.family import STEP, at_width
+from train.scaling.family import at_width
+from train.scaling.ladder_fields import Batches, Budgets, Rates, RecipeOrName, Row, Seeds, Spacing, Widths
 from train.scaling.law import load_law
 from train.scaling.runs import Runs
 from train.scaling.size import size_of
 
 NEAR = 0.0025  # of the minimum: DeepSeek LLM §3.1
-MOST_FLOPS = 1e28  # of a budget
-MOST_SEEDS = 100
-SPACINGS = (1.1, 10.0)  # closer cells are hardly apart, farther ones step over a basin
-
-V = TypeVar("V", int, float)
-
-
-def _listed(example: str) -> BeforeValidator:
-    """A list, and not an empty one."""
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise mistake("must be a list", f"write for example {example}")
-        if not value:
-            raise mistake("has no entry", f"write for example {example}")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _distinct_values(values: tuple[V, ...]) -> tuple[V, ...]:
-    for i, value in enumerate(values):
-        if value in values[:i]:
-            raise mistake(f"has {show(value)} twice", "drop one of them")
-    return values
-
-
-def _growing(values: tuple[V, ...]) -> tuple[V, ...]:
-    if list(_distinct_values(values)) != sorted(values):
-        raise mistake("must grow", f"write {show(sorted(values))}")
-    return values
-
-
-def _budget(value: Any) -> float:
-    if (flops := number(value, open_below=True)) > MOST_FLOPS:
-        raise mistake(f"must be more than 0 and at most {MOST_FLOPS:g}", "write it like 1e12")
-    return flops
-
-
-def _lr(value: Any) -> float:
-    if (lr := number(value, open_below=True)) > 1:
-        raise mistake("is more than 1", "write it like 4e-3")
-    return lr
-
-
-def _width(value: Any) -> int:
-    if (width := whole_number(value, 1)) % STEP:
-        raise mistake(f"must be a multiple of {STEP}", f"write for example {-(-width // STEP) * STEP}")
-    return width
-
-
-def _spacing(value: Any) -> float:
-    least, most = SPACINGS
-    if not least <= (ratio := number(value)) <= most:
-        raise mistake(f"is the ratio of two neighbours, at least {least:g} and at most {most:g}", "write for example 2")
-    return ratio
-
-
-def _seeds(value: Any) -> int:
-    if (seeds := whole_number(value, 1)) > MOST_SEEDS:
-        raise mistake(f"must be at most {MOST_SEEDS}", "write for example 3")
-    return seeds
-
-
-def _name_or_sections(value: Any) -> Any:
-    if not isinstance(value, str | dict) or not value:
-        raise mistake("must be a recipe's name or path, or a map of its sections", "write for example recipe: small")
-    return value
-
-
-Budgets = Annotated[
-    tuple[Annotated[float, BeforeValidator(_budget)], ...], _listed("[1e11, 2e11, 4e11]"), AfterValidator(_growing)
-]
-Rates = Annotated[
-    tuple[Annotated[float, BeforeValidator(_lr)], ...], _listed("[4e-3, 8e-3]"), AfterValidator(_distinct_values)
-]
-Batches = Annotated[tuple[PositiveCount, ...], _listed("[1024, 2048]"), AfterValidator(_distinct_values)]
-Widths = Annotated[tuple[Annotated[int, BeforeValidator(_width)], ...], _listed("[64, 128]")]
 
 
 class Section(BaseModel):
@@ -129,7 +52,7 @@ class Grid(Section):
     widths: Widths  # of each budget, or one for all
     lr: Rates
     batch_tokens: Batches
-    spacing: Annotated[float, BeforeValidator(_spacing)] = 2.0  # ratio of two neighbours, with which the grid grows
+    spacing: Spacing = 2.0  # ratio of two neighbours, with which the grid grows
     max_cells: PositiveCount = 20  # of a budget
 
     @model_validator(mode="after")
@@ -147,19 +70,19 @@ class Grid(Section):
 class Rows(Section):
     """Part 2: the widths of an IsoFLOP row, from which every budget takes those around its own."""
 
-    widths: Annotated[Widths, AfterValidator(_growing)]
+    widths: Row
     sizes: PositiveCount = 5  # of a row to begin with
 
 
 class Ladder(Section):
     """A ladder's YAML file. Width, tokens, rate, batch and seeds are the ladder's, whatever `recipe` says of them."""
 
-    recipe: Annotated[str | dict[str, Any], BeforeValidator(_name_or_sections)]  # a name, a path, or the sections
+    recipe: RecipeOrName  # a name, a path, or the sections
     budgets: Budgets  # C of each rung, FLOPs
     hyperparameters: Grid
     allocation: Rows | None = None
     warmup_tokens: Count = 0  # of every run, rounded to steps; fixed, so that runs of one rate and batch begin alike
-    seeds: Annotated[int, BeforeValidator(_seeds)] = 3  # runs of a budget's best cell
+    seeds: Seeds = 3  # runs of a budget's best cell
     dir: Name  # cells/, runs.sqlite
     keep_checkpoints: bool = False  # of finished cells
 
