@@ -74,7 +74,7 @@ def measure(ladder: Ladder, jobs: int) -> dict[Cell, float]:
     """Nats per token of every cell, after running those that are left."""
     execution = Execution(ladder, jobs, 1, lambda line: print(line, flush=True))
     execution.run()
-    return {cell: execution.results[cell].loss for cell in execution.wanted()}
+    return {cell: execution.results[cell].loss for cell in execution.wanted}
 
 
 def compare(by_hand: dict[Cell, float], by_law: dict[Cell, float]) -> dict[str, Any]:
