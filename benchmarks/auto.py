@@ -15,11 +15,12 @@ from typing import Any
 
 from data.files import replace_file
 from train.config import Recipe, parse_recipe
-from train.scaling.basins import seed_noise
-from train.scaling.cells import Cells
-from train.scaling.execute import Execution
-from train.scaling.ladder import Cell, Ladder, load_ladder
-from train.scaling.runs import Runs
+from train.scaling.fits.basins import seed_noise
+from train.scaling.fits.runs import Runs
+from train.scaling.ladder.cells import Cells
+from train.scaling.ladder.execute import Execution
+from train.scaling.ladder.ladder import Ladder, load_ladder
+from train.scaling.ladder.wanted import Cell
 
 
 def main() -> None:

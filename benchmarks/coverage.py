@@ -21,11 +21,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from train.scaling.bootstrap import percentile_interval
-from train.scaling.isoflop import fit_allocation, isoflop_rows
+from train.scaling.fits.bootstrap import percentile_interval
+from train.scaling.fits.isoflop import fit_allocation, isoflop_rows
+from train.scaling.fits.loss_law import Method, fit_loss, optimum
+from train.scaling.fits.runs import Array, Runs
 from train.scaling.law import LossLaw
-from train.scaling.loss_law import Method, fit_loss, optimum
-from train.scaling.runs import Array, Runs
 
 LOW, HIGH = 0.91, 0.99  # of a share that is called right
 CHINCHILLA = LossLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # Besiroglu et al., arXiv 2404.10102

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.scaling.hyperparameters import Method, basins, fit_hyperparameters
+from train.scaling.fits.hyperparameters import Method, basins, fit_hyperparameters
+from train.scaling.fits.runs import Runs
 from train.scaling.law import PowerLaw, Variable
-from train.scaling.runs import Runs
 
 CURVATURE = np.array([[0.02, -0.008], [-0.008, 0.02]])
 SPACING = 2.0

@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from train.scaling.fit import fit_runs
-from train.scaling.ladder import Cell, Ladder, wanted
+from train.scaling.fits.fit import fit_runs
+from train.scaling.fits.loss_law import optimum
+from train.scaling.fits.runs import Runs
+from train.scaling.ladder.ladder import Ladder
+from train.scaling.ladder.wanted import Cell, wanted
 from train.scaling.law import LossLaw, PowerLaw
-from train.scaling.loss_law import optimum
-from train.scaling.runs import Runs
 
 LENGTH = 128  # tokens of a sequence
 LAYERS = 4

@@ -31,9 +31,9 @@ def run(
     """Run a ladder's cells, or those that are left. Several machines may run the same ladder in one folder."""
     import torch
 
-    from train.scaling.execute import Execution
-    from train.scaling.ladder import load_ladder
-    from train.scaling.preflight import preflight
+    from train.scaling.ladder.execute import Execution
+    from train.scaling.ladder.ladder import load_ladder
+    from train.scaling.ladder.preflight import preflight
 
     loaded = load_ladder(ladder)
     preflight(ladder, loaded, processes)
@@ -59,7 +59,7 @@ def table(
     ] = None,
 ) -> None:
     """Show a ladder's runs, or keep them as a small folder that can be fitted anywhere."""
-    from train.scaling.table import keep, read_rows
+    from train.scaling.ladder.table import keep, read_rows
 
     if out is not None:
         keep(runs, out)
@@ -98,12 +98,12 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit the laws that runs can tell, with intervals, and forecast the largest budget from the others."""
-    from train.scaling.common import read_common
-    from train.scaling.fit import fit_runs
+    from train.scaling.fits.fit import fit_runs
+    from train.scaling.fits.points import read_points
+    from train.scaling.ladder.common import read_common
+    from train.scaling.ladder.table import read_runs
     from train.scaling.law import save_law
     from train.scaling.output import check_output
-    from train.scaling.points import read_points
-    from train.scaling.table import read_runs
 
     for option, path in (("out", out), ("html", html)):
         if path is not None:
@@ -133,11 +133,11 @@ def fit(
     if out is not None:
         save_law(result.law, out)
     if html is not None:
-        from train.scaling.page import write_page
+        from train.scaling.report.page import write_page
 
         write_page(result, html, f"Scaling laws: {result.law.name}")
     if pictures is not None:
-        from train.scaling.page import write_pictures
+        from train.scaling.report.page import write_pictures
 
         write_pictures(result, pictures)
     if as_json:

@@ -22,12 +22,12 @@ from train.config import Recipe
 from train.planning.advice import store_tokenizer, tokenizer_warning
 from train.planning.devices import lookup
 from train.scaling.apply import Advice, Course, advise
-from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.family import with_flops
+from train.scaling.fits.bootstrap import quantile
+from train.scaling.fits.loss_law import EXPONENTS, optimum
 from train.scaling.law import Law, LossLaw, load_law
-from train.scaling.loss_law import EXPONENTS, optimum
 from train.scaling.recipes import template_of
 from train.scaling.size import Size, size_of
 

@@ -24,11 +24,11 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from train.scaling.bootstrap import quantile
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
+from train.scaling.fits.bootstrap import quantile
+from train.scaling.fits.runs import Array
 from train.scaling.output import write_output
-from train.scaling.runs import Array
 
 LAWS = Path(__file__).parent / "laws"
 REMEDY = "give a law.json of `rorqual scaling fit`"

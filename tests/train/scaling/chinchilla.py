@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.scaling.loss_law import drop_highest
-from train.scaling.runs import Runs
+from train.scaling.fits.loss_law import drop_highest
+from train.scaling.fits.runs import Runs
 
 POINTS = Path(__file__).parents[4] / "shared/scaling_data/chinchilla_epoch/points.csv"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.scaling.runs import Runs
+from train.scaling.fits.runs import Runs
 
 FOLDER = Path(__file__).parents[3] / ".." / "shared" / "scaling_data" / "steplaw"
 

@@ -3,8 +3,8 @@
 import numpy as np
 from scipy.stats import t
 
-from train.scaling.bootstrap import of_a_run, percentile_interval, resample, residual_samples, scatter
 from train.scaling.estimate import Estimate
+from train.scaling.fits.bootstrap import of_a_run, percentile_interval, resample, residual_samples, scatter
 
 
 def test_samples_are_a_function_of_their_seed() -> None:

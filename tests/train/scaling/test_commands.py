@@ -12,7 +12,7 @@ from tests.conftest import write_tiny_recipe
 from tests.train.scaling.small_ladder import MODEL, write_ladder
 from train.cli import main
 from train.scaling.commands import _print_fit
-from train.scaling.held_out import HoldOut
+from train.scaling.fits.held_out import HoldOut
 
 
 def test_a_law_says_what_the_losses_of_its_points_are_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

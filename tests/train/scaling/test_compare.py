@@ -3,12 +3,12 @@
 import pytest
 
 from benchmarks.coverage_hyper import Ladder
-from train.scaling import compare
-from train.scaling.attempt import Attempt
-from train.scaling.basins import Basin, basins
-from train.scaling.compare import FORMS, choose
-from train.scaling.hyperparameters import HyperFit, fit_hyperparameters
-from train.scaling.regret import Regret
+from train.scaling.fits import compare
+from train.scaling.fits.attempt import Attempt
+from train.scaling.fits.basins import Basin, basins
+from train.scaling.fits.compare import FORMS, choose
+from train.scaling.fits.hyperparameters import HyperFit, fit_hyperparameters
+from train.scaling.fits.regret import Regret
 
 FOUND = basins(Ladder(("params", "tokens"), "surface", noise=0.0005).runs(seed=0), noise=0.0005)
 

@@ -21,11 +21,12 @@ from data.locks import try_lock
 from data.store import Store
 from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
-from train.scaling.cells import RESULT, Cells, diverged, mixture_loss, seconds_of_steps
-from train.scaling.code_version import imported
-from train.scaling.execute import Execution, _hang_up_as_interrupt
-from train.scaling.ladder import Cell, Ladder, load_ladder
-from train.scaling.table import keep, read_rows, read_runs
+from train.scaling.ladder.cells import RESULT, Cells, diverged, mixture_loss, seconds_of_steps
+from train.scaling.ladder.code_version import imported
+from train.scaling.ladder.execute import Execution, _hang_up_as_interrupt
+from train.scaling.ladder.ladder import Ladder, load_ladder
+from train.scaling.ladder.table import keep, read_rows, read_runs
+from train.scaling.ladder.wanted import Cell
 
 Said = list[str]
 
@@ -221,7 +222,7 @@ def test_a_cell_that_a_killed_ladder_left_running_keeps_its_place_and_is_named(
     """With one cell at once, none is started beside it."""
     said: Said = []
     work = execution(load_ladder(write_ladder(tmp_path, tiny_store.path)), said, jobs=1)
-    monkeypatch.setattr("train.scaling.execute.POLL_OTHERS", 0)
+    monkeypatch.setattr("train.scaling.ladder.execute.POLL_OTHERS", 0)
     locks = work.cells.folder / "locks"
     locks.mkdir(parents=True)
     ladder = subprocess.Popen(["true"])

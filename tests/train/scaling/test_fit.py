@@ -10,10 +10,10 @@ import pytest
 
 from tests.train.scaling.steplaw import steplaw
 from train.cli import main
-from train.scaling.basins import best_runs
-from train.scaling.fit import fit_runs
+from train.scaling.fits.basins import best_runs
+from train.scaling.fits.fit import fit_runs
+from train.scaling.fits.runs import COLUMNS, Runs
 from train.scaling.law import load_law
-from train.scaling.runs import COLUMNS, Runs
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "scaling_data"
 CHINCHILLA = PUBLISHED / "chinchilla_epoch" / "points.csv"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage_hyper import LADDERS, Ladder
-from train.scaling.basins import basins, best_runs, same_size, seed_noise
 from train.scaling.errors import ScalingError
-from train.scaling.hyperparameters import fit_hyperparameters
-from train.scaling.runs import Runs
+from train.scaling.fits.basins import basins, best_runs, same_size, seed_noise
+from train.scaling.fits.hyperparameters import fit_hyperparameters
+from train.scaling.fits.runs import Runs
 
 EXACT = Ladder(("flops",), "surface", noise=0.0)
 

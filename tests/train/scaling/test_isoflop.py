@@ -7,10 +7,10 @@ import pytest
 
 from tests.train.scaling.chinchilla import chinchilla
 from train.scaling.errors import ScalingError
-from train.scaling.isoflop import fit_allocation, isoflop_rows
+from train.scaling.fits.isoflop import fit_allocation, isoflop_rows
+from train.scaling.fits.loss_law import fit_loss, optimum
+from train.scaling.fits.runs import Array, Runs
 from train.scaling.law import LossLaw
-from train.scaling.loss_law import fit_loss, optimum
-from train.scaling.runs import Array, Runs
 
 # With α = β and rows around the optimum, loss is a hyperbolic cosine of ln M: the parabola turns exactly where the surface does.
 # a = β/(α + β) = 1/2, γ = αβ/(α + β) = 0.175, M_opt = 6·√(A/B)^(1/α)·√(C/6) = √(6·C).

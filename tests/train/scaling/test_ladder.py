@@ -12,8 +12,9 @@ from model.flops import flops_scaling
 from tests.train.scaling.small_ladder import write_ladder
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width, with_flops
-from train.scaling.ladder import Cell, Ladder, load_ladder, open_ends
-from train.scaling.ladder import wanted as wanted_of
+from train.scaling.ladder.ladder import Ladder, load_ladder
+from train.scaling.ladder.wanted import Cell, open_ends
+from train.scaling.ladder.wanted import wanted as wanted_of
 
 PRESET = ModelConfig.from_hf(load_preset("small"))
 LENGTH = 32  # of the small ladder's sequences

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from train.scaling.least_squares import huber, minimise
-from train.scaling.runs import Array
+from train.scaling.fits.least_squares import huber, minimise
+from train.scaling.fits.runs import Array
 
 X = np.linspace(-1, 1, 12)
 

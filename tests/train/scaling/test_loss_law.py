@@ -9,12 +9,12 @@ import pytest
 from scipy.optimize import minimize
 
 from tests.train.scaling.chinchilla import chinchilla
-from train.scaling import loss_law
 from train.scaling.errors import ScalingError
+from train.scaling.fits import loss_law
+from train.scaling.fits.least_squares import huber
+from train.scaling.fits.loss_law import LossFit, Method, drop_highest, fit_loss, optimum, outliers
+from train.scaling.fits.runs import Array, Runs
 from train.scaling.law import LossLaw
-from train.scaling.least_squares import huber
-from train.scaling.loss_law import LossFit, Method, drop_highest, fit_loss, optimum, outliers
-from train.scaling.runs import Array, Runs
 
 GOLDEN = {"E": 1.81722, "A": 477.83, "B": 2143.4, "alpha": 0.34731, "beta": 0.36717}
 GOLDEN_OBJECTIVE = 0.0010182740

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from tests.train.scaling.chinchilla import chinchilla
-from train.scaling.basin_plot import choice
-from train.scaling.basins import Basin
-from train.scaling.drawing import amount, power, ticks
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.fit import Fit, fit_runs
+from train.scaling.fits.basins import Basin
+from train.scaling.fits.fit import Fit, fit_runs
+from train.scaling.fits.loss_law import optimum
+from train.scaling.fits.runs import Runs
 from train.scaling.law import LossLaw, PowerLaw, load_law
-from train.scaling.loss_law import optimum
-from train.scaling.loss_plots import frontier
-from train.scaling.page import render, write_page, write_pictures
-from train.scaling.plots import figures
-from train.scaling.runs import Runs
+from train.scaling.report.basin_plot import choice
+from train.scaling.report.drawing import amount, power, ticks
+from train.scaling.report.loss_plots import frontier
+from train.scaling.report.page import render, write_page, write_pictures
+from train.scaling.report.plots import figures
 
 BUDGETS = (2e15, 4e15, 8e15, 1.6e16)
 

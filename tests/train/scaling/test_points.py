@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from train.scaling.common import Common
 from train.scaling.errors import ScalingError
-from train.scaling.points import read_points
-from train.scaling.table import COLUMNS, TABLE, keep
+from train.scaling.fits.points import read_points
+from train.scaling.ladder.common import Common
+from train.scaling.ladder.table import COLUMNS, TABLE, keep
 
 FILE = """# a comment
 size,steps,bs,peak lr,final

@@ -7,10 +7,10 @@ import pytest
 
 from tests.train.scaling.steplaw import needs_steplaw, steplaw
 from tests.train.scaling.test_hyperparameters import BATCHES, BOWL, RATES, grid
-from train.scaling.basins import Basin, basins
 from train.scaling.errors import ScalingError
+from train.scaling.fits.basins import Basin, basins
+from train.scaling.fits.regret import Regret, cross_validated, regret, regrets
 from train.scaling.law import PowerLaw, load_law
-from train.scaling.regret import Regret, cross_validated, regret, regrets
 
 
 @cache

@@ -5,8 +5,8 @@ import time
 import torch
 
 from model.transformer import Transformer
-from train.scaling.cells import Cells, Result
-from train.scaling.ladder import Cell
+from train.scaling.ladder.cells import Cells, Result
+from train.scaling.ladder.wanted import Cell
 
 STEPS = 2  # timed, after one that is not
 START = 6.0  # seconds in which a run starts, validates and saves, on the machine that this was written on

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from train.scaling.attempt import Attempt
-from train.scaling.basins import Basin, best_runs, clusters, seed_noise
-from train.scaling.bootstrap import of_a_run, scatter
 from train.scaling.estimate import Estimate
+from train.scaling.fits.attempt import Attempt
+from train.scaling.fits.basins import Basin, best_runs, clusters, seed_noise
+from train.scaling.fits.bootstrap import of_a_run, scatter
+from train.scaling.fits.regret import regret
+from train.scaling.fits.runs import Array, Runs
 from train.scaling.law import Law
-from train.scaling.regret import regret
-from train.scaling.runs import Array, Runs
 
 LEAST = 4  # budgets: a law of fewer than three says little
 LOSS_PARAMETERS = 5  # of L(N, D)

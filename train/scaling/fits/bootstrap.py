@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t
 
 from train.scaling.estimate import Estimate
-from train.scaling.runs import Array
+from train.scaling.fits.runs import Array
 
 
 def resample(n: int, repetitions: int, seed: int) -> NDArray[np.int64]:

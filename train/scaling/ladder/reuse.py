@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from train.config import Recipe
-from train.scaling.cells import Cells
-from train.scaling.ladder import Cell
+from train.scaling.ladder.cells import Cells
+from train.scaling.ladder.wanted import Cell
 from train.schedule import Schedule
 
 LEAST = 0.2  # of the shorter run; a smaller part is not worth a checkpoint

@@ -2,8 +2,8 @@
 
     --columns "params=N, tokens=D, lr=lr, batch=bs*2048, loss=smooth loss"
 
-A column may be multiplied by a number, which brings it to this project's units (`train.scaling.runs`): tokens, FLOPs, nats. A loss
-that is empty, nan or inf is that of a run that diverged; in every other column each run has a number.
+A column may be multiplied by a number, which brings it to this project's units (`train.scaling.fits.runs`): tokens, FLOPs, nats.
+A loss that is empty, nan or inf is that of a run that diverged; in every other column each run has a number.
 """
 
 import csv
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.scaling.errors import ScalingError
-from train.scaling.runs import COLUMNS, Runs
+from train.scaling.fits.runs import COLUMNS, Runs
 
 Rows = list[tuple[int, dict[str, str | None]]]  # each with the number of its line
 

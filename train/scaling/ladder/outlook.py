@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from itertools import pairwise
 
-from train.scaling.cells import Cells
-from train.scaling.ladder import Cell
-from train.scaling.pace import Pace
-from train.scaling.reuse import ConstantStages
+from train.scaling.ladder.cells import Cells
+from train.scaling.ladder.pace import Pace
+from train.scaling.ladder.reuse import ConstantStages
+from train.scaling.ladder.wanted import Cell
 
 
 def describe(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.scaling.runs import Array
+from train.scaling.fits.runs import Array
 
 Residuals = Callable[[Array, Array], tuple[Array, Array]]  # θ [R, P], measured [R, n] → r [R, n], J [R, n, P]
 

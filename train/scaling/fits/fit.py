@@ -12,18 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from train.scaling.attempt import Attempt
-from train.scaling.basins import Basin, basins, best_runs, seed_noise
-from train.scaling.common import Common
-from train.scaling.compare import FORMS, METHODS, allocated, choose, disagreements, in_proportion, trusted_loss
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.held_out import HoldOut, forecast_largest
-from train.scaling.hyperparameters import HyperFit, fit_hyperparameters
-from train.scaling.isoflop import Allocation, IsoFlop, fit_allocation, isoflop_rows
+from train.scaling.fits.attempt import Attempt
+from train.scaling.fits.basins import Basin, basins, best_runs, seed_noise
+from train.scaling.fits.compare import FORMS, METHODS, allocated, choose, disagreements, in_proportion, trusted_loss
+from train.scaling.fits.held_out import HoldOut, forecast_largest
+from train.scaling.fits.hyperparameters import HyperFit, fit_hyperparameters
+from train.scaling.fits.isoflop import Allocation, IsoFlop, fit_allocation, isoflop_rows
+from train.scaling.fits.loss_law import LossFit, Size, drop_highest, fit_loss, outliers
+from train.scaling.fits.runs import Array, Runs
+from train.scaling.ladder.common import Common
 from train.scaling.law import Family, Law
-from train.scaling.loss_law import LossFit, Size, drop_highest, fit_loss, outliers
-from train.scaling.runs import Array, Runs
 
 DRAWS = 400  # of each bootstrap
 LossUnit = Literal["nats per token", "bits per byte"]

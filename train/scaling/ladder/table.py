@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data.files import replace_file
-from train.scaling.cells import Result
-from train.scaling.common import read_common
 from train.scaling.errors import ScalingError
-from train.scaling.runs import Runs
+from train.scaling.fits.runs import Runs
+from train.scaling.ladder.cells import Result
+from train.scaling.ladder.common import read_common
 
 TABLE, CSV = "runs.sqlite", "runs.csv"
 

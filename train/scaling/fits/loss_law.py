@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize, nnls
 
-from train.scaling.bootstrap import percentile_interval, residual_samples
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
+from train.scaling.fits.bootstrap import percentile_interval, residual_samples
+from train.scaling.fits.least_squares import Residuals, huber, minimise
+from train.scaling.fits.runs import Array
 from train.scaling.law import LossLaw
-from train.scaling.least_squares import Residuals, huber, minimise
-from train.scaling.runs import Array
 
 Method = Literal["vpnls", "huber"]
 Size = Literal["params", "active"]

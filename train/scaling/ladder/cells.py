@@ -17,11 +17,12 @@ from data.store import Store
 from model.config import ModelConfig
 from train.config import Recipe, RecipeError, parse_recipe
 from train.published import moved
-from train.scaling.common import Common
 from train.scaling.errors import ScalingError
 from train.scaling.family import at_width, differences
-from train.scaling.identity import Identity
-from train.scaling.ladder import Cell, Ladder
+from train.scaling.ladder.common import Common
+from train.scaling.ladder.identity import Identity
+from train.scaling.ladder.ladder import Ladder
+from train.scaling.ladder.wanted import Cell
 from train.scaling.size import Size, size_of
 
 RESULT = "result.json"

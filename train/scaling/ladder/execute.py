@@ -26,14 +26,15 @@ import torch
 
 from data.files import replace_file
 from data.locks import try_lock
-from train.scaling.cells import RESULT, Cells, Result, diverged, result_of, seconds_of_steps
-from train.scaling.code_version import code_version
 from train.scaling.errors import ScalingError
-from train.scaling.ladder import Cell, Ladder, open_ends, wanted
-from train.scaling.outlook import counted, describe, duration
-from train.scaling.pace import Pace
-from train.scaling.reuse import ConstantStages, inherit
-from train.scaling.table import TABLE, write_table
+from train.scaling.ladder.cells import RESULT, Cells, Result, diverged, result_of, seconds_of_steps
+from train.scaling.ladder.code_version import code_version
+from train.scaling.ladder.ladder import Ladder
+from train.scaling.ladder.outlook import counted, describe, duration
+from train.scaling.ladder.pace import Pace
+from train.scaling.ladder.reuse import ConstantStages, inherit
+from train.scaling.ladder.table import TABLE, write_table
+from train.scaling.ladder.wanted import Cell, open_ends, wanted
 from train.trainer import DIVERGED, FINISHED
 
 POLL = 0.2  # seconds between two looks at the running cells

@@ -15,10 +15,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from train.scaling.bootstrap import percentile_interval, residual_samples
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.runs import Array, Runs
+from train.scaling.fits.bootstrap import percentile_interval, residual_samples
+from train.scaling.fits.runs import Array, Runs
 
 Mask = NDArray[np.bool_]
 

@@ -1,6 +1,6 @@
 """The learning rate × batch basin of one budget: how much worse than the best cell each other one is.
 
-What matters is the band of near-optimal losses (`train.scaling.basins`): a law is right where its choice lies in it.
+What matters is the band of near-optimal losses (`train.scaling.fits.basins`): a law is right where its choice lies in it.
 """
 
 from itertools import pairwise
@@ -17,11 +17,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.tri import LinearTriInterpolator, Triangulation, UniformTriRefiner
 
 from data.report.figures import GREY
-from train.scaling.basins import Basin
-from train.scaling.drawing import RED, SMALL, amount, logarithmic, panel, power
 from train.scaling.estimate import Estimate
+from train.scaling.fits.basins import Basin
+from train.scaling.fits.runs import Array
 from train.scaling.law import PowerLaw, Variable
-from train.scaling.runs import Array
+from train.scaling.report.drawing import RED, SMALL, amount, logarithmic, panel, power
 
 VARIABLES: tuple[Variable, ...] = ("flops", "params", "active", "tokens")
 # viridis from its bright end: the best cells are the brightest, which holds on white, on black and for colour-blind readers

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.scaling.estimate import Estimate
-from train.scaling.runs import Array
+from train.scaling.fits.runs import Array
 
 BLUE, AMBER, RED, GREEN, VIOLET = "#4269d0", "#e0a10a", "#f2604d", "#3ca951", "#a463f2"
 WIDTH = 5.0  # inches: text is as large as the page's where the page is wide, and readable on a narrow one

@@ -15,8 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.report.figures import GREY
-from train.scaling.basin_plot import choice, draw_basin
-from train.scaling.drawing import (
+from train.scaling.estimate import Estimate
+from train.scaling.fits.fit import Fit
+from train.scaling.fits.isoflop import IsoFlop
+from train.scaling.fits.runs import Array
+from train.scaling.law import Law, PowerLaw, load_law, shipped_laws
+from train.scaling.report.basin_plot import choice, draw_basin
+from train.scaling.report.drawing import (
     AMBER,
     BLUE,
     C_LABEL,
@@ -35,12 +40,7 @@ from train.scaling.drawing import (
     power,
     span,
 )
-from train.scaling.estimate import Estimate
-from train.scaling.fit import Fit
-from train.scaling.isoflop import IsoFlop
-from train.scaling.law import Law, PowerLaw, load_law, shipped_laws
-from train.scaling.loss_plots import frontier, loss_fitted, loss_over_compute, loss_residuals
-from train.scaling.runs import Array
+from train.scaling.report.loss_plots import frontier, loss_fitted, loss_over_compute, loss_residuals
 
 METHODS = ((BLUE, "-"), (AMBER, "--"), (GREEN, "-."), (VIOLET, ":"))
 PUBLISHED: tuple[Any, ...] = ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))  # dashes

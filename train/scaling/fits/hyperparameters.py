@@ -29,12 +29,12 @@ from typing import Literal
 import numpy as np
 from scipy.stats import f as f_distribution
 
-from train.scaling.basins import Basin, basins, has_minimum, hessian, quadratic, seed_noise
-from train.scaling.bootstrap import percentile_interval, quantile, resample, residual_samples
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
+from train.scaling.fits.basins import Basin, basins, has_minimum, hessian, quadratic, seed_noise
+from train.scaling.fits.bootstrap import percentile_interval, quantile, resample, residual_samples
+from train.scaling.fits.runs import Array
 from train.scaling.law import PowerLaw, Variable
-from train.scaling.runs import Array
 
 __all__ = ["Basin", "HyperFit", "Method", "basins", "fit_hyperparameters", "seed_noise"]
 
@@ -82,7 +82,7 @@ def fit_hyperparameters(
     """Fit both laws.
 
     Args:
-        basins: of `train.scaling.basins.basins`.
+        basins: of `train.scaling.fits.basins.basins`.
         variables: ("flops",), ("params", "tokens") or ("active", "tokens").
         draws: of the bootstrap.
 

@@ -15,17 +15,17 @@ from data.errors import DataError
 from data.files import replace_file
 from data.report import html
 from data.report.figures import STYLE, svg
-from train.scaling.basin_plot import choice, draw_basin, draw_key, on_a_line
-from train.scaling.basins import Basin
-from train.scaling.bootstrap import percentile_interval
-from train.scaling.drawing import amount, power
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
-from train.scaling.fit import Fit
+from train.scaling.fits.basins import Basin
+from train.scaling.fits.bootstrap import percentile_interval
+from train.scaling.fits.fit import Fit
+from train.scaling.fits.regret import Regret, regret
+from train.scaling.fits.runs import Array
 from train.scaling.law import PowerLaw
-from train.scaling.plots import SYMBOLS, figures, over_compute
-from train.scaling.regret import Regret, regret
-from train.scaling.runs import Array
+from train.scaling.report.basin_plot import choice, draw_basin, draw_key, on_a_line
+from train.scaling.report.drawing import amount, power
+from train.scaling.report.plots import SYMBOLS, figures, over_compute
 
 TEMPLATE = "page.html"
 GREEK = {"alpha": "α", "beta": "β", "gamma": "γ"}

@@ -19,12 +19,12 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import t
 
-from train.scaling.basins import SAME_CELL, SAME_SIZE, clusters, same_size, together
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
+from train.scaling.fits.basins import SAME_CELL, SAME_SIZE, clusters, same_size, together
+from train.scaling.fits.least_squares import minimise
+from train.scaling.fits.runs import Array, Runs
 from train.scaling.law import BestLoss, PowerLaw
-from train.scaling.least_squares import minimise
-from train.scaling.runs import Array, Runs
 
 SAME_BUDGET = 1.02  # of the runs of one row
 SIZES = 3  # of a row, for a parabola

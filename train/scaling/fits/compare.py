@@ -5,16 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from train.scaling.attempt import Attempt
-from train.scaling.basins import SAME_SIZE, Basin
-from train.scaling.bootstrap import percentile_interval
 from train.scaling.estimate import Estimate
-from train.scaling.hyperparameters import HyperFit, Method
-from train.scaling.isoflop import Allocation
+from train.scaling.fits.attempt import Attempt
+from train.scaling.fits.basins import SAME_SIZE, Basin
+from train.scaling.fits.bootstrap import percentile_interval
+from train.scaling.fits.hyperparameters import HyperFit, Method
+from train.scaling.fits.isoflop import Allocation
+from train.scaling.fits.loss_law import LossFit
+from train.scaling.fits.regret import Regret, cross_validated
+from train.scaling.fits.runs import Array
 from train.scaling.law import Variable
-from train.scaling.loss_law import LossFit
-from train.scaling.regret import Regret, cross_validated
-from train.scaling.runs import Array
 
 FORMS: dict[str, tuple[Variable, ...]] = {
     "C": ("flops",),

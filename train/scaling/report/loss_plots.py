@@ -8,9 +8,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from data.report.figures import GREY
-from train.scaling.basins import best_runs
-from train.scaling.bootstrap import quantile
-from train.scaling.drawing import (
+from train.scaling.estimate import Estimate
+from train.scaling.fits.basins import best_runs
+from train.scaling.fits.bootstrap import quantile
+from train.scaling.fits.fit import Fit
+from train.scaling.fits.loss_law import drop_highest
+from train.scaling.fits.runs import Array, Runs
+from train.scaling.law import LossLaw
+from train.scaling.report.drawing import (
     AMBER,
     BLUE,
     C_LABEL,
@@ -26,11 +31,6 @@ from train.scaling.drawing import (
     power,
     span,
 )
-from train.scaling.estimate import Estimate
-from train.scaling.fit import Fit
-from train.scaling.law import LossLaw
-from train.scaling.loss_law import drop_highest
-from train.scaling.runs import Array, Runs
 
 
 @dataclass(frozen=True)

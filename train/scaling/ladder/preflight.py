@@ -10,9 +10,10 @@ from model.config import ConfigError
 from parallel.layout import LayoutError
 from train.config import Recipe, RecipeError
 from train.corpus import Corpus
-from train.scaling.cells import Cells
 from train.scaling.errors import ScalingError
-from train.scaling.ladder import Ladder, in_ladder, wanted
+from train.scaling.ladder.cells import Cells
+from train.scaling.ladder.ladder import Ladder, in_ladder
+from train.scaling.ladder.wanted import wanted
 from train.schedule import Schedule
 
 # What the ladder decides in place of its recipe, and the key by which it does.

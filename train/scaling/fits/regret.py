@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import Delaunay
 
-from train.scaling.basins import Basin
 from train.scaling.errors import ScalingError
-from train.scaling.hyperparameters import Method, fit_hyperparameters
+from train.scaling.fits.basins import Basin
+from train.scaling.fits.hyperparameters import Method, fit_hyperparameters
+from train.scaling.fits.runs import Array
 from train.scaling.law import PowerLaw, Variable
-from train.scaling.runs import Array
 
 DIAGONALS = tuple(
     np.array([[1.0, 0.0], [shear, 1.0]]) for shear in (1e-3, -1e-3)

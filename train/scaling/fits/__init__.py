@@ -1,0 +1,1 @@
+"""What finished runs tell: learning rate and batch, allocation, loss, each with intervals."""
