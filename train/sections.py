@@ -272,7 +272,7 @@ class ScheduleSection(Section):
     milestones: Milestones | None = (
         None  # multistep: [[fraction of tokens, multiple of lr], …]; None: 31.6% at 80%, 10% at 90%
     )
-    law: Name | None = None  # of auto and ramp: deepseek-llm, step-law, ling-moe, or the path of a law file
+    law: Name | None = None  # of auto and ramp: a shipped law (step-law, deepseek-llm, …) or the path of a law file
     batch_multiple: PositiveCount = 1  # sequences; a batch that is auto, or a law's ramp, is a multiple of so many
     lr_batch_exponent: NonNegative = 0.0  # while the batch grows, lr · (batch / last batch)^this; a law's ramp has 0.5
     gamma: Curve  # speed of the balancing bias

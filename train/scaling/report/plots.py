@@ -227,8 +227,9 @@ def _against(axes: Axes, fit: Fit, of: Hyper, law: PowerLaw, colour: str, mark: 
 
 
 def _laws(name: Part) -> list[tuple[Law, PowerLaw]]:
-    """Published laws that have a part."""
-    return [(law, theirs) for law in map(load_law, shipped_laws()) if (theirs := getattr(law, name)) is not None]
+    """Published laws that have a part; the law of a ladder has a family."""
+    published = [law for law in map(load_law, shipped_laws()) if law.family is None]
+    return [(law, theirs) for law in published if (theirs := getattr(law, name)) is not None]
 
 
 def _published(axes: Axes, fit: Fit, x: Array, name: Part) -> None:
