@@ -22,6 +22,7 @@ from data.errors import DataError
 from data.yaml_io import read_yaml
 from model.config import ConfigError, ModelConfig
 from parallel.layout import Layout, ParallelConfig
+from train import named
 from train.automatic import decided
 from train.fields import as_points, mistake, show, value_at
 from train.sections import (
@@ -173,18 +174,14 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def builtin_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return named.names(RECIPES, ".yaml")
 
 
 def _find(name: str) -> Path:
-    known = builtin_recipes()
-    if name in known:
-        return RECIPES / f"{name}.yaml"
-    if Path(name).is_file():
-        return Path(name)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "give one of these or the path of a YAML file"
-    raise RecipeError(f"recipe {name!r}: must be a file or one of {', '.join(known)}; {hint}")
+    try:
+        return named.find(name, RECIPES, ".yaml", "YAML file")
+    except LookupError as error:
+        raise RecipeError(f"recipe {name!r}: {error}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -12,7 +12,6 @@ parameters of refitted bootstrap samples, which keep what the parameters of one 
 Published laws lie in `laws/`; a ladder's own is a file of the same form.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from train import named
 from train.scaling.errors import ScalingError
 from train.scaling.estimate import Estimate
 from train.scaling.fits.bootstrap import quantile
@@ -209,7 +209,7 @@ class Law(_Form):
 
 def shipped_laws() -> list[str]:
     """Names of the published laws that come with the code."""
-    return sorted(path.stem for path in LAWS.glob("*.json"))
+    return named.names(LAWS, ".json")
 
 
 def load_law(name_or_path: str | Path) -> Law:
@@ -271,11 +271,7 @@ def _first_mistake(error: ValidationError) -> str:
 
 
 def _find(name: str) -> Path:
-    known = shipped_laws()
-    if name in known:
-        return LAWS / f"{name}.json"
-    if Path(name).is_file():
-        return Path(name)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "give one of these or the path of a law file"
-    raise ScalingError(f"law = {name!r}: must be a file or one of {', '.join(known)}; {hint}")
+    try:
+        return named.find(name, LAWS, ".json", "law file")
+    except LookupError as error:
+        raise ScalingError(f"law = {name!r}: {error}") from None

@@ -13,9 +13,11 @@ from train.cli import main
 from train.scaling.fits.basins import best_runs
 from train.scaling.fits.fit import fit_runs
 from train.scaling.fits.runs import COLUMNS, Runs
+from train.scaling.ladder.table import read_runs
 from train.scaling.law import load_law
 
 PUBLISHED = Path(__file__).parents[4] / "shared" / "scaling_data"
+LADDER = Path(__file__).parents[3] / "train" / "scaling" / "ladders" / "cpu"
 CHINCHILLA = PUBLISHED / "chinchilla_epoch" / "points.csv"
 GOLDEN = {"A": 477.83, "B": 2143.4, "E": 1.81722, "alpha": 0.34731, "beta": 0.36717, "a": 0.5139}
 needs_published = pytest.mark.skipif(not CHINCHILLA.exists(), reason="the published runs are not beside the repository")
@@ -211,3 +213,12 @@ def test_the_best_repeated_cell_of_a_size_stands_for_it_with_the_mean_of_its_see
         loss=[3.0, 3.2, 3.09, 4.0, 3.9], params=[1, 1, 1, 2, 2], tokens=[5] * 5, lr=[1, 1, 2, 1, 2], batch=[8] * 5
     )
     assert best_runs(runs).loss.tolist() == [3.1, 3.9]
+
+
+def test_the_shipped_law_of_the_ladder_is_what_its_runs_give() -> None:
+    shipped, fitted = load_law("ladder-cpu"), fit_runs(read_runs(LADDER), draws=0, hold_out=False).law
+    for part in ("lr", "batch_tokens", "flops_per_token"):
+        ours, theirs = getattr(fitted, part), getattr(shipped, part)
+        assert ours.exponents == pytest.approx(theirs.exponents, rel=1e-3)
+        assert ours.coefficient == pytest.approx(theirs.coefficient, rel=1e-2)
+    assert shipped.runs == len(read_runs(LADDER)) and shipped.name == "ladder-cpu"
