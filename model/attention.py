@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm
+from model.layers import Linear, RMSNorm, read_by
 from model.ops.attention import AttentionBackend
 from model.rope import Rotation, rotate, softmax_scale
 
@@ -60,8 +60,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
         """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] or None for causal → [B, T, D]."""
-        q_nope, q_rope = self._queries(x, rotation)  # [B, H, T, nope], [B, H, T, rope]
-        latent, k_rope = self._latent(x, rotation)  # [B, T, R], [B, T, rope]
+        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + v]
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, T, nope + rope]
@@ -71,8 +70,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:
         """`forward` for T new tokens after those in the cache, in the latent space. [B, T, D] → [B, T, D]."""
-        q_nope, q_rope = self._queries(x, rotation)
-        entries = cache.append(*self._latent(x, rotation)).unsqueeze(1)  # [B, 1, L, R + rope], one key head for all
+        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
+        entries = cache.append(latent, k_rope).unsqueeze(1)  # [B, 1, L, R + rope], one key head for all
         up = self.kv_b_proj.weight.to(x.dtype).unflatten(0, (self.heads, -1))  # [H, nope + v, R]
         w_uk, w_uv = up.split((self.nope, self.v_dim), dim=1)
         q = torch.cat((q_nope @ w_uk, q_rope), dim=-1)  # [B, H, T, R + rope]
@@ -83,12 +82,14 @@ class MultiHeadLatentAttention(nn.Module):
         out = p @ entries[..., : self.rank] @ w_uv.transpose(-1, -2)  # [B, H, T, v]
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
-    def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both parts of the queries [B, H, T, nope], [B, H, T, rope], the latent [B, T, R], the rotary key [B, T, rope]."""
+        if hasattr(self, "q_proj"):
+            q, kv = read_by(x, self.q_proj, self.kv_a_proj_with_mqa)
+        else:
+            q, kv = read_by(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + rope]
-        nope, rope = q.split((self.nope, self.rope), dim=-1)
-        return nope, rotate(rope, rotation)
-
-    def _latent(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
-        return self.kv_a_layernorm(latent), rotate(k_rope, rotation)
+        q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
+        latent, k_rope = kv.split((self.rank, self.rope), dim=-1)
+        return q_nope, rotate(q_rope, rotation), self.kv_a_layernorm(latent), rotate(k_rope, rotation)

@@ -8,18 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops.fp8.arithmetic import Fp8
 from model.ops.rms_norm import rms_norm
 from model.ops.swiglu import swiglu
 
 
 class Linear(nn.Linear):
-    """y = x Wᵀ without a bias, in x's dtype."""
+    """y = x Wᵀ without a bias, in x's dtype; its products in FP8 where `fp8` is set."""
+
+    fp8: Fp8 | None = None
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8:
+            return self.fp8.linear(x, self.weight)[0]
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def read_by(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
+    """The outputs of several linear maps of the same x, which FP8 then quantises and keeps once."""
+    if fp8 := maps[0].fp8:
+        return fp8.linear(x, *(m.weight for m in maps))
+    return tuple(m(x) for m in maps)
 
 
 class RMSNorm(nn.Module):
@@ -37,6 +49,8 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)). [..., D] → [..., D]."""
 
+    fp8: Fp8 | None = None
+
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size)
@@ -44,4 +58,6 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8:
+            return self.fp8.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

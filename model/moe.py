@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.balance import sequence_balance_loss
 from model.config import ModelConfig
 from model.layers import MLP
+from model.ops.fp8.arithmetic import Fp8
 from model.ops.grouped_mm import GroupedMM
 from model.ops.swiglu import swiglu
 
@@ -146,6 +147,8 @@ def count_experts(expert_ids: Tensor, experts: int) -> Tensor:
 class Experts(nn.Module):
     """All routed experts of a layer as two stacked tensors, [E, 2F, D] (gate rows first) and [E, D, F]."""
 
+    fp8: Fp8 | None = None
+
     def __init__(self, config: ModelConfig, grouped_mm: GroupedMM):
         super().__init__()
         experts, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -155,6 +158,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [M, D] sorted by expert, counts [E] rows of each → [M, D]."""
+        if self.fp8:
+            return self.fp8.experts(rows, counts, self.gate_up_proj, self.down_proj)
         gate, up = self.grouped_mm(rows, self.gate_up_proj.to(rows.dtype), counts).chunk(2, dim=-1)  # [M, F] each
         return self.grouped_mm(swiglu(gate, up), self.down_proj.to(rows.dtype), counts)
 

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from model.attention import LatentCache
 from model.block import Block
 from model.config import ModelConfig
-from model.layers import Linear, RMSNorm
+from model.layers import MLP, Linear, RMSNorm
 from model.loss import Losses, count_targets, targets_at
-from model.moe import LayerStats
+from model.moe import Experts, LayerStats
 from model.mtp import MTPBlock
 from model.ops import attention as attention_ops
 from model.ops import grouped_mm as grouped_mm_ops
 from model.ops.attention import AttentionBackend
 from model.ops.cross_entropy import count_hits, linear_cross_entropy
+from model.ops.fp8.arithmetic import Fp8
+from model.ops.fp8.kernels import Kernels
 from model.ops.grouped_mm import GroupedMM
 from model.rope import Rotation, rotation
 
@@ -48,6 +50,8 @@ class Transformer(nn.Module):
         experts: "grouped_mm" (one kernel for all experts) or "reference" (a loop over them).
         mask_documents: keep attention and targets inside a packed document. Rotary positions are relative, so
             with the mask they need no reset at a document's start.
+        fp8: what computes the matrix products of blocks in FP8; None leaves them in the compute dtype. Embedding, head,
+            gates, norms, attention itself and the entry of MTP modules stay as they are.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Transformer(nn.Module):
         attention: Literal["sdpa", "reference"] = "sdpa",
         experts: Literal["grouped_mm", "reference"] = "grouped_mm",
         mask_documents: bool = False,
+        fp8: Kernels | None = None,
     ):
         super().__init__()
         if experts == "grouped_mm":
@@ -67,6 +72,7 @@ class Transformer(nn.Module):
         self.mask_documents = mask_documents
         self.model = Decoder(config, attention_ops.BACKENDS[attention], grouped_mm_ops.BACKENDS[experts])
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.fp8: dict[str, Fp8] = compute_in_fp8(self.model.layers, fp8) if fp8 else {}
 
     @property
     def device(self) -> torch.device:
@@ -172,3 +178,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, attention, grouped_mm) for layer in range(main))
         self.layers.extend(MTPBlock(config, main + depth, attention, grouped_mm) for depth in range(depths))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def compute_in_fp8(layers: nn.ModuleList, kernels: Kernels) -> dict[str, Fp8]:
+    """Let attention's linear maps, feed-forward networks and experts multiply in FP8. Returns each one's arithmetic by its name."""
+    arithmetic: dict[str, Fp8] = {}
+    for name, module in layers.named_modules(prefix="model.layers"):
+        of_attention = isinstance(module, Linear) and ".self_attn." in name
+        if of_attention or isinstance(module, MLP | Experts):
+            module.fp8 = arithmetic[name] = Fp8(kernels, keeps_input=name.endswith("o_proj"))
+    return arithmetic

@@ -223,7 +223,7 @@ class ParallelSection(Section):
 
 class PrecisionSection(Section):
     compute: Literal["bf16", "fp16", "fp32"] | None = None  # None: bf16 on a GPU, fp32 on a CPU
-    fp8: Annotated[StrictBool, only_built(False)] = False
+    fp8: StrictBool = False  # the matrix products of blocks in E4M3, DeepSeek-V3 §3.3; emulated on a CPU
     moments: Literal["fp32", "bf16"] = "fp32"  # of Adam; DeepSeek-V3 §3.3.3 keeps bf16
 
 

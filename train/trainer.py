@@ -27,6 +27,7 @@ from data.samples import Batch
 from data.tokenizer import copy_folder
 from model.hf import state_shapes
 from model.init import Write, initialize
+from model.ops.fp8.choose import kernels_for
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, State, StepResult
@@ -136,8 +137,11 @@ class Trainer:
         recipe = self.recipe
         config = recipe.model_config_resolved()
         compute = recipe.precision.compute or ("bf16" if self.process.device.type == "cuda" else "fp32")
+        fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
         with torch.device("meta"):
-            model = Transformer(config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents)
+            model = Transformer(
+                config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents, fp8=fp8
+            )
         apply_recompute(model, recipe.parallel.recompute)
         if recipe.run.compile is True:
             parallel = recipe.parallel

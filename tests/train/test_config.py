@@ -260,7 +260,6 @@ def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
         "parallel.pipeline=2",
         "parallel.context=2",
         "parallel.schedule=zbv",
-        "precision.fp8=true",
     ],
 )
 def test_what_has_no_code_yet_is_refused_as_not_built_yet(override):

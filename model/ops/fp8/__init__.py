@@ -1,0 +1,1 @@
+"""Matrix products in FP8 as DeepSeek-V3 trains with them (§3.3): all three of every linear map of a block and of its experts."""
