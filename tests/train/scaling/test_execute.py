@@ -1,4 +1,7 @@
-"""A real ladder of runs that take a second each: reused stages, interruptions, several tasks, failures."""
+"""A real ladder of runs that take a second each: reused stages, interruptions, several tasks, failures.
+
+Its processes are forked, but for the ladder that is interrupted: that is the command as a shell starts it, with its trainer.
+"""
 
 import json
 import math
@@ -19,6 +22,7 @@ import pytest
 
 from data.locks import try_lock
 from data.store import Store
+from tests.train.scaling.forked import Command
 from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
 from train.scaling.ladder.cells import RESULT, Cells, diverged, mixture_loss, seconds_of_steps
@@ -45,10 +49,9 @@ def finished(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tup
     """Two budgets, two rates, one row; the longer runs go on from the shorter ones."""
     folder = tmp_path_factory.mktemp("ladder")
     path = write_ladder(folder, tiny_store.path, max_cells=2, seeds=2, row=[16, 24], sizes=2)
-    said: Said = []
-    ladder = load_ladder(path)
-    execution(ladder, said).run()
-    return ladder, said
+    code, out, err = Command(str(path), "--jobs", "2").wait()
+    assert code == 0, err
+    return load_ladder(path), out.splitlines()
 
 
 def test_every_wanted_cell_has_a_row_in_the_table(finished: tuple[Ladder, Said]) -> None:
@@ -196,11 +199,11 @@ def test_schedules_without_a_common_part_are_said_to_have_none(tiny_store: Store
 
 
 def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path: Path) -> None:
-    path = write_ladder(tmp_path, tiny_store.path, budgets=[3e9], lr=[4e-3], max_cells=1, seeds=1, row=[16], sizes=1)
+    path = write_ladder(tmp_path, tiny_store.path, budgets=[1.5e9], lr=[4e-3], max_cells=1, seeds=1, row=[16], sizes=1)
     command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path)]
     ladder = load_ladder(path)
     cells = Cells(ladder)
-    metrics = cells.place(Cell(3e9, 16, 4e-3, 256)) / "run" / "metrics.jsonl"
+    metrics = cells.place(Cell(1.5e9, 16, 4e-3, 256)) / "run" / "metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 20)
     process.send_signal(signal.SIGHUP)
@@ -208,10 +211,10 @@ def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path:
     assert process.returncode == 130 and "start the same command again" in err, (out, err)
     before = len(metrics.read_text().splitlines())
     assert cells.results() == {}
-    said: Said = []
-    execution(ladder, said).run()
+    code, out, err = Command(str(path)).wait()
+    assert code == 0, err
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before and len(ends(said)) == 1
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > before and len(ends(out.splitlines())) == 1
     (row,) = read_rows(Path(ladder.dir))
     assert row["seconds"] > seconds_of_steps(metrics.parent)  # both sessions'
 
@@ -262,27 +265,25 @@ def test_two_tasks_share_a_ladder(tiny_store: Store, tmp_path: Path) -> None:
     path = write_ladder(
         tmp_path, tiny_store.path, budgets=[2e8], lr=[4e-3, 8e-3], max_cells=2, seeds=1, row=[16], sizes=1
     )
-    command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path), "--jobs", "1"]
-    tasks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [line for task in tasks for line in task.communicate(timeout=300)[0].splitlines()]
-    assert [task.returncode for task in tasks] == [0, 0] and len(ends(said)) == 2, said
+    tasks = [Command(str(path), "--jobs", "1") for _ in range(2)]
+    ended = [task.wait() for task in tasks]
+    said = [line for task in ended for line in task.out.splitlines()]
+    assert [task.code for task in ended] == [0, 0] and len(ends(said)) == 2, ended
     assert len(read_rows(tmp_path / "ladder")) == 2
 
 
-def test_a_cell_that_fails_is_named_and_the_others_run(
-    tiny_store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cell_that_fails_is_named_and_the_others_run(tiny_store: Store, tmp_path: Path) -> None:
     path = write_ladder(tmp_path, tiny_store.path, budgets=[2e8], max_cells=2, seeds=1, row=[16], sizes=1)
     cells = Cells(load_ladder(path))
     place = cells.place(Cell(2e8, 16, 8e-3, 256))
     place.mkdir(parents=True)
     (place / "run").write_text("in the way")
-    assert main(["scaling", "run", str(path)]) == 2
-    err = capfd.readouterr().err
+    code, _, err = Command(str(path)).wait()
+    assert code == 2
     assert "cell c2e+08-d16-lr0.008-b256-s0: failed" in err and "log.txt" in err and err.count("\n") == 1
     assert len(read_rows(tmp_path / "ladder")) == 1
     os.remove(place / "run")
-    assert main(["scaling", "run", str(path)]) == 0
+    assert Command(str(path)).wait().code == 0
     assert len(read_rows(tmp_path / "ladder")) == 2
 
 
