@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.fp8 import products
 from model.ops.fp8.quantize import (
     TILE,
     Quantized,
     dequantize,
-    padded_ends,
     quantize_blocks,
     quantize_columns,
     quantize_rows,
@@ -98,15 +98,13 @@ class Reference:
         return transpose_blocks(blocks) if transpose else blocks
 
     def multiply(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-        return (dequantize(a) @ dequantize(b).T).to(dtype)
+        return products.multiply(a, b, dtype, products.EMULATION)
 
     def multiply_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(dequantize(a), dequantize(b).mT, offs=ends).to(dtype)
+        return products.multiply_groups(a, b, counts, dtype, products.EMULATION)
 
     def multiply_within_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        ends = padded_ends(counts).to(torch.int32)
-        return F.grouped_mm(dequantize(a), dequantize(b).T, offs=ends).to(dtype)
+        return products.multiply_within_groups(a, b, counts, dtype, products.EMULATION)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
         return quantize_rows(F.silu(gate.float()) * up.float())

@@ -1,0 +1,100 @@
+"""The three matrix products of FP8 training as operations of PyTorch: `rorqual::fp8_multiply`, `…_groups`, `…_within_groups`.
+
+Under one name whoever computes them, so that what watches operations sees a product and not what it consists of: recomputation
+keeps its output, `torch.compile` knows its shape. `by` names the implementation; `IMPLEMENTATIONS` has those that were imported.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops.fp8.quantize import Quantized, dequantize, padded_ends
+
+
+class Multiply(Protocol):
+    def __call__(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor: ...
+
+
+class MultiplyGroups(Protocol):
+    def __call__(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+class Products(NamedTuple):
+    """One implementation, with the shapes of `model.ops.fp8.kernels.Kernels`; None where it has no such product."""
+
+    multiply: Multiply | None
+    multiply_groups: MultiplyGroups | None
+    multiply_within_groups: MultiplyGroups | None
+
+
+def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, by: str) -> Tensor:
+    """a bᵀ, [M, K] times [N, K] → [M, N]."""
+    return _multiply(*a, *b, dtype, by)
+
+
+def multiply_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    """Each group's rows of a [M, K] times its matrix of b [E, N, K] → [M, N]."""
+    return _multiply_groups(*a, *b, counts, dtype, by)
+
+
+def multiply_within_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    """a bᵀ over each group's columns apart, [N, P] and [K, P] → [E, N, K]."""
+    return _multiply_within_groups(*a, *b, counts, dtype, by)
+
+
+def _emulate(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+    return (dequantize(a) @ dequantize(b).T).to(dtype)
+
+
+def _emulate_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.grouped_mm(dequantize(a), dequantize(b).mT, offs=counts.cumsum(0).to(torch.int32)).to(dtype)
+
+
+def _emulate_within_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.grouped_mm(dequantize(a), dequantize(b).T, offs=padded_ends(counts).to(torch.int32)).to(dtype)
+
+
+EMULATION = "emulation"
+IMPLEMENTATIONS = {EMULATION: Products(_emulate, _emulate_groups, _emulate_within_groups)}
+
+
+@torch.library.custom_op("rorqual::fp8_multiply", mutates_args=())
+def _multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    run = IMPLEMENTATIONS[by].multiply
+    assert run is not None, by
+    return run(Quantized(a, a_scale), Quantized(b, b_scale), dtype)
+
+
+@torch.library.custom_op("rorqual::fp8_multiply_groups", mutates_args=())
+def _multiply_groups(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
+) -> Tensor:
+    run = IMPLEMENTATIONS[by].multiply_groups
+    assert run is not None, by
+    return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
+
+
+@torch.library.custom_op("rorqual::fp8_multiply_within_groups", mutates_args=())
+def _multiply_within_groups(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
+) -> Tensor:
+    run = IMPLEMENTATIONS[by].multiply_within_groups
+    assert run is not None, by
+    return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
+
+
+@_multiply.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@_multiply_groups.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+
+
+@_multiply_within_groups.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+    return a.new_empty(counts.shape[0], a.shape[0], b.shape[0], dtype=dtype)
