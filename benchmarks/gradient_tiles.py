@@ -151,13 +151,13 @@ def by_outlier(errors: list[Errors]) -> list[dict[str, Any]]:
     for low, high in pairwise(EDGES):
         inside = (every.outlier >= low) & (every.outlier < high)
         if inside.any():
-            part = Errors("", *(t[inside] for t in every[1:]))
+            part = Errors("", *(getattr(every, field)[inside] for field in Errors._fields[1:]))
             table.append({"from": low, "to": high if high < math.inf else None, **_means(part)})
     return table
 
 
 def _joined(errors: list[Errors]) -> Errors:
-    return Errors("", *(torch.cat([e[i] for e in errors]) for i in range(1, 5)))
+    return Errors("", *(torch.cat([getattr(e, field) for e in errors]) for field in Errors._fields[1:]))
 
 
 def _means(e: Errors) -> dict[str, float]:
