@@ -29,8 +29,9 @@ class Linear(nn.Linear):
 
 def read_by(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
     """The outputs of several linear maps of the same x, which FP8 then quantises and keeps once."""
-    if fp8 := maps[0].fp8:
-        return fp8.linear(x, *(m.weight for m in maps))
+    first, *others = (m.fp8 for m in maps)
+    if first:
+        return first.linear(x, *(m.weight for m in maps), others=[fp8 for fp8 in others if fp8])
     return tuple(m(x) for m in maps)
 
 

@@ -51,22 +51,38 @@ class MeanLosses:
 
 
 @dataclass(frozen=True)
+class FP8Scales:
+    """The scales of a step in FP8, over all ranks and micro-batches; `parallel.fp8_scales` says which are too large."""
+
+    largest: float  # of all inputs and weights; infinite in place of NaN
+    at: str  # layer and tensor that have it
+    exploded: tuple[str, ...]  # tensors whose scale is too large, in the order of the forward and the backward pass
+
+
+@dataclass(frozen=True)
 class StepResult:
     losses: MeanLosses
     grad_norm: float  # before clipping
     expert_counts: Tensor  # [MoE layers, E] int64 on the host, of the global batch
     non_finite: tuple[str, ...] = ()  # parameters whose gradient is not finite
+    scales: FP8Scales | None = None  # with FP8 only
+
+    @property
+    def exploded(self) -> tuple[str, ...]:
+        """Tensors whose FP8 scale is too large or not finite."""
+        return self.scales.exploded if self.scales else ()
 
     @property
     def skipped(self) -> bool:
-        """A non-finite gradient: no parameter, moment or bias was touched."""
-        return bool(self.non_finite)
+        """A non-finite gradient, or a tensor that exploded: no parameter, moment or bias was touched."""
+        return bool(self.non_finite or self.exploded)
 
 
 class Engine(Protocol):
     """A model, its optimizer, and the way both are spread over ranks."""
 
     model: Transformer  # its methods may be called between steps, by all ranks together
+    fp8_max_scale: float  # of inputs and weights in FP8; beyond it a step is skipped
 
     @property
     def loss_scale(self) -> float:

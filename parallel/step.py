@@ -3,7 +3,8 @@
     1. n_k ← valid targets of head k in the global batch            (one reduction of 1 + D integers)
     2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n
     3. losses and expert counts of the global batch                  (one reduction for all layers, MTP included)
-    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   a non-finite ‖g‖ ends the step here: nothing is updated
+    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   a non-finite ‖g‖ ends the step here: nothing is updated;
+                                              so does an FP8 scale that is out of bounds (`parallel.fp8_scales`)
     5. optimizer step at the given learning rate
     6. b   ← balance.update(b, counts, γ) for every router, MTP included
 
@@ -23,6 +24,7 @@ from model.loss import count_targets
 from model.moe import Router
 from model.transformer import Output, Transformer
 from parallel.engine import MeanLosses, MicroBatch, State, StepResult, StepSettings
+from parallel.fp8_scales import forget_scales, read_scales
 from parallel.loss_scale import LossScale
 
 
@@ -36,6 +38,7 @@ class GlobalStep(ABC):
 
     gradient_copies: int  # how many ranks hold each element of the gradient
     copied: frozenset[str] = frozenset()
+    fp8_max_scale: float = 512.0
 
     def __init__(self, model: Transformer, clip: float | None):
         self.model = model
@@ -84,6 +87,7 @@ class GlobalStep(ABC):
 
     def step(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepResult:
         targets = self._targets_of_global_batch(micro_batches)
+        forget_scales(self.model.fp8)
         outputs = []
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
@@ -93,12 +97,14 @@ class GlobalStep(ABC):
             outputs.append(output)
         losses, counts = _sum_of_global_batch(outputs, targets, settings.batch)
         host_counts = counts.cpu()  # before the optimizer starts, or the host would wait for it
-        grad_norm, non_finite = self._update(settings.lr)
-        if not non_finite:
+        scales = read_scales(self.model.fp8, self.fp8_max_scale)
+        grad_norm, non_finite = self._update(settings.lr, is_allowed=not (scales and scales.exploded))
+        result = StepResult(losses, grad_norm, host_counts, non_finite, scales)
+        if not result.skipped:
             for router, layer_counts in zip(self.routers, counts):
                 bias = router.e_score_correction_bias
                 bias.copy_(balance.update(bias, layer_counts, settings.gamma))
-        return StepResult(losses, grad_norm, host_counts, non_finite)
+        return result
 
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
@@ -109,18 +115,18 @@ class GlobalStep(ABC):
         return targets
 
     @torch.no_grad()
-    def _update(self, lr: float) -> tuple[float, tuple[str, ...]]:
-        """Clip and step. Returns the gradient norm before clipping, and the parameters whose gradients forbade the step."""
+    def _update(self, lr: float, is_allowed: bool) -> tuple[float, tuple[str, ...]]:
+        """Clip and step, if allowed. Returns the gradient norm before clipping, and the parameters whose gradients forbade it."""
         gradients = self.gradients()
         grad_norm = self._norm(list(gradients.values())) / self.loss_scale
         finite = math.isfinite(grad_norm)
         non_finite: tuple[str, ...] = ()
-        if finite:
+        if finite and is_allowed:
             factor = 1.0 if self.clip is None else min(1.0, self.clip / (grad_norm + 1e-6))
             if factor != self.loss_scale:
                 torch._foreach_mul_(list(gradients.values()), factor / self.loss_scale)
             self.update(lr)
-        else:
+        elif not finite:
             non_finite = self._non_finite(gradients) or ("the norm of all gradients",)
         self.drop_gradients()
         self.scaling.update(finite)

@@ -117,7 +117,7 @@ def scalars(metrics: Metrics, prefix: str = "") -> dict[str, float]:
             flat |= scalars(value, f"{prefix}{key}/")
         elif isinstance(value, list | tuple):
             flat |= scalars({str(index): entry for index, entry in enumerate(value)}, f"{prefix}{key}/")
-        elif key != "step":
+        elif key != "step" and not isinstance(value, str):
             flat[f"{prefix}{key}"] = float(value)
     return flat
 

@@ -3,14 +3,15 @@
     step, tokens, tokens_by_source            optimizer steps and tokens so far, this step included; {source: tokens}
     loss, mtp_loss, balance_loss              nats per token over the global batch; mtp_loss has one entry a depth
     grad_norm                                 before clipping
-    skipped                                   steps of the run so far whose gradient was not finite
+    skipped                                   steps of the run so far whose gradient was not finite, or a tensor of which exploded
+    fp8_max_scale, fp8_max_scale_at           largest scale of the step's inputs and weights in FP8; layer and tensor that have it
     lr, batch_tokens, sequence_length, gamma, alpha, lambda    of this step
     data_seconds                              how long the step waited for its batch, on rank 0
     tokens_per_second, mfu, memory_bytes      of all ranks; a fraction of the devices' peak; of rank 0
     max_vio, max_vio_mean, max_vio_worst, max_vio_worst_layer, bias_min, bias_max      see `balance_metrics`
     validation, validation_max_vio            in steps that validate: {source: {"nats_per_token", "bits_per_byte", …}}
 
-`max_vio` and what follows it are absent where the model has no experts. `train.runlog` makes the dict.
+`max_vio` and what follows it are absent where the model has no experts, `fp8_…` without FP8. `train.runlog` makes the dict.
 """
 
 from __future__ import annotations

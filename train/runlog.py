@@ -93,6 +93,8 @@ class RunLog:
             "memory_bytes": self._memory(),
             "skipped": skipped,
         }
+        if result.scales:
+            metrics |= {"fp8_max_scale": result.scales.largest, "fp8_max_scale_at": result.scales.at}
         if result.expert_counts.numel():
             biases = [bias for _, bias in self.model.named_buffers()]
             metrics |= balance_metrics(result.expert_counts, biases)

@@ -224,6 +224,7 @@ class ParallelSection(Section):
 class PrecisionSection(Section):
     compute: Literal["bf16", "fp16", "fp32"] | None = None  # None: bf16 on a GPU, fp32 on a CPU
     fp8: StrictBool = False  # the matrix products of blocks in E4M3, DeepSeek-V3 §3.3; emulated on a CPU
+    fp8_max_scale: Positive = 512  # of inputs and weights; beyond it no number is left between 0 and 1
     moments: Literal["fp32", "bf16"] = "fp32"  # of Adam; DeepSeek-V3 §3.3.3 keeps bf16
 
 
@@ -374,6 +375,6 @@ class RunSection(Section):
     seed: Count = 0  # of the initial weights
     initialize_from: Name | None = None  # a checkpoint whose weights start the run (`rorqual import` makes one)
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
-    max_skipped: PositiveCount = 5  # non-finite steps in a row before the run gives up
+    max_skipped: PositiveCount = 5  # skipped steps in a row before the run gives up
     compile: CompileMode = "auto"  # auto: off, until it has been measured to pay on a GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"

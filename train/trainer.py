@@ -78,7 +78,7 @@ class Trainer:
         self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
-        self.skipped = record.get("skipped", 0)  # steps without a finite gradient
+        self.skipped = record.get("skipped", 0)  # steps that updated nothing
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
         self.engine: Engine = self._build_engine()
@@ -101,6 +101,8 @@ class Trainer:
                 result = self._train_step(step, batches)
                 consumed = self.corpus.samples.tokens_by_source(self.samples)
                 metrics = run_log.end_step(self.step, step, result, self.skipped, waited, consumed)
+                if result.exploded:
+                    run_log.say(f"step {self.step} is skipped: {result.exploded[0]}")
                 validates = self._is_finished or _is_multiple(self.step, self.recipe.evaluate.every_steps)
                 run_log.write(metrics, self._evaluate() if validates else None)
                 if self._is_diverged(result):
@@ -154,7 +156,9 @@ class Trainer:
             for block in model.model.layers:
                 block.compile()
         optimizer = partial(build_optimizer, settings=recipe.optimizer, moments=recipe.precision.moments)
-        return build_engine(self.layout, model, self.process.device, self._fill, optimizer, recipe.optimizer.clip)
+        engine = build_engine(self.layout, model, self.process.device, self._fill, optimizer, recipe.optimizer.clip)
+        engine.fp8_max_scale = recipe.precision.fp8_max_scale
+        return engine
 
     def _fill(self, model: Transformer, write: Write) -> None:
         """A run's first weights: drawn from its seed, or taken from elsewhere."""
@@ -198,8 +202,8 @@ class Trainer:
         return result
 
     def _is_diverged(self, result: StepResult) -> bool:
-        """Whether too many steps in a row had no finite gradient. While fp16's loss scale still falls, a skip is no sign of it."""
-        still_scaling = self.engine.loss_scale > 1
+        """Whether too many steps in a row were skipped. While fp16's loss scale falls, a non-finite gradient does not count."""
+        still_scaling = self.engine.loss_scale > 1 and bool(result.non_finite)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped and not still_scaling else 0
         return self.skipped_in_a_row >= self.recipe.run.max_skipped
 
@@ -302,7 +306,7 @@ class Trainer:
         return run_log
 
     def _save_evidence(self, step: Step, batches: list[Batch], result: StepResult) -> None:
-        """What is needed to look at a step without finite gradients: its batches, its settings, where it went wrong."""
+        """What is needed to look at a step that was skipped: its batches, its settings, where it went wrong."""
         folder = self.folder / "non_finite" / f"step-{self.step:08d}"
         tensors = {f"{name}.{i}": part for i, b in enumerate(batches) for name, part in b._asdict().items()}
         report = {
@@ -311,6 +315,7 @@ class Trainer:
             "settings": asdict(step.settings),
             "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
             "parameters_with_non_finite_gradients": result.non_finite,
+            "exploded": result.exploded,
             "weights": f"checkpoints/step-{self.step:08d}",
         }
         with written_into(self.folder):
@@ -334,9 +339,11 @@ class Trainer:
         return f"stopped at step {self.step} of {self.schedule.total_steps}; {again} to continue from {where}"
 
     def _divergence(self, result: StepResult) -> str:
+        exploded, non_finite = result.exploded, result.non_finite
+        reason = f"exploded ({exploded[0]})" if exploded else f"had no finite gradient (first in {non_finite[0]})"
         return (
-            f"{self.skipped_in_a_row} steps in a row had no finite gradient (first in {result.non_finite[0]}); "
-            f"batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint"
+            f"{self.skipped_in_a_row} steps in a row {reason}; batches and settings are in {self.folder / 'non_finite'}, "
+            "the weights in its checkpoint"
         )
 
 

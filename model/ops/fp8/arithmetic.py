@@ -19,9 +19,12 @@ second copy of 12 bits would cost 12 bits.
 
 Rows of experts and the gradients of what experts hand out are quantised once, with powers of two, and requantised where columns are
 needed: so it makes no difference whether they were quantised before they travelled between ranks or after (§3.3.3).
+
+The largest scale of every tensor that is quantised is remembered (`Fp8.note`): it shows a tensor that explodes, or has a NaN, where
+that begins, and not where it ends, in the gradients of everything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +33,8 @@ from torch import Tensor
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.quantize import Quantized
 
-INPUT, WEIGHT, GRADIENT = range(3)
+# The largest scale of each of some tensors, fp32 [tensors], by their names. A name is what follows the module's.
+Scales = dict[tuple[str, ...], Tensor]
 
 
 class Fp8:
@@ -44,11 +48,16 @@ class Fp8:
     def __init__(self, kernels: Kernels, keeps_input: bool = False):
         self.kernels = kernels
         self.keeps_input = keeps_input
-        self.largest_scales: Tensor | None = None  # [3] fp32 of inputs, weights, gradients since `reset`
+        self.scales: Scales = {}  # of inputs and weights, since they were last cleared
+        self.gradient_scales: Scales = {}
 
-    def linear(self, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        """x [..., in] times the transpose of each weight [out_i, in] → [..., out_i], in x's dtype. x is quantised once."""
-        outputs = _Linear.apply(self, x.flatten(0, -2), *weights)
+    def linear(self, x: Tensor, *weights: Tensor, others: Sequence["Fp8"] = ()) -> tuple[Tensor, ...]:
+        """x [..., in] times the transpose of each weight [out_i, in] → [..., out_i], in x's dtype. x is quantised once.
+
+        others: the arithmetic of the maps behind the first, if that is to remember their weights' and gradients' scales.
+        """
+        maps = (self, *others) if others else (self,) * len(weights)
+        outputs = _Linear.apply(maps, x.flatten(0, -2), *weights)
         return tuple(y.unflatten(0, x.shape[:-1]) for y in outputs)
 
     def feed_forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -65,45 +74,39 @@ class Fp8:
         """
         return _FeedForward.apply(self, rows, counts, gate_up, down)
 
-    def reset(self) -> None:
-        """Forget how large scales have been."""
-        if self.largest_scales is not None:
-            self.largest_scales.zero_()
-
     @torch.no_grad()
-    def note(self, role: int, *tensors: Quantized) -> None:
-        """Remember the largest scale; NaN stays."""
-        if self.largest_scales is None:
-            self.largest_scales = tensors[0].scale.new_zeros(3)
-        found = [t.scale.amax() for t in tensors if t.scale.numel()]
-        if found:
-            self.largest_scales[role] = torch.stack([self.largest_scales[role], *found]).amax()
+    def note(self, scales: Scales, tensors: Mapping[str, Quantized]) -> None:
+        """Remember the largest scale of each tensor in `scales` or `gradient_scales`. NaN stays; nothing waits for the device."""
+        found = torch.stack([t.scale.amax() if t.scale.numel() else t.scale.new_zeros(()) for t in tensors.values()])
+        names = tuple(tensors)
+        scales[names] = torch.maximum(scales[names], found) if names in scales else found
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fp8: Fp8, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        kernels = fp8.kernels
+    def forward(ctx: Any, maps: tuple[Fp8, ...], x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        fp8, kernels = maps[0], maps[0].kernels
         rows = kernels.quantize_rows(x, power_of_two=not fp8.keeps_input)
         blocks = [kernels.quantize_blocks(w, x.dtype, transpose=False) for w in weights]
-        fp8.note(INPUT, rows)
-        fp8.note(WEIGHT, *blocks)
-        ctx.fp8, ctx.dtype = fp8, x.dtype
+        fp8.note(fp8.scales, {" input": rows})
+        for one, weight in zip(maps, blocks, strict=True):
+            one.note(one.scales, {" weight": weight})
+        ctx.maps, ctx.dtype = maps, x.dtype
         ctx.save_for_backward(*((x, None) if fp8.keeps_input else rows), *weights)
         return tuple(kernels.multiply(rows, w, x.dtype) for w in blocks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        fp8, dtype, kernels = ctx.fp8, ctx.dtype, ctx.fp8.kernels
+        maps, dtype, kernels = ctx.maps, ctx.dtype, ctx.maps[0].kernels
         data, scale, *weights = ctx.saved_tensors
-        if fp8.keeps_input:
+        if maps[0].keeps_input:
             inputs = kernels.quantize_columns(data)
         else:
             inputs = kernels.requantize_columns(Quantized(data, scale), None)
         d_x, d_weights = None, []
-        for grad, weight in zip(grads, weights):
+        for fp8, grad, weight in zip(maps, grads, weights, strict=True):
             rows, columns = kernels.quantize_rows_and_columns(grad)
-            fp8.note(GRADIENT, rows)
+            fp8.note(fp8.gradient_scales, {" gradient": rows})
             blocks = kernels.quantize_blocks(weight, dtype, transpose=True)
             part = kernels.multiply(rows, blocks, dtype if len(weights) == 1 else torch.float32)
             d_x = part if d_x is None else d_x.add_(part)
@@ -124,8 +127,10 @@ class _FeedForward(torch.autograd.Function):
         up = _multiply(kernels, rows, up_w, counts, dtype)
         product = kernels.swiglu(gate, up)
         kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
-        fp8.note(INPUT, rows, product, kept_gate, kept_up)
-        fp8.note(WEIGHT, gate_w, up_w, down_w)
+        noted = {"gate_proj input": rows, "gate_proj weight": gate_w, "up_proj weight": up_w}
+        noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
+        noted |= {"down_proj input": product, "down_proj weight": down_w}
+        fp8.note(fp8.scales, {f".{name}": tensor for name, tensor in noted.items()})
         ctx.fp8, ctx.dtype = fp8, dtype
         ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, *weights)
         return _multiply(kernels, product, down_w, counts, dtype)
@@ -133,8 +138,9 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         fp8, dtype, kernels = ctx.fp8, ctx.dtype, ctx.fp8.kernels
-        rows, gate, up = (Quantized(*ctx.saved_tensors[i : i + 2]) for i in (0, 2, 4))
-        counts, *weights = ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: a block that recomputes hands them out only then
+        rows, gate, up = (Quantized(*saved[i : i + 2]) for i in (0, 2, 4))
+        counts, *weights = saved[6:]
         gate_w, up_w, down_w = (kernels.quantize_blocks(w, dtype, transpose=True) for w in _three(weights))
         if counts is None:
             d_rows, d_columns = kernels.quantize_rows_and_columns(grad)
@@ -142,7 +148,8 @@ class _FeedForward(torch.autograd.Function):
             d_rows = kernels.quantize_rows(grad, power_of_two=True)
             d_columns = kernels.requantize_columns(d_rows, counts)
         d = kernels.swiglu_backward(_multiply(kernels, d_rows, down_w, counts, dtype), gate, up, counts)
-        fp8.note(GRADIENT, d_rows, d.gate, d.up)
+        noted = {".down_proj gradient": d_rows, ".gate_proj gradient": d.gate, ".up_proj gradient": d.up}
+        fp8.note(fp8.gradient_scales, noted)
         d_x = _multiply(kernels, d.gate, gate_w, counts, torch.float32)
         d_x += _multiply(kernels, d.up, up_w, counts, torch.float32)
         inputs = kernels.requantize_columns(rows, counts)
