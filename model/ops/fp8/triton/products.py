@@ -11,11 +11,11 @@ units ("promotion"), an FMA for each number of the output and tile. In the time 
 | `plain`       | several programs of a multiprocessor: one multiplies while the other promotes; or none, with tiles of 128 rows |
 | `specialized` | one program: a warp loads, two groups of four warps take turns (the compiler splits it, `warp_specialize`)     |
 
-Triton 3.7 cannot specialise `groups_by_blocks`, whose tiles depend on counts that it reads. Which variant is faster and right on the
-GPU at hand, is measured (`model.ops.fp8.choose`); how many stages, is autotuned for each N and K and power of two of M.
+Triton 3.7 cannot specialise `groups_by_blocks`, whose tiles depend on counts that it reads. Which variant is right and faster on
+the GPU at hand is measured (`model.ops.fp8.choose`); how many stages is autotuned for each N and K and power of two of M.
 
 Both factors come through the tensor memory accelerator, which fills with zeros what lies outside and wants rows in multiples of 16
-bytes: others are padded by a copy. Programs are persistent: as many as fit on the GPU at once, each with every so manieth tile.
+bytes: others are padded by a copy. Programs are persistent: as many as fit on the GPU at once, each of which takes every n-th tile.
 Neighbours in time work in a band of 8 tiles of rows, for the sake of the L2 cache.
 """
 
