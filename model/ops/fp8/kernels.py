@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.fp8 import products
+from model.ops.fp8.products import EMULATION, Chosen
 from model.ops.fp8.quantize import (
     TILE,
     Quantized,
@@ -78,8 +78,11 @@ class Kernels(Protocol):
         ...
 
 
-class Reference:
+class Reference(Chosen):
     """`Kernels` in plain PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__(EMULATION)
 
     def quantize_rows(self, x: Tensor, power_of_two: bool) -> Quantized:
         return quantize_rows(x, power_of_two)
@@ -96,15 +99,6 @@ class Reference:
     def quantize_blocks(self, weight: Tensor, compute_dtype: torch.dtype, transpose: bool) -> Quantized:
         blocks = quantize_blocks(weight.to(compute_dtype))
         return transpose_blocks(blocks) if transpose else blocks
-
-    def multiply(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
-        return products.multiply(a, b, dtype, products.EMULATION)
-
-    def multiply_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        return products.multiply_groups(a, b, counts, dtype, products.EMULATION)
-
-    def multiply_within_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        return products.multiply_within_groups(a, b, counts, dtype, products.EMULATION)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
         return quantize_rows(F.silu(gate.float()) * up.float())

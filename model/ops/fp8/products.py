@@ -1,7 +1,8 @@
 """The three matrix products of FP8 training as operations of PyTorch: `rorqual::fp8_multiply`, `…_groups`, `…_within_groups`.
 
 Under one name whoever computes them, so that what watches operations sees a product and not what it consists of: recomputation
-keeps its output, `torch.compile` knows its shape. `by` names the implementation; `IMPLEMENTATIONS` has those that were imported.
+keeps its output, `torch.compile` knows its shape. `by` names the implementation: `IMPLEMENTATIONS` has those that were imported,
+`Chosen` knows who computes which shape.
 """
 
 from typing import NamedTuple, Protocol
@@ -27,6 +28,45 @@ class Products(NamedTuple):
     multiply: Multiply | None
     multiply_groups: MultiplyGroups | None
     multiply_within_groups: MultiplyGroups | None
+
+
+class Shape(NamedTuple):
+    """What one choice is for: a bᵀ of so many columns and so long a sum, or, of columns times columns, rows and columns."""
+
+    product: str  # one of the names below
+    n: int
+    k: int
+    dtype: torch.dtype  # of the output
+
+
+ROWS, COLUMNS = "rows × blocks", "columns × columns"
+GROUPS, WITHIN_GROUPS = "grouped rows × blocks", "grouped columns × columns"
+
+
+class Chosen:
+    """The products of `model.ops.fp8.kernels.Kernels`, those of a shape by the implementation chosen for it."""
+
+    def __init__(self, default: str):
+        self.default = default
+        self.choice: dict[Shape, str] = {}
+
+    def multiply(self, a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+        n = len(b.data)
+        shape = Shape(COLUMNS, len(a.data), n, dtype) if in_columns(b) else Shape(ROWS, n, a.data.shape[1], dtype)
+        return multiply(a, b, dtype, self.choice.get(shape, self.default))
+
+    def multiply_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = Shape(GROUPS, b.data.shape[1], b.data.shape[2], dtype)
+        return multiply_groups(a, b, counts, dtype, self.choice.get(shape, self.default))
+
+    def multiply_within_groups(self, a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = Shape(WITHIN_GROUPS, len(a.data), len(b.data), dtype)
+        return multiply_within_groups(a, b, counts, dtype, self.choice.get(shape, self.default))
+
+
+def in_columns(b: Quantized) -> bool:
+    """Whether each row of a matrix has scales of its own, and not each block."""
+    return len(b.scale) == len(b.data)
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, by: str) -> Tensor:

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """The three matrix products of E4M3 in Triton, for Hopper: a bᵀ with a scale for every 128 numbers of the sum. DeepSeek-V3 §3.3.2.
 
     out[m, n] = Σ_k a_scale[m, k] · b_scale[n, k] · Σ_{i in tile k} a[m, i] · b[n, i]
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from model.ops.fp8.products import IMPLEMENTATIONS, Products
+from model.ops.fp8.products import IMPLEMENTATIONS, Products, in_columns
 from model.ops.fp8.quantize import E4M3, Quantized
 
 VECTOR = 16  # bytes, and numbers of E4M3
@@ -47,7 +48,7 @@ _SPECIALIZED = [
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, specialize: bool = False) -> Tensor:
     """a [M, K] in rows or columns times b [N, K] in blocks or columns → a bᵀ [M, N]."""
-    if len(b.scale) == len(b.data):
+    if in_columns(b):
         return _multiply_columns(a, b, None, dtype, specialize)
     m, n = len(a.data), len(b.data)
     out = a.data.new_empty(m, n, dtype=dtype)
