@@ -1,15 +1,11 @@
 """The programs that put the engines beside each other run on a shape of a few thousand parameters."""
 
 import json
-import os
-import subprocess
 
 import pytest
 
-from tests.benchmarks.commands import command
+from tests.benchmarks.commands import command, run
 from tests.benchmarks.test_recompute import SHAPE
-
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def result(tmp_path, program, *more):
@@ -17,8 +13,7 @@ def result(tmp_path, program, *more):
     (tmp_path / "micro.json").write_text(json.dumps(SHAPE))
     values = {"--json": str(tmp_path / "out.json")}
     words = command(program, values, "--shape", str(tmp_path / "micro.json"), *more)
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
+    run(words, CUDA_VISIBLE_DEVICES="")
     return json.loads((tmp_path / "out.json").read_text())
 
 
@@ -36,6 +31,6 @@ def test_engines_take_the_same_steps_side_by_side(tmp_path):
 def test_every_engine_of_one_process_has_the_losses_of_ddp(tmp_path):
     found = result(tmp_path, "same_losses.py", "--steps", "2", "--engines", "fsdp", "zero3")
     assert found["runs"].keys() == {"ddp on the CPU", "fsdp", "zero3"}
-    for run in found["runs"].values():
-        assert run["loss_error_against_the_cpu"] <= 1e-3
-        assert 0 < run["loss_error_against_fp32"] <= 0.1
+    for engine in found["runs"].values():
+        assert engine["loss_error_against_the_cpu"] <= 1e-3
+        assert 0 < engine["loss_error_against_fp32"] <= 0.1

@@ -1,12 +1,11 @@
 """The loader's benchmark compares like with like, and runs as benchmarks/README.md says."""
 
 import json
-import subprocess
 
 import numpy as np
 import pytest
 
-from tests.benchmarks.commands import command
+from tests.benchmarks.commands import command, run
 
 pytest.importorskip("megatron.core")
 
@@ -22,8 +21,7 @@ def test_both_sides_read_the_same_windows_and_the_report_is_whole(tmp_path):
     assert expected == {tuple(np.concatenate(row)) for row in zip(batch.tokens.numpy(), batch.documents.numpy())}
 
     small = ("--tokens", "4e5", "--seconds", "0.01", "--turns", "1")
-    run = command("loader.py", {"--json": str(tmp_path / "loader.json")}, *small)
-    subprocess.run(run, check=True, capture_output=True, cwd=tmp_path)
+    run(command("loader.py", {"--json": str(tmp_path / "loader.json")}, *small), tmp_path)
     result = json.loads((tmp_path / "loader.json").read_text())
     assert {(entry["sequence_length"], entry["workers"]) for entry in result["readers"]} == {
         (length, workers) for length in LENGTHS for workers in (1, 2)

@@ -1,12 +1,10 @@
 """What `recompute.py` measures is what `model.flops.activation_bytes` says, on one rank and on two that share the experts."""
 
 import json
-import os
-import subprocess
 
 import pytest
 
-from tests.benchmarks.commands import command
+from tests.benchmarks.commands import command, run
 from tests.benchmarks.test_train_step import MICRO
 
 SHAPE = {
@@ -20,9 +18,7 @@ SHAPE = {
 def test_the_bytes_that_live_are_those_of_the_formula(tmp_path, processes):
     (tmp_path / "micro.json").write_text(json.dumps(SHAPE))
     values = {"--shape": str(tmp_path / "micro.json"), "--json": str(tmp_path / "out.json")}
-    words = command("recompute.py", values, "--processes", str(processes))
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run(command("recompute.py", values, "--processes", str(processes)))
     modes = json.loads((tmp_path / "out.json").read_text())["modes"]
     for found in modes.values():
         assert found["activations"] == pytest.approx(found["activations_by_formula"], rel=0.01)

@@ -2,14 +2,12 @@
 
 import gc
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.benchmarks.commands import ROOT, command
+from tests.benchmarks.commands import ROOT, command, run
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -56,10 +54,7 @@ def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train_step")
     (folder / "micro.json").write_text(json.dumps(MICRO))
     values = {"--shape": str(folder / "micro.json"), "--json": str(folder / "out.json")}
-    words = command("train_step.py", values, "--pairs", "2", "--warmup", "1")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run(command("train_step.py", values, "--pairs", "2", "--warmup", "1"), CUDA_VISIBLE_DEVICES="")
     return json.loads((folder / "out.json").read_text())
 
 
