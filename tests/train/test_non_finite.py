@@ -1,4 +1,5 @@
-"""A gradient that is not finite costs a step, never the run; gradients that stay so end it with what is needed to look at them."""
+"""A gradient that is not finite, or a tensor that explodes in FP8, costs a step, never the run; if that stays so, the run ends with
+what is needed to look at it."""
 
 import json
 import math
@@ -42,6 +43,28 @@ def train_with_nan_losses(arguments: list[str], step: int) -> int:
             backward(loss * math.nan if is_poisoned else loss, is_last)
 
         engine.backward = backward_of_nan
+        return trainer.run()
+
+
+def train_with_nan_activation(arguments: list[str], first: int, last: int) -> int:
+    """Train with a NaN in what the last rank's `o_proj` of layer 1 reads, in the steps numbered from `first` to `last`."""
+    with process_group("cpu") as process:
+        trainer = Trainer(load_recipe(arguments[0], arguments[1:]), process)
+
+        def poison(module: Any, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+            return (inputs[0] * math.nan,) if first <= trainer.step + 1 <= last else None
+
+        if process.rank == process.world_size - 1:
+            trainer.engine.model.main_layers[1].self_attn.o_proj.register_forward_pre_hook(poison)
+        return trainer.run()
+
+
+def train_from_large_norms(arguments: list[str]) -> int:
+    """Train with the norm before layer 0's feed-forward network at 2,000: gate and up are large, their product explodes."""
+    with process_group("cpu") as process:
+        trainer = Trainer(load_recipe(arguments[0], arguments[1:]), process)
+        with torch.no_grad():
+            trainer.engine.model.main_layers[0].post_attention_layernorm.weight.fill_(2e3)
         return trainer.run()
 
 
@@ -113,3 +136,31 @@ def test_a_falling_loss_scale_is_no_divergence(run: Run) -> None:
     assert float(state["loss_scale.scale"]) == 65536 / 2**5
     assert int(state["steps"]) == 3
     assert [line["skipped"] for line in run.metrics()] == [0, 1, 2, 3, 4, 5, 5, 5]
+
+
+def test_in_fp8_an_activation_that_is_not_finite_costs_one_step_and_is_named(run: Run) -> None:
+    changes = ("precision.fp8=true", "checkpoint.every_steps=1", "run.stop_at_step=3")
+    processes = run.start(*changes, processes=2, work=train_with_nan_activation, extra=(2, 2))
+    assert processes.wait() == [0, 0], run.said
+    assert run.said.count("step 2 is skipped: model.layers.1.self_attn.o_proj input: scale not finite") == 1
+    metrics = run.metrics()
+    assert [line["skipped"] for line in metrics] == [0, 1, 1]
+    assert [line["fp8_max_scale"] is None for line in metrics] == [False, True, False]
+    assert metrics[1]["fp8_max_scale_at"] == "model.layers.1.self_attn.o_proj input"
+    before, after, moved = run.tensors(1), run.tensors(2), run.tensors(3)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not torch.equal(moved[f"parameters.{PLANTED}"], after[f"parameters.{PLANTED}"])
+
+
+def test_in_fp8_a_tensor_that_stays_exploded_ends_with_exit_code_3_and_the_evidence(run: Run) -> None:
+    """Every gradient is finite: without FP8 the run would go on."""
+    changes = ("precision.fp8=true", "run.max_skipped=2")
+    assert run.start(*changes, work=train_from_large_norms).wait() == [DIVERGED], run.said
+    assert all(math.isfinite(line["grad_norm"]) for line in run.metrics())
+    where = "model.layers.0.mlp.down_proj input"
+    assert all(line["fp8_max_scale"] > 512 and line["fp8_max_scale_at"] == where for line in run.metrics())
+    assert run.said.splitlines()[-1].startswith(f"2 steps in a row exploded ({where}: scale ")
+    assert run.checkpoints() == ["step-00000002"]
+    report = json.loads((run.folder / "non_finite" / "step-00000002" / "report.json").read_text())
+    assert report["exploded"][0].startswith(f"{where}: scale ") and report["parameters_with_non_finite_gradients"] == []
+    assert run.start(*changes, "precision.fp8_max_scale=1e6", "run.stop_at_step=3").wait() == [0], run.said
