@@ -9,9 +9,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PRESETS = Path(__file__).parent / "presets"
+
+# `quantization_config` of a folder with FP8 weights, as DeepSeek released V3. It says how weights are stored, so `ModelConfig`
+# does not carry it.
+FP8_STORAGE: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 
 
 class ConfigError(ValueError):
@@ -102,7 +111,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a `config.json` of a DeepSeek-V3 model, in the released form or in that of transformers 5."""
+        """Read a `config.json` of a DeepSeek-V3 model, in the released form or in that of transformers 5.
+
+        Its `quantization_config` must be one whose weights `model.hf` reads; the result is the model without it.
+        """
         _refuse_unsupported(config)
         values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         values["num_nextn_predict_layers"] = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
@@ -187,8 +199,22 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         found = config.get(name, value)
         if found is not None and found != value:
             raise ConfigError(f"model.{name}: {found!r} is not supported; DeepSeek-V3 has {value!r}; change the field")
-    if config.get("quantization_config"):
-        raise ConfigError("model.quantization_config: FP8 weights: not built yet; convert the folder to bf16 first")
+    if storage := config.get("quantization_config"):
+        _refuse_other_storage(storage)
+
+
+def _refuse_other_storage(storage: Any) -> None:
+    """Only `FP8_STORAGE` is read, whatever is said besides it: the scales' format is that of their tensors."""
+
+    def refuse(name: str, rule: str) -> NoReturn:
+        raise ConfigError(f"model.quantization_config{name}: {rule}; convert the folder to bf16 first")
+
+    if not isinstance(storage, Mapping):
+        refuse("", f"{storage!r} is not a map; DeepSeek-V3 has {FP8_STORAGE}")
+    for name, value in FP8_STORAGE.items():
+        found = storage.get(name, value if name == "fmt" else None)  # transformers does not write fmt
+        if (list(found) if isinstance(found, tuple) else found) != value:
+            refuse(f".{name}", f"{found!r} is not supported; DeepSeek-V3 has {value!r}")
 
 
 def _check(c: ModelConfig) -> None:

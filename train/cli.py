@@ -144,14 +144,16 @@ def export(
     ] = "bf16",
     mtp: Annotated[bool, typer.Option("--mtp", help="With the multi-token-prediction modules.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights (optimizer.ema).")] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="Not built yet.")] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Matrices of attention and experts in FP8 with scales, as DeepSeek-V3's.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face DeepSeek-V3 folder."""
-    if fp8:
-        _not_built_yet("export --fp8")
+    if fp8 and dtype == "fp32":
+        raise RecipeError("export: --fp8 with --dtype fp32; what is not in FP8 is then bf16; leave --dtype out")
     from train.export import export as write
 
-    write(source, out, dtype=dtype, mtp=mtp, ema=ema)
+    write(source, out, dtype="fp8" if fp8 else dtype, mtp=mtp, ema=ema)
     print(out)
 
 

@@ -11,6 +11,14 @@ r"""Weights leave for Hugging Face, and come in from there.
 | `num_nextn_predict_layers`       | all: how many layers from `num_hidden_layers` on are MTP modules                      |
 | `torch_dtype`, `dtype`           | all; transformers 5 goes by the second name                                           |
 
+In FP8 (`model.hf` says which matrices) there is also a `quantization_config`. vLLM and SGLang take `quant_method`,
+`activation_scheme` and `weight_block_size` from it, and give linear layers and experts a parameter `weight_scale_inv`. They need
+no list of what is not FP8: gate and `eh_proj` are never quantised there, embedding and head are no linear layers. Both want
+feed-forward widths to be multiples of 128, since they merge gate and up. transformers (5.23) wants accelerate, leaves `lm_head`
+alone by itself, and without a GPU dequantises to bf16. Then it takes a block's sides to be the matrix's, divided by the number of
+scales along them: right up to 128 and for multiples of 128. For another size it fails if that does not divide (V3's own
+`kv_a_proj_with_mqa`, 576 rows), and reads wrong weights if it does (160 rows as two blocks of 80).
+
 `e_score_correction_bias` is fp32 in every export. transformers (5.23) passes over MTP layers by a pattern made for 61 layers.
 At another depth, and for `generate(use_mtp=True)` there, give it before loading a pattern for each MTP layer L, the first of which
 is num_hidden_layers: `DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [r"model\.layers\.L\..*"]`.
@@ -42,19 +50,19 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from data.files import replace_file, sync
 from data.tokenizer import copy_folder
-from model.config import ConfigError, ModelConfig
-from model.hf import NamedTensor, state_shapes, to_hf
+from model.config import FP8_STORAGE, ConfigError, ModelConfig
+from model.hf import IN_FP8, NamedTensor, quantized, state_shapes, to_hf
 from train.checkpoint import MARKER, CheckpointError, SyncedWriter
 from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # the last: of what is not in FP8
 SHARD_BYTES = 5_000_000_000  # transformers' default for a long time; the hub serves files up to 50 GB
 
 
 def export(
     source: Path | str,
     out: Path | str,
-    dtype: Literal["fp32", "bf16"] = "fp32",
+    dtype: Literal["fp32", "bf16", "fp8"] = "fp32",
     mtp: bool = False,
     ema: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
@@ -64,7 +72,8 @@ def export(
     Args:
         source: a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder.
         out: the new folder; it may exist if it is empty.
-        dtype: of all weights but the expert biases, which stay fp32.
+        dtype: of all weights but the expert biases, which stay fp32. fp8: the matrices that DeepSeek released in FP8, with their
+            scales; the rest bf16.
         mtp: with the MTP layers; else `num_nextn_predict_layers` becomes 0.
         ema: the moving average of the weights in place of their last values.
         max_shard_bytes: of tensors in one file, unless a single tensor is larger.
@@ -83,9 +92,10 @@ def export(
     config = weights.config.override({"num_nextn_predict_layers": depths, **_special_tokens(weights)})
     with _new_folder(Path(out)) as folder:
         named = to_hf(weights.tensors(), weights.config, mtp)
-        _write_shards(_converted(named, DTYPES[dtype]), folder, max_shard_bytes)
+        _write_shards(_converted(named, dtype), folder, max_shard_bytes)
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        _write_json(folder / "config.json", config.to_hf() | {"dtype": name, "torch_dtype": name})
+        storage = {"quantization_config": FP8_STORAGE} if dtype == "fp8" else {}
+        _write_json(folder / "config.json", config.to_hf() | {"dtype": name, "torch_dtype": name} | storage)
         special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
         _write_json(folder / "generation_config.json", special | {"do_sample": False})
         if weights.tokenizer:
@@ -99,7 +109,7 @@ def import_folder(source: Path | str, out: Path | str) -> None:
     starts from it with `run.initialize_from`.
 
     Args:
-        source: config.json, safetensors in bf16, fp16 or fp32, and tokenizer files.
+        source: config.json, safetensors in bf16, fp16, fp32 or DeepSeek's FP8, and tokenizer files.
         out: the new folder; it may exist if it is empty.
 
     Raises:
@@ -122,9 +132,12 @@ def import_folder(source: Path | str, out: Path | str) -> None:
         _write_json(folder / MARKER, {"step": 0, "files": files})
 
 
-def _converted(tensors: Iterator[NamedTensor], dtype: torch.dtype) -> Iterator[NamedTensor]:
+def _converted(tensors: Iterator[NamedTensor], dtype: str) -> Iterator[NamedTensor]:
     for key, tensor in tensors:
-        yield key, tensor.to(torch.float32 if is_buffer(key) else dtype)
+        if dtype == "fp8" and IN_FP8.fullmatch(key):
+            yield from quantized(key, tensor)
+        else:
+            yield key, tensor.to(torch.float32 if is_buffer(key) else DTYPES[dtype])
 
 
 def _write_shards(tensors: Iterator[NamedTensor], folder: Path, max_bytes: int) -> None:

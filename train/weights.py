@@ -30,7 +30,8 @@ class Weights(Protocol):
     tokenizer: Path | None  # the folder of its files; None where an imported folder had none
 
     def tensors(self) -> Iterator[NamedTensor]:
-        """Parameters and buffers in the order of the model: parameters fp32 from a checkpoint, as stored from a folder."""
+        """Parameters and buffers in the order of the model: parameters fp32 from a checkpoint, as stored from a folder
+        (FP8 as fp32)."""
         ...
 
 
@@ -93,12 +94,17 @@ class CheckpointWeights:
 
 
 class FolderWeights:
-    """A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer files if there are any."""
+    """A Hugging Face folder: config.json, safetensors in one file or in shards, tokenizer files if there are any.
+
+    Weights in DeepSeek's FP8, which a `quantization_config` announces, are read as fp32.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.data: Mapping[str, Any] = {}
-        self.config = ModelConfig.from_hf(_read_json(path / "config.json"))
+        config = _read_json(path / "config.json")
+        self.config = ModelConfig.from_hf(config)
+        self.fp8 = bool(config.get("quantization_config"))
         self.tokenizer = path if (path / "tokenizer_config.json").is_file() else None
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -116,7 +122,7 @@ class FolderWeights:
                     f"weights {self.path}: {INDEX} places {key} in {files[key]}, which has it not; fetch them again"
                 ) from None
 
-        return from_hf(self.config, files.keys(), read)
+        return from_hf(self.config, files.keys(), read, self.fp8)
 
     def _files(self) -> dict[str, str]:
         """The file of each key."""

@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import DeepseekV3Config
 
-from model.config import PRESETS, ConfigError, ModelConfig, YarnScaling, load_preset
+from model.config import FP8_STORAGE, PRESETS, ConfigError, ModelConfig, YarnScaling, load_preset
 
 NAMES = ["tiny", "small", "v2-lite", "v3"]
 
@@ -138,12 +138,37 @@ def test_an_unknown_field_names_the_known_ones(make_config):
         ("tie_word_embeddings", True),
         ("rope_interleave", False),
         ("num_key_value_heads", 1),
-        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", "fp8"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(key, value):
     with pytest.raises(ConfigError, match=f"^model.{key}: "):
         ModelConfig.from_hf({**load_preset("tiny"), key: value})
+
+
+@pytest.mark.parametrize("more", [{}, {"scale_fmt": "ue8m0"}, {"modules_to_not_convert": None}])
+def test_fp8_is_storage_and_no_part_of_the_model(more):
+    config = ModelConfig.from_hf(load_preset("tiny") | {"quantization_config": FP8_STORAGE | more})
+    assert config == ModelConfig.from_hf(load_preset("tiny"))
+    assert "quantization_config" not in config.override({"num_hidden_layers": 2}).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quant_method", "gptq"),
+        ("fmt", "e5m2"),
+        ("activation_scheme", "static"),
+        ("weight_block_size", [1, 32]),
+        ("weight_block_size", None),
+    ],
+)
+def test_weights_that_are_quantized_otherwise_are_refused(key, value):
+    config = load_preset("tiny") | {"quantization_config": FP8_STORAGE | {key: value}}
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_hf(config)
+    expected = f"model.quantization_config.{key}: {value!r} is not supported; DeepSeek-V3 has {FP8_STORAGE[key]!r}; "
+    assert str(caught.value) == expected + "convert the folder to bf16 first"
 
 
 def test_a_missing_field_is_named():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from model.config import ConfigError, ModelConfig, load_preset
-from model.hf import from_hf, state_shapes, to_hf
+from model.hf import IN_FP8, from_hf, quantized, state_shapes, to_hf
 
 
 @pytest.fixture
@@ -50,11 +50,16 @@ def test_what_leaves_comes_back_bit_for_bit(exported, depths):
 def test_the_v3_preset_has_the_tensors_of_the_released_checkpoint():
     config = ModelConfig.from_hf(load_preset("v3"))
     tensors = dict(to_hf(state_shapes(config).items(), config, mtp=True))
-    kept = re.compile(
-        r"embed_tokens|head|norm|mlp\.gate\.|eh_proj|e_score"
-    )  # every other matrix is FP8, with its scales
-    scales = sum(not kept.search(key) for key in tensors)
-    assert len(tensors) + scales == 91_991
+    kept = re.compile(r"embed_tokens|head|norm|mlp\.gate\.|eh_proj|e_score")  # every other one is FP8, with its scales
+    in_fp8 = {key for key in tensors if IN_FP8.fullmatch(key)}
+    assert in_fp8 == {key for key in tensors if not kept.search(key)}
+    assert len(tensors) + len(in_fp8) == 91_991
+    key = "model.layers.60.self_attn.kv_a_proj_with_mqa.weight"
+    stored = dict(quantized(key, tensors[key]))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()} == {
+        key: ((576, 7168), torch.float8_e4m3fn),
+        f"{key}_scale_inv": ((5, 56), torch.float32),
+    }
     assert tensors["model.layers.60.self_attn.kv_a_proj_with_mqa.weight"].shape == (576, 7168)
     assert tensors["model.layers.61.mlp.experts.255.down_proj.weight"].shape == (7168, 2048)
     assert tensors["model.layers.61.eh_proj.weight"].shape == (7168, 14336)
@@ -128,10 +133,94 @@ def test_a_wrong_shape_names_both(exported):
         read_back(config, tensors)
 
 
-def test_fp8_weights_are_not_built_yet(exported):
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"  # [152, 48]
+UP = "model.layers.1.mlp.experts.2.up_proj.weight"  # [24, 152]
+
+
+@pytest.fixture
+def in_fp8(make_model):
+    """(config, state, the checkpoint's tensors in FP8) of a model with ragged blocks."""
+    model = make_model(hidden_size=152, num_nextn_predict_layers=1)
+    tensors = {}
+    for key, tensor in to_hf(model.state_dict().items(), model.config, mtp=True):
+        tensors |= dict(quantized(key, tensor)) if IN_FP8.fullmatch(key) else {key: tensor}
+    return model.config, model.state_dict(), tensors
+
+
+def test_fp8_is_read_as_numbers_times_the_scale_of_their_block(in_fp8):
+    config, state, tensors = in_fp8
+    back = dict(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=True))
+    assert list(back) == list(state)
+    for key, tensor in to_hf(back.items(), config, mtp=True):
+        expected = tensors[key].float()
+        if IN_FP8.fullmatch(key):
+            rows, columns = expected.shape
+            expected *= torch.kron(tensors[f"{key}_scale_inv"], torch.ones(128, 128))[:rows, :columns]
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected), key
+    assert (back["lm_head.weight"] == state["lm_head.weight"]).all()
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    error = (back[name] - state[name]).abs()  # of a number, or half of the smallest one; a block's scale is max / 448
+    assert (error <= (state[name].abs() / 16).clamp_min(state[name].abs().amax() / 448 * 2**-10)).all()
+    assert error.max() > 0
+
+
+def test_fp8_that_is_read_and_written_again_has_the_same_bits():
+    """For any scale of ours: max / 448 is found again from data · scale, rounded though both are."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 2048, generator=generator)
+    weight *= torch.exp(torch.randn(8, 16, generator=generator)).kron(torch.ones(128, 128))
+    weight[:128, :128] = 0
+    stored = dict(quantized("w", weight))
+    values = stored["w"].float() * stored["w_scale_inv"].kron(torch.ones(128, 128))
+    again = dict(quantized("w", values))
+    assert torch.equal(again["w_scale_inv"], stored["w_scale_inv"])
+    assert torch.equal(again["w"].view(torch.uint8), stored["w"].view(torch.uint8))
+
+
+def test_scales_may_be_powers_of_two_in_a_byte(in_fp8):
+    config, _, tensors = in_fp8
+    scale = torch.tensor([[0.5, 4.0]])
+    tensors[f"{UP}_scale_inv"] = scale.to(torch.float8_e8m0fnu)
+    up = dict(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=True))["model.layers.1.mlp.experts.gate_up_proj"]
+    assert torch.equal(up[2, 24:], tensors[UP].float() * scale.kron(torch.ones(1, 128))[:, :152])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fp8", "message"),
+    [
+        ({f"{O_PROJ}_scale_inv": None}, True, rf"no {O_PROJ}_scale_inv; config.json makes it \[2, 1\] .*complete"),
+        (
+            {f"{UP}_scale_inv": torch.ones(2, 1)},
+            True,
+            r"_scale_inv has shape \[2, 1\], config.json makes it \[1, 2\]; ",
+        ),
+        (
+            {UP: torch.zeros(24, 152)},
+            True,
+            r"up_proj\.weight \[24, 152\] is torch.float32; .*makes it torch.float8_e4m3fn; ",
+        ),
+        (
+            {f"{UP}_scale_inv": torch.ones(1, 2).byte()},
+            True,
+            r"_scale_inv \[1, 2\] is torch.uint8; .*float8_e8m0fnu; take",
+        ),
+        (
+            {},
+            False,
+            r"_scale_inv \(and \d+ more\) belongs to weights in FP8, and config.json has no quantization_config",
+        ),
+        ({"lm_head.weight_scale_inv": torch.ones(1, 1)}, True, r"lm_head.weight_scale_inv is not in the model"),
+    ],
+)
+def test_what_is_wrong_with_fp8_is_named(in_fp8, changes, fp8, message):
+    config, _, tensors = in_fp8
+    tensors = {key: tensor for key, tensor in (tensors | changes).items() if tensor is not None}
+    with pytest.raises(ConfigError, match=message) as caught:
+        list(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=fp8))
+    assert "\n" not in str(caught.value)
+
+
+def test_fp8_without_its_scales_is_refused(exported):
     config, _, tensors = exported()
-    key = "model.layers.0.self_attn.o_proj.weight"
-    with pytest.raises(ConfigError, match="not built yet"):
-        read_back(config, tensors | {f"{key}_scale_inv": torch.ones(1, 1)})
-    with pytest.raises(ConfigError, match="not built yet"):
-        read_back(config, tensors | {key: tensors[key].to(torch.float8_e4m3fn)})
+    with pytest.raises(ConfigError, match=r"o_proj\.weight \[48, 48\] is torch.float8_e4m3fn; .*for want of one"):
+        read_back(config, tensors | {O_PROJ: tensors[O_PROJ].to(torch.float8_e4m3fn)})

@@ -13,10 +13,12 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_layers import MtpModel
 
-from model.config import ConfigError, YarnScaling
+from model.config import FP8_STORAGE, ConfigError, YarnScaling
+from model.hf import IN_FP8, quantized, to_hf
 from tests.small_model import small_model
 from train import checkpoint
 from train.checkpoint import CheckpointError, Checkpoints
+from train.cli import main
 from train.export import _write_shards, export, import_folder
 from train.generate import _Speculation, continue_text, continue_texts, generate, load_model
 from train.weights import is_buffer, open_weights
@@ -353,9 +355,9 @@ def test_what_cannot_be_exported_or_imported_is_refused_in_one_line(make_run, ru
 
     export(run[1], tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    quantized = config | {"quantization_config": {"quant_method": "fp8"}}
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(ConfigError, match="not built yet"):
+    other = config | {"quantization_config": FP8_STORAGE | {"quant_method": "awq"}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match=r"quant_method: 'awq' is not supported"):
         import_folder(tmp_path / "hf", tmp_path / "out")
 
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -383,3 +385,111 @@ def test_the_moving_average_can_be_exported(run, tmp_path):
     assert torch.equal(average, run[0].lm_head.weight / 2)
     with pytest.raises(CheckpointError, match="no moving average"):
         export(tmp_path / "out", tmp_path / "again", ema=True)
+
+
+# Matrices of several blocks, all of them whole: what transformers dequantises rightly.
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "moe_intermediate_size": 128,
+    "kv_lora_rank": 96,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 6,
+    "initializer_range": 0.06,
+}
+
+
+@pytest.fixture(scope="module")
+def in_fp8(make_run, tmp_path_factory):
+    """(model whose weights are rounded as in FP8, run folder of it as it was, its export in FP8 with MTP layers)."""
+    _, folder = make_run(**WIDE)
+    out = tmp_path_factory.mktemp("fp8") / "hf"
+    export(folder, out, dtype="fp8", mtp=True, max_shard_bytes=400_000)
+    rounded = small_model(vocab_size=VOCABULARY, **WIDE)
+    for key, tensor in to_hf(rounded.state_dict().items(), rounded.config, mtp=False):
+        if IN_FP8.fullmatch(key):  # in place, through views of stacked experts
+            data, scale = (tensor for _, tensor in quantized(key, tensor))
+            scale = scale.kron(torch.ones(128, 128))[: data.shape[0], : data.shape[1]]
+            tensor.copy_(data.float() * scale)
+        elif not is_buffer(key):
+            tensor.copy_(tensor.bfloat16())
+    return rounded, folder, out
+
+
+def test_transformers_computes_the_same_from_fp8(in_fp8, mtp_layers):
+    """On a CPU it dequantises: to the bit, so that its logits are ours."""
+    model, _, out = in_fp8
+    mtp_layers(2, 1)
+    hf = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).float()
+    state = model.state_dict()
+    assert not (set(hf.state_dict()) - set(state))
+    for name, tensor in hf.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert_same_model(hf, model)
+    hf = AutoModelForCausalLM.from_pretrained(out)
+    assert hf.dtype == hf.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, state[name].to(tensor.dtype)) for name, tensor in hf.state_dict().items())
+
+
+def test_an_fp8_folder_says_what_it_holds(in_fp8):
+    _, _, out = in_fp8
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    tensors = tensors_of(out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for key, tensor in tensors.items():
+        if IN_FP8.fullmatch(key):
+            assert tensor.dtype == torch.float8_e4m3fn
+            assert tensors[f"{key}_scale_inv"].shape == tuple(-(-size // 128) for size in tensor.shape)
+        else:
+            assert tensor.dtype == (torch.float32 if is_buffer(key) or key.endswith("_scale_inv") else torch.bfloat16)
+    in_mtp = "model.layers.2."
+    assert {tensors[in_mtp + key].dtype for key in ("mlp.experts.5.up_proj.weight", "self_attn.o_proj.weight")} == {
+        torch.float8_e4m3fn
+    }
+    for key in ("eh_proj.weight", "embed_tokens.weight", "shared_head.head.weight", "mlp.gate.weight"):
+        assert tensors[in_mtp + key].dtype == torch.bfloat16
+
+
+def test_an_import_of_fp8_is_the_rounded_model_and_leaves_as_the_same_fp8(in_fp8, tmp_path):
+    model, _, out = in_fp8
+    import_folder(out, tmp_path / "imported")
+    state = model.state_dict()
+    for name, tensor in open_weights(tmp_path / "imported").tensors():
+        if not name.startswith("model.layers.2."):
+            assert torch.equal(tensor, state[name]), name
+    export(tmp_path / "imported", tmp_path / "again", dtype="fp8", mtp=True)
+    first, again = tensors_of(out), tensors_of(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key].view(torch.uint8), again[key].view(torch.uint8)) for key in first)
+
+
+def test_fp8_is_read_wherever_a_folder_is_and_not_carried_on(in_fp8, tmp_path):
+    model, _, out = in_fp8
+    loaded, tokenizer = load_model(out)
+    assert continue_texts(loaded, tokenizer, ["Call me"], 5) == continue_texts(model, tokenizer, ["Call me"], 5)
+    export(out, tmp_path / "bf16", dtype="bf16")
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+    state = model.state_dict()
+    assert all(
+        torch.equal(tensor, state[name].bfloat16()) or is_buffer(name)
+        for name, tensor in open_weights(tmp_path / "bf16").tensors()
+    )
+
+
+def test_the_command_writes_fp8_and_refuses_fp32_beside_it(run, tmp_path, capsys):
+    command = ["export", str(run[1]), str(tmp_path / "out"), "--fp8"]
+    assert main([*command, "--dtype", "fp32"]) == 2
+    assert capsys.readouterr().err.startswith("rorqual: export: --fp8 with --dtype fp32; ")
+    assert main(command) == 0
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {
+        torch.float8_e4m3fn, torch.bfloat16, torch.float32,
+    }  # fmt: skip
