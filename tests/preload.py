@@ -22,6 +22,7 @@ for module in (
     "train.cli",
     "train.trainer",
     "data.prepare",
+    "train.scaling.fits.fit",
     "datatrove.pipeline.dedup.minhash",
     "transformers.models.auto.tokenization_auto",
 ):

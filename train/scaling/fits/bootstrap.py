@@ -17,7 +17,6 @@ price of a fit without each of the runs. Everything is a function of its seed.
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t
 
 from train.scaling.estimate import Estimate
 from train.scaling.fits.runs import Array
@@ -72,6 +71,8 @@ def scatter(residuals: ArrayLike, parameters: int) -> float | None:
         residuals: ln measured − ln fit.
         parameters: how many the fit has taken; None is returned where it leaves no degree of freedom.
     """
+    from scipy.stats import t  # half a second, which commands that fit nothing need not wait
+
     left = np.asarray(residuals, float)
     freedom = len(left) - parameters
     return float(t.ppf(0.975, freedom) * np.sqrt(left @ left / freedom)) if freedom > 0 else None
