@@ -32,11 +32,19 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
     return run
 
 
-@pytest.fixture
-def half(whole: Run, tmp_path: Path) -> Iterator[Run]:
-    """A run with checkpoints at steps 4 and 8, which no mistake may touch."""
-    run = Run(whole.store, tmp_path / "half")
+@pytest.fixture(scope="module")
+def stopped(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has ended at step 8. It is not to be changed."""
+    run = Run(whole.store, tmp_path_factory.mktemp("stopped") / "run")
     assert run.train("checkpoint.every_steps=4", "run.stop_at_step=8") == [0], run.said
+    return run
+
+
+@pytest.fixture
+def half(stopped: Run, tmp_path: Path) -> Iterator[Run]:
+    """A run with checkpoints at steps 4 and 8, which no mistake may touch."""
+    run = Run(stopped.store, tmp_path / "half")
+    shutil.copytree(stopped.folder, run.folder)
     before = content(run)
     yield run
     assert content(run) == before
@@ -182,8 +190,8 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(half: Run, refuse: Ref
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
-def test_a_run_steps_over_a_damaged_checkpoint(run: Run, whole: Run) -> None:
-    assert run.train("checkpoint.every_steps=4", "run.stop_at_step=8") == [0], run.said
+def test_a_run_steps_over_a_damaged_checkpoint(run: Run, stopped: Run, whole: Run) -> None:
+    shutil.copytree(stopped.folder, run.folder)
     (run.checkpoint(8) / ".metadata").unlink()
     assert run.train() == [0], run.said
     assert "step-00000008: .metadata is missing" in run.said and "skipped" in run.said
