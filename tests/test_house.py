@@ -15,6 +15,7 @@ import train.config
 from tests.conftest import write_tiny_recipe
 from tests.processes import PROCESSES
 from tests.small_run import CHANGES
+from tests.train.scaling.forked import fork_cells
 from tests.train.scaling.small_ladder import write_ladder
 from train.cli import main
 from train.config import load_recipe
@@ -91,7 +92,7 @@ def test_every_command_of_every_readme_runs(tmp_path: Path) -> None:
     smaller = CHANGES | {"model.max_position_embeddings": 512, "data.train": "stores/default", "run.dir": "runs/tiny"}
     recipe = load_recipe("tiny", [f"{key}={value}" for key, value in smaller.items()])
     (tmp_path / "train/recipes/tiny.yaml").write_text(recipe.to_yaml())
-    small = {"lr": [4e-3], "max_cells": 1, "seeds": 1, "row": [16], "sizes": 1, "dir": "runs/ladder"}
+    small = {"budgets": [4e8], "lr": [4e-3], "max_cells": 1, "seeds": 1, "row": [16], "sizes": 1, "dir": "runs/ladder"}
     ladder = write_ladder(text, Path("stores/default"), **small)
     ladder.rename(tmp_path / "train/scaling/ladders/cpu.yaml")
     for command in commands():
@@ -107,10 +108,11 @@ def test_every_command_of_every_readme_runs(tmp_path: Path) -> None:
 
 
 def rorqual(folder: Path, words: list[str]) -> None:
-    """The command `rorqual` with `folder` as the working directory, and its recipes."""
+    """The command `rorqual` with `folder` as the working directory, and its recipes. A ladder's cells are forks of it."""
     os.chdir(folder)
     with (folder / "said").open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     train.config.RECIPES = folder / "train" / "recipes"
+    fork_cells()
     sys.exit(main(words))
