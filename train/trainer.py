@@ -27,7 +27,7 @@ from data.samples import Batch
 from data.tokenizer import copy_folder
 from model.hf import state_shapes
 from model.init import Write, initialize
-from model.ops.fp8.choose import kernels_for
+from model.ops.fp8.choose import choose, kernels_for, workloads
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, State, StepResult
@@ -95,6 +95,8 @@ class Trainer:
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
             run_log.say(self._layout_in_words())
+            for line in self.who_multiplies:
+                run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             for step, batches, waited in [] if self._is_over else self._steps():
@@ -144,6 +146,11 @@ class Trainer:
             model = Transformer(
                 config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents, fp8=fp8
             )
+        rows = recipe.micro_batch(0) * recipe.data.sequence_length
+        products = partial(
+            workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, DTYPES[compute]
+        )
+        self.who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
         apply_recompute(model, recipe.parallel.recompute)
         if recipe.run.compile is True:
             parallel = recipe.parallel

@@ -71,17 +71,17 @@ def in_columns(b: Quantized) -> bool:
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, by: str) -> Tensor:
     """a bᵀ, [M, K] times [N, K] → [M, N]."""
-    return _multiply(*a, *b, dtype, by)
+    return torch.ops.rorqual.fp8_multiply(*a, *b, dtype, by)
 
 
 def multiply_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
     """Each group's rows of a [M, K] times its matrix of b [E, N, K] → [M, N]."""
-    return _multiply_groups(*a, *b, counts, dtype, by)
+    return torch.ops.rorqual.fp8_multiply_groups(*a, *b, counts, dtype, by)
 
 
 def multiply_within_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
     """a bᵀ over each group's columns apart, [N, P] and [K, P] → [E, N, K]."""
-    return _multiply_within_groups(*a, *b, counts, dtype, by)
+    return torch.ops.rorqual.fp8_multiply_within_groups(*a, *b, counts, dtype, by)
 
 
 def _emulate(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
@@ -100,15 +100,13 @@ EMULATION = "emulation"
 IMPLEMENTATIONS = {EMULATION: Products(_emulate, _emulate_groups, _emulate_within_groups)}
 
 
-@torch.library.custom_op("rorqual::fp8_multiply", mutates_args=())
-def _multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+def _run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
     run = IMPLEMENTATIONS[by].multiply
     assert run is not None, by
     return run(Quantized(a, a_scale), Quantized(b, b_scale), dtype)
 
 
-@torch.library.custom_op("rorqual::fp8_multiply_groups", mutates_args=())
-def _multiply_groups(
+def _run_groups(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
 ) -> Tensor:
     run = IMPLEMENTATIONS[by].multiply_groups
@@ -116,8 +114,7 @@ def _multiply_groups(
     return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
 
 
-@torch.library.custom_op("rorqual::fp8_multiply_within_groups", mutates_args=())
-def _multiply_within_groups(
+def _run_within_groups(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
 ) -> Tensor:
     run = IMPLEMENTATIONS[by].multiply_within_groups
@@ -125,16 +122,31 @@ def _multiply_within_groups(
     return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
 
 
-@_multiply.register_fake
-def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+def _hollow(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 
-@_multiply_groups.register_fake
-def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+def _hollow_groups(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
+) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-@_multiply_within_groups.register_fake
-def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str) -> Tensor:
+def _hollow_within_groups(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
+) -> Tensor:
     return a.new_empty(counts.shape[0], a.shape[0], b.shape[0], dtype=dtype)
+
+
+# By hand and not by `torch.library.custom_op`, which imports the compiler, seconds in every process.
+_library = torch.library.Library("rorqual", "DEF")
+for _name, _counts, _real, _fake in (
+    ("fp8_multiply", "", _run, _hollow),
+    ("fp8_multiply_groups", "Tensor counts, ", _run_groups, _hollow_groups),
+    ("fp8_multiply_within_groups", "Tensor counts, ", _run_within_groups, _hollow_within_groups),
+):
+    _library.define(
+        f"{_name}(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, {_counts}ScalarType dtype, str by) -> Tensor"
+    )
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rorqual::{_name}", _fake, lib=_library)
