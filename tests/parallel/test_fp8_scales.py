@@ -21,17 +21,17 @@ from tests.parallel.harness import CONFIG as SMALL
 from tests.parallel.harness import Batch
 
 CONFIG: ModelConfig = SMALL.override({"num_hidden_layers": 2, "num_nextn_predict_layers": 1})
+WHOLE = ParallelConfig()
 DENSE, EXPERTS = "model.layers.0", "model.layers.1"
 SETTINGS = StepSettings(lr=1e-3, gamma=1e-3, alpha=1e-2, lambda_=0.3, batch=4)
 
 
-def build(recompute: str = "none") -> Engine:
+def build(parallel: ParallelConfig) -> Engine:
     with torch.device("meta"):
         model = Transformer(CONFIG, mask_documents=True, fp8=Reference())
-    apply_recompute(model, recompute)  # type: ignore[arg-type]
-    world = torch.distributed.get_world_size()
+    apply_recompute(model, parallel.recompute)
     return build_engine(
-        Layout(ParallelConfig(), world, CONFIG),
+        Layout(parallel, torch.distributed.get_world_size(), CONFIG),
         model,
         torch.device("cpu"),
         lambda model, write: initialize(model, 0, "cpu", write),
@@ -40,21 +40,24 @@ def build(recompute: str = "none") -> Engine:
     )
 
 
-def batches(rank: int, world: int, size: int) -> list[Batch]:
+def batches(size: int) -> list[Batch]:
     """This rank's share of 4 sequences, in micro-batches of `size`."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tokens = torch.randint(CONFIG.vocab_size, (4, 22), generator=torch.Generator().manual_seed(0)).chunk(world)[rank]
     return [Batch(part, torch.zeros_like(part)) for part in tokens.split(size)]
 
 
-def step_with(change: Callable[[Engine, int], Any] | None, size: int = 2, recompute: str = "none") -> FP8Scales | None:
+def step_with(
+    change: Callable[[Engine, int], Any] | None, size: int = 2, parallel: ParallelConfig = WHOLE
+) -> FP8Scales | None:
     """What one step says of its scales, after `change(engine, rank)`; whether it moved the weights must follow from it."""
-    engine, rank = build(recompute), torch.distributed.get_rank()
+    engine = build(parallel)
     if change:
-        change(engine, rank)
-    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-    result = engine.step(batches(rank, torch.distributed.get_world_size(), size), SETTINGS)
-    for name, parameter in engine.model.named_parameters():
-        assert torch.equal(parameter, before[name]) == result.skipped, name
+        change(engine, torch.distributed.get_rank())
+    before = {name: part.clone() for name, part in engine.parts().items()}
+    result = engine.step(batches(size), SETTINGS)
+    for name, part in engine.parts().items():
+        assert torch.equal(part, before[name]) == result.skipped, name
     assert result.skipped == bool(result.exploded)
     assert result.expert_counts.sum(-1).tolist() == [4 * 20 * CONFIG.num_experts_per_tok] * 2
     return result.scales
@@ -94,11 +97,12 @@ def scales_with(workers: Any, *args: Any, world: int = 2) -> FP8Scales:
 
 
 def test_an_honest_step_names_its_largest_scale(workers: Any) -> None:
-    """Of all ranks, and the same however the batch is cut and whether blocks run once or twice."""
+    """Of all ranks, and the same however batch, parameters and experts are cut, and whether blocks run once or twice."""
     scales = scales_with(workers, None)
     assert 0 < scales.largest < 1 and not scales.exploded
     assert scales.at.startswith("model.layers.")
-    for again in (scales_with(workers, None, 1, "full"), scales_with(workers, None, 3, world=1)):
+    cut = ParallelConfig(engine="fsdp", expert=2, recompute="full")
+    for again in (scales_with(workers, None, 1, cut), scales_with(workers, None, 3, world=1)):
         assert again.at == scales.at and again.largest == pytest.approx(scales.largest, rel=1e-5)
 
 
@@ -130,14 +134,14 @@ def evaluate_and_step() -> list[FP8Scales | None]:
     """The scales of a step before which an exploding model was evaluated, and those of a step without that."""
     found = []
     for is_evaluated in (True, False):
-        engine = build()
+        engine = build(WHOLE)
         weight = engine.model.main_layers[0].self_attn.o_proj.weight
         if is_evaluated:
             with torch.no_grad():
                 weight.mul_(1e9)
-                engine.model.score(*batches(0, 1, 4)[0])
+                engine.model.score(*batches(4)[0])
                 weight.div_(1e9)
-        found.append(engine.step(batches(0, 1, 4), SETTINGS).scales)
+        found.append(engine.step(batches(4), SETTINGS).scales)
     return found
 
 

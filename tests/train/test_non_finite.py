@@ -15,6 +15,7 @@ from data.store import Store
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run
 from train.config import load_recipe
 from train.launch import process_group
+from train.loggers import scalars
 from train.trainer import DIVERGED, Trainer
 
 PLANTED = "model.layers.1.mlp.gate.weight"
@@ -147,6 +148,9 @@ def test_in_fp8_an_activation_that_is_not_finite_costs_one_step_and_is_named(run
     assert [line["skipped"] for line in metrics] == [0, 1, 1]
     assert [line["fp8_max_scale"] is None for line in metrics] == [False, True, False]
     assert metrics[1]["fp8_max_scale_at"] == "model.layers.1.self_attn.o_proj input"
+    assert set(metrics[0]) - {key.split("/")[0] for key in scalars(metrics[0])} == {"step", "fp8_max_scale_at"}, (
+        "no curve"
+    )
     before, after, moved = run.tensors(1), run.tensors(2), run.tensors(3)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not torch.equal(moved[f"parameters.{PLANTED}"], after[f"parameters.{PLANTED}"])
