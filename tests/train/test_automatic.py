@@ -39,14 +39,23 @@ def ramp(path: Path) -> tuple[str, ...]:
     )
 
 
-def test_a_ramp_that_is_interrupted_ends_as_one_that_is_not(tiny_store: Store, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ramped(tiny_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a ramp, to its end; its law is beside it."""
+    folder = tmp_path_factory.mktemp("ramped")
+    run = Run(tiny_store, folder / "run")
+    assert run.train(*ramp(law(folder / "law.json"))) == [0], run.said
+    return run
+
+
+def test_a_ramp_that_is_interrupted_ends_as_one_that_is_not(tiny_store: Store, tmp_path: Path, ramped: Run) -> None:
     """Batches of 1, 2, 4 and 8 sequences. Stopped within the third stage, continued in a new process: the same bits."""
-    changes = ramp(law(tmp_path / "law.json"))
-    recipe = load_recipe("tiny", Run(tiny_store, tmp_path / "once").arguments(*changes)[1:])
+    path = ramped.folder.parent / "law.json"
+    changes = ramp(path)
+    recipe = load_recipe("tiny", ramped.arguments(*changes)[1:])
     # √(D/4096) · 8 sequences is √½ of 2, 4 and 8 sequences at 128, 512 and 2,048 tokens
     assert recipe.schedule.batch_tokens == ((0, 32), (128, 64), (512, 128), (2048, 256))
-    once, twice = Run(tiny_store, tmp_path / "once"), Run(tiny_store, tmp_path / "twice")
-    assert once.train(*changes) == [0], once.said
+    once, twice = ramped, Run(tiny_store, tmp_path / "twice")
     # 4 steps to 128 tokens, 6 to 512, 12 to 2,048, 8 to 4,096
     assert twice.train(*changes, "run.stop_at_step=15") == [0], twice.said
     assert twice.train(*changes) == [0], twice.said
@@ -56,8 +65,8 @@ def test_a_ramp_that_is_interrupted_ends_as_one_that_is_not(tiny_store: Store, t
         assert line["lr"] == pytest.approx(1e-2 * (line["batch_tokens"] / 256) ** 0.5)
     assert twice.metrics() == lines
     assert_same_bits(twice.tensors(30), once.tensors(30))
-    assert once.record(30)["law"] == str(tmp_path / "law.json")
-    assert once.record(30)["law_hash"] == load_law(tmp_path / "law.json").hash
+    assert once.record(30)["law"] == str(path)
+    assert once.record(30)["law_hash"] == load_law(path).hash
 
 
 def test_a_run_keeps_what_its_law_gave_when_another_law_has_taken_its_place(tiny_store: Store, tmp_path: Path) -> None:
@@ -121,11 +130,10 @@ def test_a_batch_of_a_law_that_the_processes_cannot_share_names_what_helps(tiny_
 
 
 def test_a_ramp_takes_the_samples_that_a_constant_batch_takes_in_the_same_order(
-    tiny_store: Store, tmp_path: Path
+    tiny_store: Store, tmp_path: Path, ramped: Run
 ) -> None:
     """What has been read of each source after as many samples is the same."""
-    ramped, constant = Run(tiny_store, tmp_path / "ramped"), Run(tiny_store, tmp_path / "constant")
-    assert ramped.train(*ramp(law(tmp_path / "law.json"))) == [0], ramped.said
+    constant = Run(tiny_store, tmp_path / "constant")
     assert constant.train(f"schedule.tokens={TOKENS}") == [0], constant.said
     read = {line["tokens"]: line["tokens_by_source"] for line in ramped.metrics()}
     same = [line for line in constant.metrics() if line["tokens"] in read]
