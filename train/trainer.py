@@ -209,8 +209,8 @@ class Trainer:
         return result
 
     def _is_diverged(self, result: StepResult) -> bool:
-        """Whether too many steps in a row were skipped. While fp16's loss scale falls, a non-finite gradient does not count."""
-        still_scaling = self.engine.loss_scale > 1 and bool(result.non_finite)
+        """Whether too many steps in a row were skipped. While fp16's loss scale still falls, a skip is no sign of it."""
+        still_scaling = self.engine.loss_scale > 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped and not still_scaling else 0
         return self.skipped_in_a_row >= self.recipe.run.max_skipped
 
