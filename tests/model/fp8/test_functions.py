@@ -38,9 +38,9 @@ def weight(*shape: int, seed: int) -> Tensor:
 
 
 def outliers(*shape: int, seed: int) -> Tensor:
-    """Gradients: every 16th token's are 2¹² times those of the others."""
+    """Gradients: every 16th token's are 2¹⁶ times those of the others."""
     g = gaussian(*shape, seed=seed)
-    g[::16] *= 2**12
+    g[::16] *= 2**16
     return g
 
 
