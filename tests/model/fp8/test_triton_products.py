@@ -4,13 +4,14 @@ A product of two E4M3 numbers is exact in fp32, so a kernel and `multiply_by_til
 at most 2⁻²⁴ of the sum of magnitudes, 127 within a tile and two more for each tile. Tensor cores add with about 14 bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.ops.fp8.kernels import multiply_by_tiles
+from model.ops.fp8.products import multiply, multiply_within_groups
 from model.ops.fp8.quantize import (
     TILE,
     Quantized,
@@ -58,7 +59,7 @@ def tiles_of(x: Quantized, begin: int, end: int) -> Quantized:
     return Quantized(x.data[:, begin * TILE : end * TILE], x.scale[:, begin:end])
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(200, 144, 304), (1, 130, 128), (130, 1, 41), (129, 257, 250)])
+@pytest.mark.parametrize(("m", "n", "k"), [(200, 144, 304), (1, 130, 128), (130, 1, 41), (1200, 257, 40)])
 def test_rows_times_blocks_is_the_sum_of_scaled_tiles(m: int, n: int, k: int, device: torch.device) -> None:
     a, b = quantize_rows(random(m, k, device=device)), quantize_blocks(random(n, k, device=device))
     found = products.multiply(a, b, torch.float32)
@@ -119,6 +120,39 @@ def test_what_is_not_finite_stays_in_its_row_and_group(device: torch.device) -> 
     columns = quantize_columns(x, counts)
     found = products.multiply_within_groups(columns, columns, counts, torch.float32)
     assert found[2].isnan().all() and found.isnan().sum() == 160 * 160
+
+
+@pytest.fixture
+def low_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 64 rows, which autotuning may choose."""
+    monkeypatch.setattr(products, "_PLAIN", [c for c in products._PLAIN if c.kwargs["BLOCK_M"] == 64])
+    products._autotuned.cache_clear()
+    yield
+    products._autotuned.cache_clear()
+
+
+@pytest.mark.usefixtures("low_tiles")
+def test_low_tiles_make_the_same_products(device: torch.device) -> None:
+    counts = torch.tensor([70, 0, 64], device=device)
+    a, b = quantize_rows(random(134, 176, device=device)), quantize_blocks(random(3, 48, 176, device=device))
+    found = products.multiply_groups(a, b, counts, torch.float32)
+    for group, begin, end in ((0, 0, 70), (2, 70, 134)):
+        rows, matrix = rows_of(a, begin, end), Quantized(b.data[group], b.scale[group])
+        assert agrees(found[begin:end], multiply_by_tiles(rows, matrix), rows, matrix)
+    one = Quantized(b.data[0], b.scale[0])
+    assert agrees(products.multiply(a, one, torch.float32), multiply_by_tiles(a, one), a, one)
+    a, b = (quantize_columns(random(134, width, device=device)) for width in (80, 48))
+    assert agrees(products.multiply(a, b, torch.float32), multiply_by_tiles(a, b), a, b)
+
+
+def test_specialized_kernels_make_the_same_products(device: torch.device) -> None:
+    a, b = quantize_rows(random(150, 136, device=device)), quantize_blocks(random(80, 136, device=device))
+    found = multiply(a, b, torch.float32, products.SPECIALIZED)
+    assert agrees(found, multiply_by_tiles(a, b), a, b)
+    counts = torch.tensor([100, 50], device=device)
+    a = quantize_columns(random(150, 136, device=device), counts)
+    both = [multiply_within_groups(a, a, counts, torch.float32, by) for by in (products.PLAIN, products.SPECIALIZED)]
+    torch.testing.assert_close(*both)
 
 
 def without_promotion(a: Quantized, b: Quantized) -> Tensor:

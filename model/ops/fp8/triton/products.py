@@ -104,8 +104,12 @@ def _launch(
 ) -> None:
     """Run a kernel. tiles: how many the output has, at most, where each has so many rows."""
     triton.set_allocator(_allocate)  # of this thread; the backward pass has its own
-    room = _multiprocessors(tensors[0].device) * 192  # rows of tiles that multiprocessors hold at a time
-    grid = lambda meta: (min(tiles(meta["BLOCK_M"]), room // meta["BLOCK_M"]),)  # noqa: E731
+    multiprocessors = _multiprocessors(tensors[0].device)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        rows = meta["BLOCK_M"]
+        return (min(tiles(rows), multiprocessors * (192 // rows)),)  # three of 64 rows fit on one, or one of 128
+
     _autotuned(kernel, specialize)[grid](*tensors, *sizes)
 
 
@@ -116,7 +120,7 @@ def _autotuned(kernel: Any, specialize: bool) -> Any:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
