@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from model.attention import MultiHeadLatentAttention
 from model.init import Draw
+from model.layers import MLP, Linear
 from model.transformer import Output, Transformer
 from parallel.ds_config import ds_config
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
@@ -38,6 +39,8 @@ from parallel.shards import Shard
 from parallel.step import GlobalStep
 from parallel.zero_experts import announce_experts, expert_shards, write_own_experts
 from parallel.zero_state import Owners, Partitions, ReplicatedPartitions, ShardedPartitions
+
+READ_TOGETHER = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")  # in FP8, by `model.layers.read_by` in attention
 
 
 class ZeroEngine(GlobalStep):
@@ -76,7 +79,7 @@ class ZeroEngine(GlobalStep):
             fill(model, _write_piece)
         else:
             if self.meshes:
-                spread_experts(model, self.meshes.expert)
+                spread_experts(model, self.meshes.expert, layout.config.fp8_dispatch)
             model.to_empty(device=device)
             fill(model, partial(write_own_experts, self._experts(model)))
         super().__init__(model, clip)
@@ -229,14 +232,21 @@ def _write_piece(name: str, parameter: Any, expert: int | None, draw: Draw) -> N
 
 def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
     """Let parameters be whole where they are read without a call of the module that has them."""
+    register, gathered = deepspeed.zero.register_external_parameter, deepspeed.zero.GatheredParameters
     head = model.lm_head.weight
-    deepspeed.zero.register_external_parameter(model, head)  # in `forward`, once for each prediction depth
-    gathered = deepspeed.zero.GatheredParameters
+    register(model, head)  # in `forward`, once for each prediction depth
     model.score = _within(partial(gathered, [head]), model.score)  # type: ignore[method-assign]
     for module in model.modules():
-        if isinstance(module, MultiHeadLatentAttention):
-            up = module.kv_b_proj.weight
-            module.decode = _within(partial(gathered, [up]), module.decode)  # type: ignore[method-assign]
+        if isinstance(module, MLP) and module.fp8:
+            for linear in (module.gate_proj, module.up_proj, module.down_proj):
+                register(module, linear.weight)
+        elif isinstance(module, MultiHeadLatentAttention):
+            maps = [child for name, child in module.named_children() if name in READ_TOGETHER]
+            read = [child.weight for child in maps if isinstance(child, Linear) and child.fp8]
+            for weight in read:
+                register(module, weight)
+            weights = [*read, module.kv_b_proj.weight]
+            module.decode = _within(partial(gathered, weights), module.decode)  # type: ignore[method-assign]
 
 
 def _within(context: Callable[[], Any], function: Callable[..., Any]) -> Callable[..., Any]:

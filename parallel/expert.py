@@ -5,6 +5,12 @@
            rows [N·K, D] → rows [M, D] in the order (source rank, expert); sorted to (expert, source rank) for the experts
     back:  the same way in reverse; each token then sums its K rows by weight
 
+With FP8 dispatch (V3 §3.3.3) rows travel to experts, and the gradients of what experts hand out, in E4M3 with a power of two for
+every 128 numbers: D + ⌈D/128⌉ bytes a row. What experts hand out and the gradients of their rows travel in the compute dtype:
+they are yet to be summed. The answer is that of FP8 without it, to the bit: the experts quantise what arrived by powers of two
+again, and find the same numbers (where rounding took a tile's largest to half of the range, as twice the data with half the
+scale).
+
 Counts are exact: no capacity, no padding, no token dropped. With experts in groups (node-limited routing) nothing changes here:
 fewer ranks have rows to exchange, and an empty message costs nothing.
 
@@ -13,7 +19,7 @@ of a size known beforehand: the worst case N·min(K, E/ranks) rows from each ran
 memory and traffic, unless kernels send from the device (DeepEP's low-latency mode).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,15 +27,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.moe import LocalDispatcher, MoE
+from model.ops.fp8.kernels import Kernels
+from model.ops.fp8.quantize import Quantized, dequantize
 from model.transformer import Transformer
 
 
-def spread_experts(model: Transformer, mesh: DeviceMesh) -> None:
+def spread_experts(model: Transformer, mesh: DeviceMesh, fp8_dispatch: bool = False) -> None:
     """Leave each rank of `mesh` its E / ranks experts of every layer, MTP modules included, and let tokens travel.
 
     Args:
         model: on the meta device; its stacked expert parameters become [E / ranks, ·, ·].
         mesh: [expert]; rank r gets experts r·E/ranks and the following.
+        fp8_dispatch: let rows travel in E4M3 to experts that compute in FP8.
     """
     group = mesh.get_group()
     for layer in model.modules():
@@ -38,11 +47,17 @@ def spread_experts(model: Transformer, mesh: DeviceMesh) -> None:
             for name, parameter in list(layer.experts.named_parameters()):
                 mine = torch.empty(experts // group.size(), *parameter.shape[1:], device="meta")
                 setattr(layer.experts, name, nn.Parameter(mine))
-            layer.dispatcher = AllToAllDispatcher(experts, group)
+            fp8 = layer.experts.fp8 if fp8_dispatch else None
+            layer.dispatcher = AllToAllDispatcher(experts, group, fp8.kernels if fp8 else None)
 
 
 class AllToAllDispatcher:
-    """The `Dispatcher` whose experts lie on the ranks of a group."""
+    """The `Dispatcher` whose experts lie on the ranks of a group.
+
+    Args:
+        experts: E, of all ranks.
+        fp8: quantises the rows that travel to experts, and the gradients on the same way; None: nothing is quantised.
+    """
 
     class Handle(NamedTuple):
         local: LocalDispatcher.Handle  # this rank's rows, sorted by expert
@@ -50,12 +65,13 @@ class AllToAllDispatcher:
         arriving: Tensor  # [E_local] rows for each of this rank's experts
         order: Tensor  # [M] the row to take for each place, from (source rank, expert) to (expert, source rank)
         inverse: Tensor  # [M]
-        on_their_way: Tensor  # [M, D]
+        on_their_way: Tensor  # [M, D]; in FP8 [M, D + ⌈D/128⌉]
         trip: "Trip"
 
-    def __init__(self, experts: int, group: dist.ProcessGroup):
+    def __init__(self, experts: int, group: dist.ProcessGroup, fp8: Kernels | None = None):
         self.local = LocalDispatcher(experts)
         self.group = group
+        self.fp8 = fp8
 
     def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Handle:
         local = self.local.dispatch(tokens, expert_ids, weights)
@@ -63,7 +79,8 @@ class AllToAllDispatcher:
         leaving = local.counts.view(ranks, -1)  # [ranks, E_local]
         arriving = _wait(_exchange(leaving, [1] * ranks, [1] * ranks, self.group))
         send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()  # the one wait for the device
-        trip = Trip(self.group, send, receive)
+        outward = InFp8(self.fp8, tokens.shape[1], tokens.dtype) if self.fp8 else AsTheyAre()
+        trip = Trip(self.group, send, receive, outward, AsTheyAre())
         rows, _ = self.local.receive(local)  # [N·K, D]
         on_their_way = _Depart.apply(rows, trip)
         order, inverse = _orders(arriving, total=sum(receive))
@@ -79,21 +96,64 @@ class AllToAllDispatcher:
         return self.local.combine(_Arrive.apply(_Depart.apply(rows, home), home), handle.local)
 
 
+class Form(Protocol):
+    """What rows [M, D] are while they travel."""
+
+    def pack(self, rows: Tensor) -> Tensor: ...
+
+    def unpack(self, travelled: Tensor) -> Tensor: ...
+
+
+class AsTheyAre:
+    """A `Form`: the rows themselves."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def unpack(self, travelled: Tensor) -> Tensor:
+        return travelled
+
+
+class InFp8:
+    """A `Form` of one message: [M, D + ⌈D/128⌉] bytes, E4M3 and then a scale for each tile, a power of two by its exponent alone.
+
+    Such numbers are bf16 numbers, so what arrives in the compute dtype is what was sent. A scale that is not finite arrives as NaN.
+
+    Args:
+        width: D.
+        dtype: of the rows before and after.
+    """
+
+    def __init__(self, kernels: Kernels, width: int, dtype: torch.dtype):
+        self.kernels, self.width, self.dtype = kernels, width, dtype
+
+    def pack(self, rows: Tensor) -> Tensor:
+        data, scale = self.kernels.quantize_rows(rows, power_of_two=True)
+        return torch.cat((data.view(torch.uint8), scale.to(torch.float8_e8m0fnu).view(torch.uint8)), dim=1)
+
+    def unpack(self, travelled: Tensor) -> Tensor:
+        data, scale = travelled.view(torch.uint8).tensor_split([self.width], dim=1)
+        rows = Quantized(data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu).float())
+        return dequantize(rows).to(self.dtype)
+
+
 class Trip:
     """Rows between the ranks of a group: forward once and, for the gradient, back once.
 
     Args:
         send: rows for each rank, in the order in which they lie here.
         receive: rows from each rank.
+        out, home: what the rows are on their way, and what their gradients are.
     """
 
-    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]):
+    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], out: Form, home: Form):
         self.group, self.send, self.receive = group, send, receive
+        self.out, self.home = out, home
         self.gradient: Tensor | None = None  # on its way
 
     def back(self) -> "Trip":
-        """The way home of what this trip brought."""
-        return Trip(self.group, self.receive, self.send)
+        """The way home of what this trip brought; gradients then go the way of this trip, and in its form."""
+        return Trip(self.group, self.receive, self.send, self.home, self.out)
 
 
 class _Depart(torch.autograd.Function):
@@ -102,12 +162,14 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, trip: Trip) -> Tensor:
         ctx.trip = trip
-        return _exchange(rows, trip.send, trip.receive, trip.group)
+        on_their_way = _exchange(trip.out.pack(rows), trip.send, trip.receive, trip.group)
+        # A collective takes bytes but no E4M3, and autograd follows E4M3 but no bytes.
+        return on_their_way if on_their_way.is_floating_point() else on_their_way.view(torch.float8_e4m3fn)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         gradient, ctx.trip.gradient = ctx.trip.gradient, None
-        return _wait(gradient), None
+        return ctx.trip.home.unpack(_wait(gradient)), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -118,13 +180,14 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, on_their_way: Tensor, trip: Trip) -> Tensor:
-        ctx.trip = trip
-        return _wait(on_their_way).view_as(on_their_way)
+        ctx.trip, ctx.shape, ctx.dtype = trip, on_their_way.shape, on_their_way.dtype
+        return trip.out.unpack(_wait(on_their_way).view_as(on_their_way))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.trip.gradient = _exchange(grad, ctx.trip.receive, ctx.trip.send, ctx.trip.group)
-        return grad.new_zeros(()).expand_as(grad), None
+        trip = ctx.trip
+        trip.gradient = _exchange(trip.home.pack(grad), trip.receive, trip.send, trip.group)
+        return grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None
 
 
 def _orders(arriving: Tensor, total: int) -> tuple[Tensor, Tensor]:

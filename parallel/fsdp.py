@@ -58,7 +58,7 @@ class FSDPEngine(GlobalStep):
         self.reshards = layout.config.reshard_after_forward
         meshes = Meshes(layout, device.type)
         if layout.config.expert > 1:
-            spread_experts(model, meshes.expert)
+            spread_experts(model, meshes.expert, layout.config.fp8_dispatch)
         self.units = _shard(model, meshes, layout)
         _materialize(model, device, offload=layout.config.offload == "all")
         self.units[-1].unshard()  # FSDP settles where its shards lie when it first gathers

@@ -38,6 +38,8 @@ class ParallelConfig:
     reshard_after_forward: bool = True  # fsdp: free gathered parameters between forward and backward pass
     offload: Offload = "none"  # what lives in host memory
     recompute: Recompute = "none"
+    fp8: bool = False  # the products of blocks in FP8 (`precision.fp8`)
+    fp8_dispatch: bool = False  # rows travel to experts in FP8; with fp8 and expert > 1 only
     unproven: bool = False  # allow a layout without a row in PARITY.md
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own ds_config, merged into the derived one
 
@@ -88,6 +90,7 @@ def cell(config: ParallelConfig) -> Cell:
     """The row of PARITY.md that a configuration needs."""
     axes = {"replicate": config.replicate > 1, "expert": config.expert > 1}
     axes |= {"recompute": config.recompute != "none", "offload": config.offload != "none"}
+    axes["fp8"] = config.fp8
     return Cell(config.engine, frozenset(name for name, used in axes.items() if used))
 
 

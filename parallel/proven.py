@@ -1,4 +1,5 @@
-"""The combinations of engine and axes that `tests/parallel/test_parity.py` compares with one process, and that are therefore open.
+"""The combinations of engine and axes that `tests/parallel/test_parity.py`, and with "fp8" `test_fp8.py`, compare with one process,
+and that are therefore open.
 
 A combination is open because it was compared, never because its parts were: axes that are right alone have composed into wrong
 gradients in other stacks.
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """An engine, and those of "replicate", "expert", "recompute" and "offload" that are used beside it."""
+    """An engine, and those of "replicate", "expert", "recompute", "offload" and "fp8" that are used beside it."""
 
     engine: str
     axes: frozenset[str]
@@ -28,10 +29,10 @@ def _all_of(engine: str, *axes: str) -> Iterator[Cell]:
 
 PROVEN = frozenset(
     {
-        *_all_of("ddp", "recompute"),
-        *_all_of("fsdp", "replicate", "expert", "recompute", "offload"),
-        *_all_of("zero1", "expert", "recompute", "offload"),
-        *_all_of("zero2", "expert", "recompute", "offload"),
-        *_all_of("zero3", "recompute", "offload"),
+        *_all_of("ddp", "recompute", "fp8"),
+        *_all_of("fsdp", "replicate", "expert", "recompute", "offload", "fp8"),
+        *_all_of("zero1", "expert", "recompute", "offload", "fp8"),
+        *_all_of("zero2", "expert", "recompute", "offload", "fp8"),
+        *_all_of("zero3", "recompute", "offload", "fp8"),
     }
 )

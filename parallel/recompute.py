@@ -9,6 +9,11 @@
 With expert parallelism `selective` keeps rows as they arrive, so that none travels twice: K·D elements a token and layer beyond
 what one device keeps. The outputs of the experts are kept where they come home. Under `full` rows travel again.
 
+In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` is what it is
+without FP8: it keeps the outputs of products in the compute dtype, and quantises their inputs again. So it saves norms and
+attention's queries, keys and values, as the report does, but of feed-forward networks it keeps more than `none`: gate and up in
+two bytes for one. `model.flops.activation_bytes` counts both.
+
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
 """
@@ -27,14 +32,16 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.flops import Recompute
+from model.ops.fp8 import products  # noqa: F401  # whose operations are named below
 from model.transformer import Transformer
 from parallel.expert import TO_HOST
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable, TO_HOST}
 EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
-MATRIX_PRODUCTS = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._grouped_mm.default,
+GROUPED_PRODUCTS = {aten._grouped_mm.default, torch.ops.rorqual.fp8_multiply_groups.default}
+MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
+    aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.rorqual.fp8_multiply.default,
 }  # fmt: skip
 ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
@@ -84,9 +91,10 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.is_kept(func, args):
-            if func is c10d.all_to_all_single.default and self.kept and self.kept[-1][0] is aten._grouped_mm.default:
+            if func is c10d.all_to_all_single.default and self.kept and self.kept[-1][0] in GROUPED_PRODUCTS:
                 # What experts hand out is kept where it comes home; here its shape will do.
-                self.kept[-1] = (aten._grouped_mm.default, tree_map_only(Tensor, _hollow, self.kept[-1][1]))
+                product, output = self.kept[-1]
+                self.kept[-1] = (product, tree_map_only(Tensor, _hollow, output))
             self.kept.append((func, tree_map_only(Tensor, Tensor.detach, out)))
         return out
 
@@ -108,7 +116,7 @@ def _hollow(tensor: Tensor) -> Tensor:
 
 
 def _is_routing(func: Any, args: tuple[Any, ...]) -> bool:
-    return func in ROUTING or (func in EXCHANGES and not args[0].is_floating_point())
+    return func in ROUTING or (func in EXCHANGES and args[0].dtype is torch.int64)
 
 
 class _SelectivePolicy:

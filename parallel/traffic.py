@@ -22,12 +22,14 @@ them its experts; r replicas:
                               tokens travel over e ranks:
                               all-to-all  trips · layers with experts · tokens · K · D · a
                               trips: there and back, forward and backward: 4; 6 where `full` recomputation sends again
+                              With FP8 dispatch the way to the experts, forward and recomputed, and the way there of the gradients
+                              of what they hand out have D + ⌈D/128⌉ bytes a row in place of D · a
 
 Gradients travel in fp32, weights under FSDP in the dtype that computes with them, under DeepSpeed in fp32. FSDP pads each
 parameter to a multiple of s rows and ZeRO-3 to a multiple of s elements, which is counted here; ZeRO-1 and 2 pad their flat
 weights by fewer than 2s elements an optimizer group, which is not.
 
-Left out is what has a few kilobytes: targets, losses with the expert counts, and the norm (`GlobalStep`; int64 and fp64), the
+Left out is what has a few kilobytes: targets, losses with the expert counts, the norm, and FP8's largest scales (`GlobalStep`), the
 counts of each layer's rows before they travel (int64), DDP's buckets after its first backward pass, and DeepSpeed's own norm.
 """
 
@@ -38,6 +40,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from model.config import ModelConfig
+from model.ops.fp8.quantize import TILE
 from parallel.footprint import Shapes, parameter_shapes
 from parallel.layout import Layout, cut_of
 
@@ -168,9 +171,18 @@ def _runs_again(layout: Layout, name: str) -> bool:
 
 
 def _tokens(layout: Layout, config: ModelConfig, tokens: int, element_size: int) -> Iterator[Flow]:
-    trips = 6 if layout.config.recompute == "full" else 4
-    rows = trips * config.n_moe_layers * tokens * config.num_experts_per_tok
-    yield Flow("tokens", "all_to_all", layout.config.expert, rows * config.hidden_size * element_size)
+    rows = config.n_moe_layers * tokens * config.num_experts_per_tok
+    size = bytes_of_row(layout, config.hidden_size, element_size)
+    yield Flow("tokens", "all_to_all", layout.config.expert, rows * size)
+
+
+def bytes_of_row(layout: Layout, width: int, element_size: int) -> int:
+    """Bytes of one token's row to one expert in all its trips through a layer."""
+    runs = 2 if layout.config.recompute == "full" else 1
+    plain = width * element_size
+    there = width + _ceil(width, TILE) // TILE if layout.config.fp8_dispatch else plain
+    of_rows, of_gradients = runs * (there + plain), there + plain  # to the experts and back
+    return of_rows + of_gradients
 
 
 def _zero_option(layout: Layout, name: str, default: Any) -> Any:

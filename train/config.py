@@ -68,7 +68,8 @@ class Recipe(Section):
 
     def layout(self, world_size: int) -> Layout:
         """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""
-        values = {field.name: getattr(self.parallel, field.name) for field in dataclasses.fields(ParallelConfig)}
+        given = {**dict(self.parallel), "fp8": self.precision.fp8, "fp8_dispatch": self.precision.fp8_dispatch}
+        values = {field.name: given[field.name] for field in dataclasses.fields(ParallelConfig)}
         values["deepspeed"] = values["deepspeed"] or {}
         return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
 
@@ -110,6 +111,7 @@ class Recipe(Section):
             context = self.model_config_resolved().max_position_embeddings
         except (ConfigError, OSError, ValueError) as error:
             raise _model_mistake(self.model, error) from None
+        self._check_fp8()
         lengths = self.data.lengths
         names = ["data.sequence_length", *(f"data.stages.{i}.sequence_length" for i in range(len(self.data.stages)))]
         for name, (_, length) in zip(names, lengths):
@@ -141,6 +143,32 @@ class Recipe(Section):
                     value=batch,
                 )
         return self
+
+    def _check_fp8(self) -> None:
+        """What FP8 goes together with."""
+        precision = self.precision
+        if precision.fp8 and precision.compute == "fp16":
+            raise mistake(
+                "does not go with precision.fp8: its scales have the range of fp32, and between two products fp16 would overflow",
+                "write precision.compute=bf16 (or fp32), or precision.fp8=false",
+                field="precision.compute",
+                value="fp16",
+            )
+        if precision.fp8 and self.run.compile is True:
+            raise mistake(
+                "does not go with precision.fp8, whose functions have kernels of their own, which torch.compile cannot fuse",
+                "write run.compile=false, or precision.fp8=false",
+                field="run.compile",
+                value=True,
+            )
+        if precision.fp8_dispatch and not (precision.fp8 and self.parallel.expert > 1):
+            has = f"precision.fp8 is {show(precision.fp8)} and parallel.expert {self.parallel.expert}"
+            raise mistake(
+                f"is for experts that compute in FP8 on several processes; here {has}",
+                "write precision.fp8=true and a parallel.expert above 1, or precision.fp8_dispatch=false",
+                field="precision.fp8_dispatch",
+                value=True,
+            )
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -225,6 +225,7 @@ class PrecisionSection(Section):
     compute: Literal["bf16", "fp16", "fp32"] | None = None  # None: bf16 on a GPU, fp32 on a CPU
     fp8: StrictBool = False  # the matrix products of blocks in E4M3, DeepSeek-V3 §3.3; emulated on a CPU
     fp8_max_scale: Positive = 512  # of inputs and weights; beyond it no number is left between 0 and 1
+    fp8_dispatch: StrictBool = False  # tokens travel to other ranks' experts in E4M3 too; changes no bit
     moments: Literal["fp32", "bf16"] = "fp32"  # of Adam; DeepSeek-V3 §3.3.3 keeps bf16
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelConfig
 from model.init import initialize
 from model.moe import Router, Routing, limit_to_groups
+from model.ops.fp8.kernels import Reference
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, StepSettings
@@ -71,7 +72,10 @@ def global_batch(step: int) -> Batch:
 def build(case: Case) -> Engine:
     """The engine of a case, as one rank of the current group."""
     with torch.device("meta"):
-        model = Transformer(case.model, compute_dtype=case.compute_dtype, mask_documents=True, experts=case.experts)
+        fp8 = Reference() if case.parallel.fp8 else None
+        model = Transformer(
+            case.model, compute_dtype=case.compute_dtype, mask_documents=True, experts=case.experts, fp8=fp8
+        )
     apply_recompute(model, case.parallel.recompute)
     return build_engine(
         Layout(case.parallel, dist.get_world_size(), case.model),

@@ -1,6 +1,6 @@
 """One answer under every layout: each open combination of engine and axes against one process with plain PyTorch.
 
-    pytest tests/parallel/test_parity.py --write-parity      writes parallel/PARITY.md anew
+    pytest tests/parallel/test_parity.py --write-parity -m "slow or not slow"      writes the first table of parallel/PARITY.md anew
 
 Three steps of a model with two MTP depths, node-limited routing and balancing, masked documents, padding that leaves ranks with
 unequal numbers of targets, uneven micro-batches, clipping active. The tolerance is 1e-5 of a tensor's largest element, about a
@@ -22,7 +22,7 @@ from tests.parallel.faults import FAULTS
 from tests.parallel.harness import CONFIG, REFERENCE, SEQUENCES, STEPS, Case, check_equal, errors, train
 
 TABLE = Path(__file__).parents[2] / "parallel" / "PARITY.md"
-ROW = re.compile(r"^\| `([^`]+)` \|", re.M)
+ROW = re.compile(r"^\| `([^`]+)` \|.*\n", re.M)
 
 
 # A model this small DeepSpeed would gather once and keep whole. So every parameter is cut, and freed as soon as it has been used.
@@ -48,6 +48,7 @@ def layout_of(open_cell: Cell, recompute: str | None = None) -> tuple[int, Paral
         micro_batch=max(SEQUENCES // world_size - 1, 1),  # two micro-batches, the second smaller
         recompute=(recompute or modes.get(open_cell.engine, "full")) if "recompute" in axes else "none",
         offload=offload if "offload" in axes else "none",
+        fp8="fp8" in axes,
         deepspeed=ZERO3.deepspeed if open_cell.engine == "zero3" else {},
     )
     assert cell(config) == open_cell
@@ -57,7 +58,7 @@ def layout_of(open_cell: Cell, recompute: str | None = None) -> tuple[int, Paral
 # Offload and recomputation together: the two are proved apart in every run, together with --thorough.
 CELLS = [
     pytest.param(c, marks=[pytest.mark.slow] if {"offload", "recompute"} <= c.axes else [])
-    for c in sorted(PROVEN, key=str)
+    for c in sorted((c for c in PROVEN if "fp8" not in c.axes), key=str)
 ]
 
 # What the cells do not say: the other recomputation mode, gathered parameters kept, other sizes of each axis.
@@ -90,11 +91,25 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     rows: dict[str, str] = {}
     yield rows
     if request.config.getoption("--write-parity"):
-        assert rows.keys() == {str(open_cell) for open_cell in PROVEN}, "run the whole file to write the whole table"
-        text = TABLE.read_text("utf-8")
-        first = ROW.search(text)
-        head = text[: first.start()] if first else text
-        TABLE.write_text(head + "\n".join(rows[layout] for layout in sorted(rows)) + "\n", encoding="utf-8")
+        write_rows(rows, fp8=False)
+
+
+def write_rows(rows: dict[str, str], fp8: bool) -> None:
+    """Write one of the tables of PARITY.md anew: that with FP8 or that without."""
+    open_cells = {str(open_cell) for open_cell in PROVEN if ("fp8" in open_cell.axes) == fp8}
+    assert rows.keys() == open_cells, "run the whole file to write the whole table"
+    text = TABLE.read_text("utf-8")
+    text = ROW.sub(lambda row: "" if row[1] in open_cells else row[0], text)
+    rule = (text.rindex if fp8 else text.index)("\n|---") + 1
+    start = text.index("\n", rule) + 1
+    TABLE.write_text(text[:start] + "".join(rows[layout] + "\n" for layout in sorted(rows)) + text[start:], "utf-8")
+
+
+def size_of(config: ParallelConfig, world_size: int) -> str:
+    """The processes of a layout, or replicate × expert_shard × expert."""
+    if config.engine != "fsdp" and config.expert == 1:
+        return str(world_size)
+    return f"{config.replicate} × {world_size // config.replicate // config.expert} × {config.expert}"
 
 
 @pytest.mark.parametrize("open_cell", CELLS, ids=str)
@@ -104,16 +119,10 @@ def test_every_open_layout_gives_the_answer_of_one_process(workers, reference, t
     worst = check_equal(runs[0], reference)
     for run in runs[1:]:
         assert run["losses"] == runs[0]["losses"] and run["norms"] == runs[0]["norms"]
-    size = f"{config.replicate} × {world_size // config.replicate // config.expert} × {config.expert}"
     shown = [f"{worst[kind]:.0e}" for kind in ("losses", "norms", "gradients")]
     shown.append(f"{max(worst['exp_avg'], worst['exp_avg_sq']):.0e}")
     shown.append(f"{runs[0]['margin']:.0e}")
-    columns = [
-        f"`{open_cell}`",
-        size if config.engine == "fsdp" or config.expert > 1 else str(world_size),
-        config.recompute,
-        *shown,
-    ]
+    columns = [f"`{open_cell}`", size_of(config, world_size), config.recompute, *shown]
     table[str(open_cell)] = "| " + " | ".join(columns) + " |"
 
 
