@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
+from model.ops.fp8.quantize import TILE
 
 TRAINING = 3 * 2  # forward, gradient of the input, gradient of the weight; a multiply and an add
 
@@ -137,6 +138,8 @@ def activation_bytes(
     device: Device = "cpu",
     casts_weights: bool = True,
     spreads_experts: bool = False,
+    fp8: bool = False,
+    fp8_dispatch: bool = False,
 ) -> int:
     """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
 
@@ -152,14 +155,18 @@ def activation_bytes(
             neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
         casts_weights: false where the weights of blocks reach them in the compute dtype.
         spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
+        fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
+        fp8_dispatch: whether those rows travel in E4M3.
     """
     c, a = config, element_size
+    sizes = _Sizes(a, device, fp8)
     depths = c.num_nextn_predict_layers
-    rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, a, device)]
-    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, a, device) + _mtp_exit(c))
+    rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, sizes)]
+    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, sizes) + _mtp_exit(c))
     per_token = sum(row.bytes for row in rows if recompute in row.kept)
     if spreads_experts:
-        per_token += c.n_moe_layers * sum(row.bytes for row in _travel(c, a) if recompute in row.kept)
+        arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
+        per_token += c.n_moe_layers * sum(row.bytes for row in _travel(c, arrived) if recompute in row.kept)
     per_token += _norm(c.hidden_size)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
@@ -170,8 +177,21 @@ def activation_bytes(
     if recompute == "none" and a != 4 and casts_weights:
         layers = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)] + depths * [_mtp_matrices(c)]
         gates = c.n_moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
-        once += a * (sum(layer.all for layer in layers) - gates)
+        entries = depths * 2 * c.hidden_size**2  # of MTP modules, which FP8 leaves alone
+        once += a * (entries if fp8 else sum(layer.all for layer in layers) - gates)
     return micro_batch * sequence_length * per_token + once
+
+
+class _Sizes(NamedTuple):
+    """What decides how much an operation keeps."""
+
+    element: int  # bytes of the compute dtype
+    device: Device
+    fp8: bool
+
+    def factor(self, width: int) -> int:
+        """Bytes of a row that is kept as a factor of products: in the compute dtype, or in E4M3 with a scale for every tile."""
+        return width + 4 * -(-width // TILE) if self.fp8 else self.element * width
 
 
 class _Row(NamedTuple):
@@ -188,27 +208,28 @@ RECOMPUTED: tuple[Recompute, ...] = ("selective", "full")
 PRODUCT: tuple[Recompute, ...] = ("none", "selective")
 
 
-def _block(c: ModelConfig, layer: int, a: int, device: Device) -> list[_Row]:
+def _block(c: ModelConfig, layer: int, sizes: _Sizes) -> list[_Row]:
     feed_forward = _experts if c.is_moe(layer) else _dense
-    return [*_attention(c, a, device), *feed_forward(c, a, device)]
+    return [*_attention(c, sizes), *feed_forward(c, sizes)]
 
 
-def _attention(c: ModelConfig, a: int, device: Device) -> list[_Row]:
+def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
+    a = sizes.element
     dim, rank, q_rank, heads = c.hidden_size, c.kv_lora_rank, c.q_lora_rank or 0, c.num_attention_heads
     queries, values = heads * c.qk_head_dim, heads * c.v_head_dim
     up_projected = heads * (c.qk_nope_head_dim + c.v_head_dim)
-    padded = device == "cpu" and c.v_head_dim < c.qk_head_dim
+    padded = sizes.device == "cpu" and c.v_head_dim < c.qk_head_dim
     latent = rank + c.qk_rope_head_dim
     return [
         _Row("block input", a * dim, RECOMPUTED),
         _Row("input norm", _norm(dim), NONE),
-        _Row("its output, input of q and kv", a * dim, NONE),
+        _Row("its output, input of q and kv", sizes.factor(dim), NONE),
         _Row("query latent, or queries where there is none", a * (q_rank or queries), SELECTIVE),
         _Row("its norm", _norm(q_rank), NONE),
-        _Row("its norm's output, input of q_b", a * q_rank, NONE),
+        _Row("its norm's output, input of q_b", sizes.factor(q_rank), NONE),
         _Row("key-value latent and rotary key", a * latent, SELECTIVE),
         _Row("its norm", _norm(rank) + (a * c.qk_rope_head_dim if a == 4 else 0), NONE),  # in fp32 a view of both
-        _Row("its norm's output, input of kv_b", a * rank, NONE),
+        _Row("its norm's output, input of kv_b", sizes.factor(rank), NONE),
         _Row("queries and keys", 2 * a * queries, NONE),
         _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
         _Row("output", a * (queries if padded else values), PRODUCT),
@@ -216,20 +237,21 @@ def _attention(c: ModelConfig, a: int, device: Device) -> list[_Row]:
         _Row("heads side by side, input of o", a * values, NONE),
         _Row("output of o", a * dim, SELECTIVE),
         _Row("post-attention norm", _norm(dim), NONE),
-        _Row("its output, input of the feed-forward part", a * dim, NONE),
+        _Row("its output, input of the feed-forward part", sizes.factor(dim), NONE),
     ]
 
 
-def _dense(c: ModelConfig, a: int, device: Device) -> list[_Row]:
-    return [*_swiglu(a * c.intermediate_size), _Row("output of down", a * c.hidden_size, SELECTIVE)]
+def _dense(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
+    output = _Row("output of down", sizes.element * c.hidden_size, SELECTIVE)
+    return [*_swiglu(c.intermediate_size, sizes), output]
 
 
-def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
-    dim, k = c.hidden_size, c.num_experts_per_tok
-    log_sigmoid = 2 if device == "cpu" else 1  # its input, and on a CPU a buffer as large
+def _experts(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
+    a, dim, k = sizes.element, c.hidden_size, c.num_experts_per_tok
+    log_sigmoid = 2 if sizes.device == "cpu" else 1  # its input, and on a CPU a buffer as large
     group_choice = 12 * (2 * c.n_group + c.topk_group) if c.topk_group < c.n_group else 0
     return [
-        _Row("input of the gate in fp32", 0 if a == 4 else 4 * dim, NONE),
+        _Row("input of the gate in fp32", 0 if a == 4 and not sizes.fp8 else 4 * dim, NONE),  # 0: that of the others
         _Row("logits", 4 * c.n_routed_experts, PRODUCT),
         _Row("chosen experts", 8 * k, NONE),
         _Row("top-k values and indices: choice, balance loss, groups", 24 * k + group_choice, RECOMPUTED),
@@ -237,27 +259,28 @@ def _experts(c: ModelConfig, a: int, device: Device) -> list[_Row]:
         _Row("balance loss: probabilities", 4 * log_sigmoid * c.n_routed_experts, NONE),
         _Row("order of the pairs and its inverse", 16 * k, NONE),
         _Row("order of the pairs, sorted values and indices", 16 * k, RECOMPUTED),
-        _Row("input rows of the experts", a * k * dim, NONE),
-        *_swiglu(a * k * c.moe_intermediate_size),
+        _Row("input rows of the experts", k * sizes.factor(dim), NONE),
+        *_swiglu(c.moe_intermediate_size, sizes, rows=k),
         _Row("outputs of the experts", a * k * dim, PRODUCT),
-        *_swiglu(a * c.n_shared_experts * c.moe_intermediate_size),
+        *_swiglu(c.n_shared_experts * c.moe_intermediate_size, sizes),
         _Row("output of the shared experts", a * dim, SELECTIVE),
     ]
 
 
-def _travel(c: ModelConfig, a: int) -> list[_Row]:
-    """Beside the rows of `_experts`, whose outputs are kept where they come home."""
+def _travel(c: ModelConfig, arrived: int) -> list[_Row]:
+    """Beside the rows of `_experts`, whose outputs are kept where they come home. A row arrives in so many bytes."""
     k = c.num_experts_per_tok
     return [
         _Row("orders of the rows that arrived, there and back", 16 * k, NONE),
-        _Row("rows that arrived, by the rank they came from", a * k * c.hidden_size, SELECTIVE),
+        _Row("rows that arrived, by the rank they came from", k * arrived, SELECTIVE),
     ]
 
 
-def _swiglu(width: int) -> list[_Row]:
+def _swiglu(width: int, sizes: _Sizes, rows: int = 1) -> list[_Row]:
     return [
-        _Row("gate and up", 2 * width, PRODUCT),
-        _Row("silu(gate) · up, input of down", width, NONE),
+        _Row("gate and up", 2 * rows * sizes.factor(width), NONE),
+        _Row("gate and up as the products gave them out", 2 * rows * sizes.element * width, SELECTIVE),
+        _Row("silu(gate) · up, input of down", 0 if sizes.fp8 else rows * sizes.element * width, NONE),
     ]
 
 

@@ -20,7 +20,10 @@ fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With 
 zero1 and zero2 keep whole. Offloading moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under
 stages 1 and 2, of the gradients under 3; under 2 of the gradients too where a step has several micro-batches.
 
-Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
+FP8 changes nothing of this: weights are quantised where they are used, and forgotten.
+
+Counted is the fullest rank. Activations
+are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
 """
 
 from collections import defaultdict

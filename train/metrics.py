@@ -7,7 +7,7 @@
     fp8_max_scale, fp8_max_scale_at           largest scale of the step's inputs and weights in FP8; layer and tensor that have it
     lr, batch_tokens, sequence_length, gamma, alpha, lambda    of this step
     data_seconds                              how long the step waited for its batch, on rank 0
-    tokens_per_second, mfu, memory_bytes      of all ranks; a fraction of the devices' peak; of rank 0
+    tokens_per_second, mfu, memory_bytes      of all ranks; a fraction of the devices' peak, in FP8 of that of FP8; of rank 0
     max_vio, max_vio_mean, max_vio_worst, max_vio_worst_layer, bias_min, bias_max      see `balance_metrics`
     validation, validation_max_vio            in steps that validate: {source: {"nats_per_token", "bits_per_byte", …}}
 

@@ -18,6 +18,7 @@ from model.flops import (
     parameter_counts,
 )
 from model.init import initialize
+from model.ops.fp8.kernels import Reference
 from model.transformer import Transformer
 from parallel.recompute import apply_recompute
 
@@ -146,9 +147,9 @@ def test_a_dense_model_has_the_flops_of_deepseek_llm_table_3():
 # activations ----------------------------------------------------------------------------------------------------------
 
 
-def bytes_that_live_after_forward(config, dtype, rows, length, recompute):
+def bytes_that_live_after_forward(config, dtype, rows, length, recompute, fp8=None):
     """What the CPU allocator handed out during a forward pass and did not get back while its output is held."""
-    model = Transformer(config, compute_dtype=dtype)
+    model = Transformer(config, compute_dtype=dtype, fp8=fp8)
     apply_recompute(model, recompute)
     initialize(model, seed=0)
     tokens = torch.randint(0, config.vocab_size, (rows, length + 1 + config.num_nextn_predict_layers))
@@ -179,6 +180,33 @@ def test_activation_bytes_are_those_that_live(changes, dtype, recompute):
     measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute)
     counted = activation_bytes(config, rows, length, dtype.itemsize, recompute)
     assert counted == pytest.approx(measured, rel=2e-3)  # vectors over the experts are not counted
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"num_nextn_predict_layers": 1, "num_hidden_layers": 2}, torch.bfloat16),
+        ({"q_lora_rank": None, "num_hidden_layers": 2, "moe_intermediate_size": 136}, torch.float32),
+    ],
+    ids=["bf16, an MTP module", "plain queries, rows of a tile and a part"],
+)
+def test_in_fp8_activation_bytes_are_those_that_live(changes, dtype, recompute):
+    config = preset("tiny", **{"num_nextn_predict_layers": 0, "vocab_size": 512, **changes})
+    rows, length = 2, 32
+    measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute, Reference())
+    counted = activation_bytes(config, rows, length, dtype.itemsize, recompute, fp8=True)
+    assert counted == pytest.approx(measured, rel=2e-3)
+
+
+def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
+    """And four bytes of a scale for 128 of them; silu(gate) · up not at all. At 4,096 tokens, in 3 dense and 59 MoE layers."""
+    config, sizes = preset("v3"), {"device": "cuda", "casts_weights": False}
+    bf16, fp8 = (activation_bytes(config, 1, 4096, 2, fp8=on, **sizes) for on in (False, True))
+    attention = 7168 + 1536 + 512 + 7168  # inputs of q_a and kv_a, q_b, kv_b and of the feed-forward part
+    one, inner = 1 - 4 / 128, 3 * 2 - 2 * (1 + 4 / 128)  # saved of an input; of gate, up and their product
+    experts = 8 * 7168 * one + 9 * 2048 * inner
+    assert bf16 - fp8 == 4096 * (62 * attention * one + 3 * 18432 * inner + 59 * experts)
 
 
 def test_a_gpu_keeps_no_padding_and_no_buffer_of_log_sigmoid():

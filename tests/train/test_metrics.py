@@ -201,5 +201,18 @@ def test_a_cpus_peak_is_measured_once() -> None:
     peak = peak_flops("cpu", torch.float32)
     assert peak == measured_gemm_peak(torch.float32, "cpu", before) > 1e9
     assert torch.get_num_threads() == before
-    with pytest.raises(DeviceError, match="device cpu: has no fp8 rate"):
-        peak_flops("cpu", torch.float8_e4m3fn)
+    assert peak_flops("cpu", torch.float8_e4m3fn) == peak  # which emulates it
+
+
+@pytest.mark.parametrize(
+    ("driver", "peak"), [("NVIDIA H200", 1979e12), ("NVIDIA A100-SXM4-80GB", None), ("Abacus", None)]
+)
+def test_fp8_is_measured_by_the_peak_of_fp8_and_a_gpu_without_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, driver: str, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: driver)
+    if peak:
+        assert peak_flops("cuda", torch.float8_e4m3fn) == pytest.approx(peak, rel=1e-3)
+    else:
+        with pytest.raises(DeviceError, match=r"has no fp8 rate in the table of devices; set precision\.fp8 to false"):
+            peak_flops("cuda", torch.float8_e4m3fn)

@@ -103,14 +103,17 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
     """FLOP/s that MFU divides by, of the device that this process computes on.
 
     The vendor's dense peak for bf16, fp16 and fp8; for what has no such figure (a CPU, fp32, an unknown GPU) the best
-    matrix product that this process measures, once.
+    matrix product that this process measures, once. A run in FP8 divides by the peak of FP8, though attention, head and gates do
+    not compute in it: a figure that is never flattering. A CPU, which emulates FP8 by products in fp32, has the peak of these.
 
     Raises:
-        DeviceError: fp8 on a device without it.
+        DeviceError: fp8 on a GPU without it.
     """
     device = torch.device(device)
     known = _find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+    if dtype is torch.float8_e4m3fn:
+        if device.type == "cpu":
+            return peak_flops(device, torch.float32)
         if known is None or known.fp8 is None:
             raise DeviceError(
                 f"device {known.name if known else device}: has no fp8 rate in the table of devices; set precision.fp8 to false"

@@ -80,6 +80,8 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
         "cuda" if on_gpu else "cpu",
         casts_weights=layout.config.engine != "fsdp",  # which gathers them in the compute dtype
         spreads_experts=layout.config.expert > 1,
+        fp8=layout.config.fp8,
+        fp8_dispatch=layout.config.fp8_dispatch,
     )
     holders = layout.world_size if layout.config.engine == "ddp" else layout.shard  # of one average of the weights
     average = 4 * -(-parameter_counts(config).trainable // holders) if recipe.optimizer.ema else 0
