@@ -118,14 +118,15 @@ def _divide(x, scale, quotients):
 
 
 def test_division_by_a_tile_s_scale_is_that_of_ieee(device: torch.device) -> None:
-    """In fp32, before E4M3 hides it: 65,536 quotients in −448 … 448, a half of them next to a number of few bits."""
+    """In fp32, before E4M3 hides it: all pairs of mantissas of bf16, and 49,152 of fp32, half of them next to a tie of E4M3."""
     random = torch.Generator().manual_seed(0)
     exponents = torch.randint(-92, 119, (512,), generator=random)
     scale = (1 + torch.rand(512, generator=random)) * torch.exp2(exponents.float())
-    scale[0], scale[1] = 2 - 2**-23, 1 + 2**-23
     wanted = (torch.rand(512, 128, generator=random) * 2 - 1) * 448
     wanted[:, ::2] = wanted[:, ::2].to(torch.float8_e4m3fn).float() * 1.0625
     x = wanted * scale.unsqueeze(1)
+    mantissas = 1 + torch.arange(128) / 128
+    scale[:128], x[:128] = mantissas / 448, mantissas
     found = torch.empty_like(x, device=device)
     _divide[(4,)](x.to(device), scale.to(device), found)
     assert torch.equal(found.cpu(), x / scale.unsqueeze(1))

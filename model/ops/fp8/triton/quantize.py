@@ -9,9 +9,10 @@ sizes of groups, change from step to step: no kernel is compiled for a number of
 floats would drop NaN.
 
 **Division.** One division of fp32 is some fourteen instructions and a branch, too many for every number at the speed of memory.
-But a tile divides by one number: its inverse is rounded once, and a quotient takes five instructions to the same bits. Where y is
-RN(1/b) and q a neighbour of a/b, RN(q − (q·b − a)·y) is RN(a/b) (Markstein 1990); two such steps, since q = RN(a·y) may be one
-further off. The residual is exact where b > 2⁻⁹³ and q counts in E4M3; below, where tiles are nearly zero, a tie may be told wrong.
+But a tile divides by one number: with y = RN(1/b), rounded once, q = RN(a·y) and RN(q − (q·b − a)·y) are three instructions
+(Markstein 1990). Before the last rounding that is within 3·2⁻²⁵ units in the last place of a/b. It gives the same bits for all a in
+bf16 or fp16 and b such a number by 448, which were counted out, and for all of 8·10⁷ random pairs of fp32. It takes residuals that
+do not underflow, b > 2⁻⁹³; below, where tiles are nearly zero, a tie may be told wrong.
 """
 
 import torch
@@ -263,6 +264,5 @@ def divide(x, scale, POWER_OF_TWO: tl.constexpr):
     if not POWER_OF_TWO:
         # The residual is q·b − x: with this sign −0 stays what it is. Triton takes −x for 0 − x, another number where x is 0.
         minus_x, minus_inverse = x * -1.0, inverse * -1.0
-        quotient = tl.fma(tl.fma(quotient, divisor, minus_x), minus_inverse, quotient)
         quotient = tl.fma(tl.fma(quotient, divisor, minus_x), minus_inverse, quotient)
     return quotient
