@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.config import ConfigError, ModelConfig
 from model.ops.fp8 import choose
-from model.ops.fp8.choose import Workload, agrees, choices, draw, kernels_for, workloads
+from model.ops.fp8.choose import CANDIDATES, Workload, agrees, choices, draw, kernels_for, workloads
 from model.ops.fp8.kernels import Reference, multiply_by_tiles
 from model.ops.fp8.products import (
     COLUMNS,
@@ -28,6 +28,7 @@ from model.ops.fp8.products import (
 from model.ops.fp8.quantize import E4M3, Quantized
 from model.ops.fp8.vendor import scaled_mm
 from model.transformer import Transformer
+from tests.model.fp8.conftest import NO_TRITON
 
 CPU = torch.device("cpu")
 WORK = Workload(Shape(ROWS, 144, 264, torch.float32), rows=40)
@@ -153,6 +154,22 @@ def test_a_cpu_emulates_and_a_gpu_without_triton_names_the_extra(monkeypatch: py
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"precision\.fp8 = true: needs Triton.*pip install 'rorqual\[kernels\]'"):
         kernels_for(torch.device("cuda"))
+
+
+def test_the_first_rank_measures_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ({WORK.shape: "by_tiles"}, ["a line"])  # what the first rank found
+    monkeypatch.setattr(choose, "choices", lambda *_: pytest.fail("this rank measured"))
+    kernels = Reference()
+    assert choose.choose(kernels, torch.device("cuda"), lambda: [WORK], lambda action: there) == ["a line"]
+    assert kernels.choice == there[0]
+
+
+def test_candidates_are_implementations_by_their_names() -> None:
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from model.ops.fp8.triton import TritonKernels
+
+    assert TritonKernels().default in CANDIDATES
+    assert IMPLEMENTATIONS.keys() - {EMULATION} >= set(CANDIDATES) - {"deep_gemm"}  # which may not be installed
 
 
 @pytest.mark.parametrize(("m", "k"), [(256, 512), (255, 640), (3, 128)])
