@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
-from model.ops.fp8.quantize import TILE
+from model.ops.fp8 import TILE
 
 TRAINING = 3 * 2  # forward, gradient of the input, gradient of the weight; a multiply and an add
 

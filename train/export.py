@@ -52,6 +52,7 @@ from data.files import replace_file, sync
 from data.tokenizer import copy_folder
 from model.config import FP8_STORAGE, ConfigError, ModelConfig
 from model.hf import IN_FP8, NamedTensor, quantized, state_shapes, to_hf
+from model.ops.fp8 import TILE
 from train.checkpoint import MARKER, CheckpointError, SyncedWriter
 from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
 
@@ -100,6 +101,14 @@ def export(
         _write_json(folder / "generation_config.json", special | {"do_sample": False})
         if weights.tokenizer:
             copy_folder(weights.tokenizer, folder)
+
+
+def off_tiles(config: ModelConfig) -> str | None:
+    """The first matrix of an FP8 export with a side beyond 128 that is no multiple of it: its key and shape; None without one."""
+    for key, matrix in to_hf(state_shapes(config).items(), config, mtp=False):
+        if IN_FP8.fullmatch(key) and any(side > TILE and side % TILE for side in matrix.shape):
+            return f"{key} {list(matrix.shape)}"
+    return None
 
 
 def import_folder(source: Path | str, out: Path | str) -> None:

@@ -13,13 +13,13 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_layers import MtpModel
 
-from model.config import FP8_STORAGE, ConfigError, YarnScaling
+from model.config import FP8_STORAGE, ConfigError, ModelConfig, YarnScaling, load_preset
 from model.hf import IN_FP8, quantized, to_hf
 from tests.small_model import small_model
 from train import checkpoint
 from train.checkpoint import CheckpointError, Checkpoints
 from train.cli import main
-from train.export import _write_shards, export, import_folder
+from train.export import _write_shards, export, import_folder, off_tiles
 from train.generate import _Speculation, continue_text, continue_texts, generate, load_model
 from train.weights import is_buffer, open_weights
 
@@ -490,6 +490,15 @@ def test_the_command_writes_fp8_and_refuses_fp32_beside_it(run, tmp_path, capsys
     assert main([*command, "--dtype", "fp32"]) == 2
     assert capsys.readouterr().err.startswith("rorqual: export: --fp8 with --dtype fp32; ")
     assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {
         torch.float8_e4m3fn, torch.bfloat16, torch.float32,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"), [(64, "layers.0.self_attn.kv_a_proj_with_mqa.weight [576, 7168]"), (128, None)]
+)
+def test_what_transformers_would_misread_on_a_cpu_is_named(rope, named):
+    found = off_tiles(ModelConfig.from_hf(load_preset("v3")).override({"qk_rope_head_dim": rope}))
+    assert found == (named and f"model.{named}")

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128
+from model.ops.fp8 import TILE
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 TINY = 2.0**-100  # of a tile's largest magnitude: below, a scale would leave fp32's normal numbers
