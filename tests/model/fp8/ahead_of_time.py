@@ -33,6 +33,7 @@ class Case(NamedTuple):
     instructions: tuple[str, ...]  # regular expressions that its PTX must have
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
 
 
 class Compiled(NamedTuple):
@@ -60,7 +61,7 @@ def compile_case(case: Case) -> Compiled:
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     built = triton.compile(source, target=HOPPER, options=options)
     missing = [pattern for pattern in case.instructions if not re.search(pattern, built.asm["ptx"])]
     return Compiled(case.name, len(built.asm["cubin"]), built.metadata.shared, *resources(built.asm["cubin"]), missing)

@@ -13,15 +13,15 @@ DECODES = (r"cvt\.rn\.f16x2\.e4m3x2", r"ld\.global\.v[24]\.b32")
 LOADS = (r"ld\.global\.v4\.b32",)
 
 
-def _quantize(dtype: str, power_of_two: bool, height: int, num_warps: int, **outputs: str) -> Case:
+def _quantize(dtype: str, power_of_two: bool, **outputs: str) -> Case:
     arguments = {"x": dtype, **outputs, "M": 4096, "K": 7168, "stride": 7168}
     made = "+".join(name for name in outputs if "scale" not in name)
     return Case(
         f"{made} of {dtype}",
         quantize._quantize,
-        arguments | {"POWER_OF_TWO": power_of_two, "HEIGHT": height},
+        arguments | {"POWER_OF_TWO": power_of_two, "HEIGHT": quantize.TILE if "columns" in outputs else quantize.LOW},
         (*LOADS, *ENCODES),
-        num_warps,
+        **(quantize.TWO if "columns" in outputs else {"num_warps": 4}),
     )
 
 
@@ -32,7 +32,7 @@ def _blocks(dtype: str, transpose: bool) -> Case:
         quantize._quantize_blocks,
         {"weight": dtype, "data": "*fp8e4nv", "scale": SCALE, **sizes, "COMPUTE": tl.bfloat16, "TRANSPOSE": transpose},
         (*LOADS, *ENCODES),
-        num_warps=8,
+        **quantize.THREE,
     )
 
 
@@ -51,17 +51,17 @@ def _swiglu_backward() -> Case:
 
 
 CASES = [
-    _quantize("*bf16", True, quantize.LOW, 4, **ROWS),
-    _quantize("*fp32", False, quantize.LOW, 4, **ROWS),
-    _quantize("*bf16", False, 128, 16, **COLUMNS),
-    _quantize("*bf16", False, 128, 16, **ROWS, **COLUMNS),
-    _quantize("*fp32", False, 128, 16, **ROWS, **COLUMNS),
+    _quantize("*bf16", True, **ROWS),
+    _quantize("*fp32", False, **ROWS),
+    _quantize("*bf16", False, **COLUMNS),
+    _quantize("*bf16", False, **ROWS, **COLUMNS),
+    _quantize("*fp32", False, **ROWS, **COLUMNS),
     Case(
         "columns of rows in groups",
         quantize._requantize,
         {**ROWS, **COLUMNS, "places": "*i32", "M": 4096, "K": 7168, "tiles": 40},
         (*DECODES, *ENCODES),
-        num_warps=8,
+        **quantize.THREE,
     ),
     Case(
         "places of tiles",

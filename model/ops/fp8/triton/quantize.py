@@ -30,6 +30,11 @@ INFINITY_BITS = tl.constexpr(0x7F800000)  # and the bits of an exponent
 MANTISSA_BITS = tl.constexpr(0x7FFFFF)
 PIECE = tl.constexpr(8)  # numbers side by side that a thread has: with 16, it would compute the scales of 16 columns
 LOW = 32  # rows of a tile of which no columns are made: small tiles hide each other's waiting
+TWO = {
+    "num_warps": 16,
+    "maxnreg": 64,
+}  # programs on a multiprocessor, by its 65,536 registers: while one computes, another waits
+THREE = {"num_warps": 8, "maxnreg": 80}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -48,7 +53,7 @@ def quantize_columns(x: Tensor) -> Quantized:
     x = unit_stride(x)
     columns = empty_columns(x)
     _quantize[(columns.scale.shape[1] * triton.cdiv(x.shape[1], TILE),)](
-        x, None, None, *columns, *x.shape, x.stride(0), False, HEIGHT=TILE, num_warps=16
+        x, None, None, *columns, *x.shape, x.stride(0), False, HEIGHT=TILE, **TWO
     )
     return columns
 
@@ -58,7 +63,7 @@ def quantize_rows_and_columns(x: Tensor) -> tuple[Quantized, Quantized]:
     x = unit_stride(x)
     rows, columns = empty_rows(x), empty_columns(x)
     _quantize[(columns.scale.shape[1] * rows.scale.shape[1],)](
-        x, *rows, *columns, *x.shape, x.stride(0), False, HEIGHT=TILE, num_warps=16
+        x, *rows, *columns, *x.shape, x.stride(0), False, HEIGHT=TILE, **TWO
     )
     return rows, columns
 
@@ -68,7 +73,7 @@ def requantize_columns(rows: Quantized, counts: Tensor | None) -> Quantized:
     columns = empty_columns(rows.data, counts)
     tiles = columns.scale.shape[1]
     places = None if counts is None else tile_places(counts, tiles)
-    _requantize[(tiles * rows.scale.shape[1],)](*rows, *columns, places, *rows.data.shape, tiles, num_warps=8)
+    _requantize[(tiles * rows.scale.shape[1],)](*rows, *columns, places, *rows.data.shape, tiles, **THREE)
     return columns
 
 
@@ -80,7 +85,7 @@ def quantize_blocks(weight: Tensor, compute_dtype: torch.dtype, transpose: bool)
     data = torch.empty(*batch, *shape, dtype=E4M3, device=weight.device)
     scale = data.new_empty(*batch, *(triton.cdiv(size, TILE) for size in shape), dtype=torch.float32)
     _quantize_blocks[(scale.numel(),)](
-        weights, data, scale, n, k, weights.stride(0), weights.stride(1), TYPES[compute_dtype], transpose, num_warps=8
+        weights, data, scale, n, k, weights.stride(0), weights.stride(1), TYPES[compute_dtype], transpose, **THREE
     )
     return Quantized(data, scale)
 
