@@ -14,6 +14,7 @@ Published laws lie in `laws/`; a ladder's own is a file of the same form.
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -71,7 +72,7 @@ class PowerLaw(_Form):
         value = float(self(**variables))
         if not self.draws:
             return Estimate(value)
-        rows = np.array([1.0, *(np.log(variables[name]) for name in self.exponents)])
+        rows = np.array([1.0, *(math.log(variables[name]) for name in self.exponents)])
         low, high = quantile(np.array(self.draws) @ rows, [0.025, 0.975])
         return Estimate(value, float(np.exp(low)), float(np.exp(high)))
 

@@ -98,6 +98,7 @@ def test_draws_make_the_interval_of_an_estimate() -> None:
     law = fitted()
     assert law.lr and law.best_loss
     estimate = law.lr.estimate(flops=1e15)
+    assert law.lr.estimate(flops=10**15) == estimate and law.lr.estimate(flops=10**25).low is not None  # beyond 64 bits
     assert estimate.low is not None and estimate.low < estimate.value < (estimate.high or 0)
     best = law.best_loss.estimate(1e10)  # 2 + 50 · 0.1 = 7, and 7.1 by the other draw
     assert (best.value, best.low, best.high) == pytest.approx((7, 7, 7.1))  # two draws know no more than their ends
