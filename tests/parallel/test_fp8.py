@@ -57,10 +57,9 @@ ROUNDING = 2**-4 / math.sqrt(3) * math.sqrt(3 / (8 * math.log(2)))  # ε
 OF_GRADIENTS = math.sqrt(4) * ROUNDING  # 0.053
 OF_THE_NORM = OF_GRADIENTS**2 / 2  # 0.0014
 
-# In every run each engine by itself, with experts, copies and recomputation; the rest with --thorough.
+# Each engine in every run; the rest with --thorough.
 FAST = {
-    "ddp + fp8", "ddp + fp8 + recompute", "fsdp + fp8", "fsdp + fp8 + replicate", "fsdp + expert + fp8 + recompute",
-    "zero1 + expert + fp8", "zero2 + fp8 + recompute", "zero3 + fp8", "zero3 + fp8 + recompute",
+    "ddp + fp8", "fsdp + expert + fp8 + recompute", "zero1 + expert + fp8", "zero2 + fp8 + recompute", "zero3 + fp8 + recompute",
 }  # fmt: skip
 CELLS = [
     pytest.param(c, marks=[] if str(c) in FAST else [pytest.mark.slow])
@@ -197,10 +196,10 @@ def kept(request: pytest.FixtureRequest, workers: Any) -> tuple[Case, dict[str, 
     "changes",
     [
         {"fp8_dispatch": True},
-        {"recompute": "selective"},
-        {"recompute": "full"},
+        pytest.param({"recompute": "selective"}, marks=pytest.mark.slow),
+        pytest.param({"recompute": "full"}, marks=pytest.mark.slow),
         {"fp8_dispatch": True, "recompute": "selective"},
-        {"fp8_dispatch": True, "recompute": "full"},
+        pytest.param({"fp8_dispatch": True, "recompute": "full"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: " ".join(map(str, changes.values())).replace("True", "dispatch"),
 )
