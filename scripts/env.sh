@@ -27,7 +27,7 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
     rm -rf .venv
     "$python" -m venv .venv || { echo "rorqual: $python cannot make a virtual environment; on Debian install python3-venv" >&2; exit 2; }
   fi
-  install() { .venv/bin/python -m pip --disable-pip-version-check --quiet --retries 1 install -c constraints.txt "$@" 2> >(grep -v WARNING >&2); }
+  install() { PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check --quiet --retries 1 install -c constraints.txt "$@" 2> >(grep -v WARNING >&2); }
   if [ $build = cpu ]; then
     install torch --extra-index-url https://download.pytorch.org/whl/cpu
   else

@@ -8,6 +8,7 @@ if [ "${1:-}" = --thorough ]; then selection=(); shift; fi
 export OMP_NUM_THREADS=1  # the tests' processes share two cores
 ruff check .
 ruff format --check --quiet .
-mypy
-lint-imports --no-logo
-python -m pytest "${selection[@]}" --durations=15 "$@"
+(mypy && lint-imports --no-logo) & checks=$!  # beside the tests, whose processes often wait for each other
+python -m pytest "${selection[@]}" --durations=15 "$@" || failed=$?
+wait $checks
+exit "${failed:-0}"
