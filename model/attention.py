@@ -63,7 +63,10 @@ class MultiHeadLatentAttention(nn.Module):
         q_nope, q_rope, latent, k_rope = self._project(x, rotation)
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + v]
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)  # [B, H, T, nope + rope]
+        # In memory tokens before heads: attention's output follows its queries, and W_O then reads it as it lies.
+        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1).transpose(
+            1, 2
+        )  # [B, H, T, nope + rope]
         k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
         out = self.backend(q, k, v, self.scale, mask)  # [B, H, T, v]
         return self.o_proj(out.transpose(1, 2).flatten(-2))

@@ -234,7 +234,7 @@ def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
         _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
         _Row("output", a * (queries if padded else values), PRODUCT),
         _Row("log-sum-exp", 4 * heads, PRODUCT),
-        _Row("heads side by side, input of o", a * values, NONE),
+        _Row("without what was padded, input of o", a * values if padded else 0, NONE),  # unpadded: the output itself
         _Row("output of o", a * dim, SELECTIVE),
         _Row("post-attention norm", _norm(dim), NONE),
         _Row("its output, input of the feed-forward part", sizes.factor(dim), NONE),

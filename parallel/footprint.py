@@ -22,8 +22,7 @@ stages 1 and 2, of the gradients under 3; under 2 of the gradients too where a s
 
 FP8 changes nothing of this: weights are quantised where they are used, and forgotten.
 
-Counted is the fullest rank. Activations
-are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
+Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
 """
 
 from collections import defaultdict

@@ -1,6 +1,6 @@
 """What FP8's scales say of a step. They are taken from the numbers at hand, so that a tensor that explodes shows in them first.
 
-    an input or a weight:  scale ≤ limit (512)        a gradient:  scale finite
+    an input, a weight, gate and up of a SwiGLU:  scale ≤ limit (512)        a gradient:  scale finite
 
 Otherwise the step is skipped, like one whose gradient is not finite. The smallest positive number of E4M3 is 2⁻⁹: a tile with a
 scale above 512 has none left between 0 and 1, while what follows a norm, and the weights that it meets, are of order 1 or smaller.

@@ -213,7 +213,9 @@ def test_a_gpu_keeps_no_padding_and_no_buffer_of_log_sigmoid():
     """V3's layer in bf16, by its own arithmetic: values are 128 wide."""
     config = preset("v3")
     cpu, cuda = (activation_bytes(config, 1, 4096, 2, "none", device) for device in ("cpu", "cuda"))
-    padded = 62 * 128 * 2 * ((192 - 256) + (192 - 128))  # values and output; unpadded values are a view of [k_nope ; v]
+    padded = (
+        62 * 128 * 2 * ((192 - 256) + (192 - 128) + 128)
+    )  # values, output, what is cut out of it; unpadded these are views
     log_sigmoid = 59 * 4 * (8 + 256)
     assert cpu - cuda == 4096 * (padded + log_sigmoid)
 

@@ -27,7 +27,7 @@ from model.ops.fp8 import quantize
 from model.ops.fp8.kernels import Reference
 from model.ops.fp8.quantize import dequantize, quantize_rows
 from parallel.expert import AsTheyAre, InFp8, Trip
-from parallel.layout import ParallelConfig
+from parallel.layout import EngineName, ParallelConfig
 from parallel.proven import PROVEN, Cell
 from tests.parallel.harness import (
     CLIP,
@@ -207,6 +207,15 @@ def test_neither_fp8_dispatch_nor_recomputation_changes_a_bit(workers: Any, kept
     case, expected = kept
     run = workers.run(4, steps, replace(case, parallel=replace(case.parallel, **changes)), ["E4M3"])[0][0]
     assert not differing(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_fp8_dispatch_changes_no_bit_under_deepspeed_either(workers: Any, kept: Any, engine: EngineName) -> None:
+    case, _ = kept
+    parallel = [replace(case.parallel, engine=engine, fp8_dispatch=dispatch) for dispatch in (False, True)]
+    runs = [workers.run(4, steps, replace(case, parallel=p), ["E4M3"])[0][0] for p in parallel]
+    assert not differing(*runs)
 
 
 def with_scales_that_are_no_powers_of_two() -> AbstractContextManager[Any]:

@@ -14,8 +14,8 @@ the backward pass:
 | SwiGLU                      | gate and up in rows, E4M3   | silu(gate) · up is computed again, straight to columns  |
 
 The report keeps the input after attention in E5M6, 12 bits, because attention's own backward pass uses it too. Here that pass is
-PyTorch's, which keeps the tensor in bf16 by itself; to hold on to the same one costs nothing and is one mantissa bit finer, where a
-second copy of 12 bits would cost 12 bits.
+PyTorch's, which keeps its output in the compute dtype by itself, and the map holds on to that very tensor (`model.attention` lays
+it out for that): no byte more, and in bf16 one mantissa bit finer, where a second copy of 12 bits would cost 12 bits.
 
 Rows of experts and the gradients of what experts hand out are quantised once, with powers of two, and requantised where columns are
 needed: so it makes no difference whether they were quantised before they travelled between ranks or after (§3.3.3).
@@ -62,7 +62,7 @@ class Fp8:
 
     def feed_forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """down(silu(gate(x)) · up(x)): x [..., D], weights [F, D], [F, D], [D, F] → [..., D]."""
-        return _FeedForward.apply(self, x.flatten(0, -2), None, gate, up, down).view_as(x)
+        return _FeedForward.apply(self, torch.is_grad_enabled(), x.flatten(0, -2), None, gate, up, down).view_as(x)
 
     def experts(self, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """`feed_forward` of each group of rows with weights of its own.
@@ -72,7 +72,7 @@ class Fp8:
             gate_up: [E, 2F, D], gate first.
             down: [E, D, F].
         """
-        return _FeedForward.apply(self, rows, counts, gate_up, down)
+        return _FeedForward.apply(self, torch.is_grad_enabled(), rows, counts, gate_up, down)
 
     @torch.no_grad()
     def note(self, scales: Scales, tensors: Mapping[str, Quantized]) -> None:
@@ -116,23 +116,27 @@ class _Linear(torch.autograd.Function):
 
 
 class _FeedForward(torch.autograd.Function):
-    """Weights are gate, up and down; or, with `counts`, gate and up one below the other, and down, of every expert."""
+    """Weights are gate, up and down; or, with `counts`, gate and up one below the other, and down, of every expert.
+
+    `learns`: whether there will be a backward pass, which a forward pass in here cannot ask for.
+    """
 
     @staticmethod
-    def forward(ctx: Any, fp8: Fp8, x: Tensor, counts: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, fp8: Fp8, learns: bool, x: Tensor, counts: Tensor | None, *weights: Tensor) -> Tensor:
         kernels, dtype = fp8.kernels, x.dtype
         gate_w, up_w, down_w = (kernels.quantize_blocks(w, dtype, transpose=False) for w in _three(weights))
         rows = kernels.quantize_rows(x, power_of_two=True)
         gate = _multiply(kernels, rows, gate_w, counts, dtype)
         up = _multiply(kernels, rows, up_w, counts, dtype)
         product = kernels.swiglu(gate, up)
-        kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
         noted = {"gate_proj input": rows, "gate_proj weight": gate_w, "up_proj weight": up_w}
-        noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
+        if learns:
+            kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
+            noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
+            ctx.fp8, ctx.dtype = fp8, dtype
+            ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, *weights)
         noted |= {"down_proj input": product, "down_proj weight": down_w}
         fp8.note(fp8.scales, {f".{name}": tensor for name, tensor in noted.items()})
-        ctx.fp8, ctx.dtype = fp8, dtype
-        ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, *weights)
         return _multiply(kernels, product, down_w, counts, dtype)
 
     @staticmethod
@@ -159,7 +163,7 @@ class _FeedForward(torch.autograd.Function):
         ]
         if counts is not None:
             of_weights[:2] = [torch.cat(of_weights[:2], dim=1)]
-        return None, d_x.to(dtype), None, *(d_w.to(w.dtype) for d_w, w in zip(of_weights, weights))
+        return None, None, d_x.to(dtype), None, *(d_w.to(w.dtype) for d_w, w in zip(of_weights, weights))
 
 
 def _three(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
