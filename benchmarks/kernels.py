@@ -29,6 +29,8 @@ from model.ops.fp8.products import COLUMNS, EMULATION, GROUPS, ROWS, WITHIN_GROU
 from model.ops.fp8.quantize import E4M3, TILE, Quantized, dequantize, padded_ends
 from train.planning.devices import peak_flops
 
+UNTRIED = ("triton specialized",)  # may hang; no candidate before a GPU has run it
+
 
 class Shapes(NamedTuple):
     """The sizes of a run."""
@@ -69,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=["v3", "small"], default="v3", help="DeepSeek-V3's, or some of a few rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each")
+    parser.add_argument("--rounds", type=int, default=20, help="timed groups of calls of each")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     result = measure({"v3": V3, "small": SMALL}[arguments.shapes], torch.device(arguments.device), arguments.rounds)
@@ -171,7 +173,7 @@ def product(
     """
     operands = (*factors, counts) if counts is not None else factors
     dtype = plain_factors[0].dtype
-    names = (EMULATION,) if plain_factors[0].device.type == "cpu" else CANDIDATES
+    names = (EMULATION,) if plain_factors[0].device.type == "cpu" else (*CANDIDATES, *UNTRIED)
     contestants = {name: partial(run, *operands, dtype) for name in names if (run := of(name, kind))}
 
     def errors(name: str, out: Tensor) -> dict[str, float]:

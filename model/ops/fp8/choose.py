@@ -1,8 +1,9 @@
 """Which kernels compute FP8 on a device, and whose matrix products: not known by name, but measured at start-up.
 
-Every implementation at hand multiplies the shapes of the model. What raises, or differs from the emulation by more than rounding,
+Every candidate at hand multiplies the shapes of the model. What raises, or differs from the emulation by more than rounding,
 is left out; of the rest the fastest is used for that shape, and a line for the log has everybody's rate. The first rank measures
-and the others follow, so that all ranks compute alike.
+and the others follow, so that all ranks compute alike. What hangs, or makes the device fault, cannot be left out: such a run ends
+there.
 """
 
 import math
@@ -30,14 +31,18 @@ from model.ops.fp8.products import (
     Products,
     Shape,
 )
-from model.ops.fp8.quantize import quantize_blocks, quantize_columns, quantize_rows
+from model.ops.fp8.quantize import TILE, quantize_blocks, quantize_columns, quantize_rows
 
-CANDIDATES = ("triton", "triton specialized", "scaled_mm", "deep_gemm")
-LARGEST_ERROR = (
-    1e-2  # of a row, relative: rounding to bf16 and sums of 14 bits make a tenth of it, a wrong scale a hundredfold
-)
-ROUNDS = 10  # timed runs of each; their median counts
+CANDIDATES = ("triton", "scaled_mm", "deep_gemm")
+# Of a row's numbers in 128 columns, relative. Rounding to bf16 makes a quarter of it, sums of 14 bits a fiftieth; the last of
+# 128 tiles with its neighbour's scale six times as much and more, in those rows where it is among the largest.
+LARGEST_ERROR = 1e-2
+ROUNDS = 5  # timed groups of each; their median counts
+CALLS = 5  # of a group
+QUEUED = 5_000_000  # cycles, about 3 ms, in which a group is queued
 HOPPER = (9, 0)
+# Maps with one input, the gradients of which are summed in fp32 (`model.ops.fp8.arithmetic`).
+READ_TOGETHER = {"gate_proj", "up_proj", "gate_up_proj", "q_proj", "q_a_proj", "kv_a_proj_with_mqa"}
 
 
 def kernels_for(device: torch.device) -> Kernels:
@@ -82,20 +87,21 @@ def workloads(model: nn.Module, rows: int, rows_of_experts: int, parts: int, dty
         dtype: that the model computes in.
     """
     found: dict[Workload, None] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         if not isinstance(getattr(module, "fp8", None), Fp8):
             continue
         for name, weight in module.named_parameters():
             *experts, n, k = weight.shape
-            if name == "gate_up_proj":  # two matrices
+            last = f"{path}.{name}".removesuffix(".weight").rpartition(".")[2]
+            if last == "gate_up_proj":  # two matrices
                 n //= 2
             if experts:
                 sizes, by_blocks, by_columns = (rows_of_experts, experts[0] // parts), GROUPS, WITHIN_GROUPS
             else:
                 sizes, by_blocks, by_columns = (rows, 1), ROWS, COLUMNS
             fprop, wgrad = Shape(by_blocks, n, k, dtype), Shape(by_columns, n, k, dtype)
-            dgrad = [Shape(by_blocks, k, n, of_sum) for of_sum in (dtype, torch.float32)]
-            found |= dict.fromkeys(Workload(shape, *sizes) for shape in (fprop, *dgrad, wgrad))
+            dgrad = Shape(by_blocks, k, n, torch.float32 if last in READ_TOGETHER else dtype)
+            found |= dict.fromkeys(Workload(shape, *sizes) for shape in (fprop, dgrad, wgrad))
     return list(found)
 
 
@@ -112,11 +118,16 @@ def choose(
         first: runs a function on one rank, and gives its result to all.
 
     Raises:
-        ConfigError: a product that nobody computes.
+        ConfigError: a product that nobody computes, or whose implementation only the first rank has.
     """
     if not isinstance(kernels, Chosen) or device.type == "cpu":
         return ["fp8: emulated in plain PyTorch on this CPU"]
     kernels.choice, lines = first(lambda: choices(wanted(), CANDIDATES, device))
+    if missing := set(kernels.choice.values()) - IMPLEMENTATIONS.keys():
+        raise ConfigError(
+            f"precision.fp8 = true: the first rank multiplies by {', '.join(sorted(missing))}, which is not installed on this one; "
+            "install it for every rank or for none"
+        )
     return lines
 
 
@@ -189,26 +200,41 @@ def of(name: str, product: str) -> Callable[..., Tensor] | None:
 
 
 def draw(workload: Workload, device: torch.device) -> tuple[Any, ...]:
-    """Factors of normal numbers, and the sizes of equal groups."""
+    """Factors of normal numbers, each tile with a magnitude of its own, and the sizes of equal groups.
+
+    Without these magnitudes all scales would be nearly one, and a wrong one as good.
+    """
     (product, n, k, _), m, groups = workload
     normal = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
+
+    def factor(height: int, width: int, *shape: int) -> Tensor:
+        """shape [..., rows, columns] of tiles height × width."""
+        rows, columns = shape[-2:]
+        sizes = normal(*shape[:-2], -(-rows // height), -(-columns // width)).exp_()
+        sizes = sizes.repeat_interleave(height, -2)[..., :rows, :].repeat_interleave(width, -1)[..., :columns]
+        return sizes.mul_(normal(shape))
+
+    of_rows, of_columns, of_blocks = (partial(factor, *tile) for tile in ((1, TILE), (TILE, 1), (TILE, TILE)))
     counts = torch.full((groups,), m // groups, device=device)
     counts[: m % groups] += 1
     if product == ROWS:
-        return quantize_rows(normal(m, k)), quantize_blocks(normal(n, k))
+        return quantize_rows(of_rows(m, k)), quantize_blocks(of_blocks(n, k))
     if product == COLUMNS:
-        return quantize_columns(normal(m, n)), quantize_columns(normal(m, k))
+        return quantize_columns(of_columns(m, n)), quantize_columns(of_columns(m, k))
     if product == GROUPS:
-        return quantize_rows(normal(m, k)), quantize_blocks(normal(groups, n, k)), counts
-    return quantize_columns(normal(m, n), counts), quantize_columns(normal(m, k), counts), counts
+        return quantize_rows(of_rows(m, k)), quantize_blocks(of_blocks(groups, n, k)), counts
+    return quantize_columns(of_columns(m, n), counts), quantize_columns(of_columns(m, k), counts), counts
 
 
 def agrees(found: Tensor, expected: Tensor) -> bool:
-    """Whether every row is right but for rounding."""
+    """Whether every row is right but for rounding, in each 128 columns (and what is left over, shared among them)."""
     if found.shape != expected.shape:
         return False
-    difference = (found.float() - expected).norm(dim=-1)
-    return bool((difference <= LARGEST_ERROR * expected.norm(dim=-1)).all())
+    parts = max(1, expected.shape[-1] // TILE)
+    return all(
+        bool(((f.float() - e).norm(dim=-1) <= LARGEST_ERROR * e.norm(dim=-1)).all())
+        for f, e in zip(found.tensor_split(parts, -1), expected.tensor_split(parts, -1))
+    )
 
 
 def times(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
@@ -221,15 +247,17 @@ def times(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[s
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, on a GPU by its own clock."""
+    """Seconds of one call. On a GPU by its own clock, of several, which are queued while it waits: none waits for the host."""
     if device.type == "cpu":
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()  # keeps the GPU busy until the next one is queued
-    start.record()
+    torch.cuda._sleep(QUEUED)
     run()
+    start.record()
+    for _ in range(CALLS):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / CALLS

@@ -1,8 +1,8 @@
 """The three matrix products of FP8 training as operations of PyTorch: `rorqual::fp8_multiply`, `…_groups`, `…_within_groups`.
 
 Under one name whoever computes them, so that what watches operations sees a product and not what it consists of: recomputation
-keeps its output, `torch.compile` knows its shape. `by` names the implementation: `IMPLEMENTATIONS` has those that were imported,
-`Chosen` knows who computes which shape.
+keeps its output. `by` names the implementation: `IMPLEMENTATIONS` has those that were imported, `Chosen` knows who computes which
+shape.
 """
 
 from typing import NamedTuple, Protocol
@@ -65,7 +65,7 @@ class Chosen:
 
 
 def in_columns(b: Quantized) -> bool:
-    """Whether each row of a matrix has scales of its own, and not each block."""
+    """Whether each row of a matrix has scales of its own, and not each block. Sizes tell; of one row both are the same."""
     return len(b.scale) == len(b.data)
 
 
@@ -122,31 +122,14 @@ def _run_within_groups(
     return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
 
 
-def _hollow(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-def _hollow_groups(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
-) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-
-
-def _hollow_within_groups(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
-) -> Tensor:
-    return a.new_empty(counts.shape[0], a.shape[0], b.shape[0], dtype=dtype)
-
-
 # By hand and not by `torch.library.custom_op`, which imports the compiler, seconds in every process.
 _library = torch.library.Library("rorqual", "DEF")
-for _name, _counts, _real, _fake in (
-    ("fp8_multiply", "", _run, _hollow),
-    ("fp8_multiply_groups", "Tensor counts, ", _run_groups, _hollow_groups),
-    ("fp8_multiply_within_groups", "Tensor counts, ", _run_within_groups, _hollow_within_groups),
+for _name, _counts, _real in (
+    ("fp8_multiply", "", _run),
+    ("fp8_multiply_groups", "Tensor counts, ", _run_groups),
+    ("fp8_multiply_within_groups", "Tensor counts, ", _run_within_groups),
 ):
     _library.define(
         f"{_name}(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, {_counts}ScalarType dtype, str by) -> Tensor"
     )
     _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rorqual::{_name}", _fake, lib=_library)

@@ -80,7 +80,7 @@ def transpose_blocks(weight: Quantized) -> Quantized:
 
 
 def dequantize(x: Quantized) -> Tensor:
-    """data · scale in fp32, of rows, columns or blocks."""
+    """data · scale in fp32, of rows, columns or blocks, which the sizes of scales tell apart."""
     values = _padded(_to_float(x.data), 1).unflatten(-1, (-1, TILE))  # [..., M, ⌈K/128⌉, 128]
     scale = x.scale
     if scale.shape[-2] != x.data.shape[-2]:

@@ -34,13 +34,16 @@ class Case(NamedTuple):
     num_warps: int
     num_stages: int = 3
     maxnreg: int | None = None
+    programs: int = 1  # that a launch expects on a multiprocessor at once
 
 
 class Compiled(NamedTuple):
     name: str
     cubin: int  # bytes
+    programs: int
+    threads: int  # of a program
     shared: int  # bytes of shared memory
-    registers: int
+    registers: int  # of a thread
     stack: int  # bytes; of spilled registers
     missing: list[str]  # instructions
 
@@ -64,7 +67,8 @@ def compile_case(case: Case) -> Compiled:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     built = triton.compile(source, target=HOPPER, options=options)
     missing = [pattern for pattern in case.instructions if not re.search(pattern, built.asm["ptx"])]
-    return Compiled(case.name, len(built.asm["cubin"]), built.metadata.shared, *resources(built.asm["cubin"]), missing)
+    cubin, threads = built.asm["cubin"], built.metadata.num_warps * 32
+    return Compiled(case.name, len(cubin), case.programs, threads, built.metadata.shared, *resources(cubin), missing)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

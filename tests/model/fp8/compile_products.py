@@ -25,6 +25,8 @@ def _case(kernel: JITFunction, specialize: bool, rows: int = 128, **others: Any)
         INSTRUCTIONS + TWO_GROUPS * specialize,
         config.num_warps,
         config.num_stages,
+        config.maxnreg,
+        products.PROGRAMS[rows],
     )
 
 
@@ -32,7 +34,8 @@ CASES = [
     _case(products.rows_by_blocks, False),
     _case(products.rows_by_blocks, True, out="*fp32"),
     _case(products.groups_by_blocks, False, out="*fp32"),
-    _case(products.groups_by_blocks, False, rows=64),
+    _case(products.groups_by_blocks, False, rows=64, out="*fp32"),
     _case(products.columns_by_columns, False),
+    _case(products.columns_by_columns, False, rows=64, out="*fp32"),
     _case(products.columns_by_columns, True, counts=None, out="*fp32"),
 ]

@@ -25,7 +25,7 @@ from model.ops.fp8.products import (
     Shape,
     multiply,
 )
-from model.ops.fp8.quantize import E4M3, Quantized
+from model.ops.fp8.quantize import E4M3, TILE, Quantized
 from model.ops.fp8.vendor import scaled_mm
 from model.transformer import Transformer
 from tests.model.fp8.conftest import NO_TRITON
@@ -103,6 +103,22 @@ def test_rounding_to_bf16_is_no_error_and_one_wrong_row_is() -> None:
     assert agrees(torch.zeros(2, 3), torch.zeros(2, 3)) and not agrees(torch.ones(2, 3), torch.zeros(2, 3))
 
 
+def last_tile_with_its_neighbours_scale(x: Quantized) -> Quantized:
+    return Quantized(x.data, torch.cat((x.scale[..., :-1], x.scale[..., -2:-1]), -1))
+
+
+@pytest.mark.parametrize("product", [ROWS, COLUMNS])
+@pytest.mark.parametrize("of_a", [True, False])
+def test_one_wrong_scale_of_a_long_sum_is_no_rounding(of_a: bool, product: str) -> None:
+    length = 128 * TILE
+    shape = Shape(product, 256, 192 if product == COLUMNS else length, torch.bfloat16)
+    a, b = draw(Workload(shape, rows=length if product == COLUMNS else 64), CPU)
+    expected = multiply(a, b, torch.float32, EMULATION)
+    assert agrees(multiply(a, b, torch.bfloat16, EMULATION), expected)
+    wrong = (last_tile_with_its_neighbours_scale(a), b) if of_a else (a, last_tile_with_its_neighbours_scale(b))
+    assert not agrees(multiply(*wrong, torch.bfloat16, EMULATION), expected)
+
+
 def test_chosen_products_compute_what_was_chosen_and_others_the_default(
     implementations: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,19 +130,23 @@ def test_chosen_products_compute_what_was_chosen_and_others_the_default(
     assert kernels.multiply(a, b, torch.bfloat16).equal(expected)  # another dtype, another shape
 
 
-def test_every_product_of_a_step_is_measured_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model multiplies by is what `workloads` says."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("q_lora_rank", [40, None])
+def test_every_product_of_a_step_is_measured_before_it(
+    q_lora_rank: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model multiplies by is what `workloads` says, and nothing else is."""
     config = ModelConfig(
         vocab_size=32, hidden_size=48, intermediate_size=80, moe_intermediate_size=24, num_hidden_layers=2,
         num_nextn_predict_layers=0, num_attention_heads=2, n_shared_experts=1, n_routed_experts=4, routed_scaling_factor=2.5,
-        kv_lora_rank=16, q_lora_rank=40, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1,
+        kv_lora_rank=16, q_lora_rank=q_lora_rank, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_group=1, topk_group=1,
         num_experts_per_tok=2, first_k_dense_replace=1, max_position_embeddings=64,
     )  # fmt: skip
     kernels = Reference()
-    model = Transformer(config, fp8=kernels)
+    model = Transformer(config, compute_dtype=dtype, fp8=kernels)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    work = workloads(model, 64, 128, parts=2, dtype=torch.float32)
+    work = workloads(model, 64, 128, parts=2, dtype=dtype)
     assert {(w.rows, w.groups) for w in work} == {(64, 1), (128, 2)}
     asked = set()
     for name, product in {"multiply": ROWS, "multiply_groups": GROUPS, "multiply_within_groups": WITHIN_GROUPS}.items():
@@ -134,7 +154,7 @@ def test_every_product_of_a_step_is_measured_before_it(monkeypatch: pytest.Monke
     tokens = torch.zeros(1, 65, dtype=torch.int64)
     losses = model(tokens, torch.zeros_like(tokens)).losses
     losses.objective(losses.counts, 1, 0.3, 1e-2).backward()
-    assert asked == {w.shape for w in work}
+    assert asked == {w.shape for w in work} and len(work) == len(asked)
 
 
 def record(asked: set, product: str, run, a: Quantized, b: Quantized, *rest):
@@ -156,12 +176,15 @@ def test_a_cpu_emulates_and_a_gpu_without_triton_names_the_extra(monkeypatch: py
         kernels_for(torch.device("cuda"))
 
 
-def test_the_first_rank_measures_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_rank_measures_for_all(implementations: None, monkeypatch: pytest.MonkeyPatch) -> None:
     there = ({WORK.shape: "by_tiles"}, ["a line"])  # what the first rank found
     monkeypatch.setattr(choose, "choices", lambda *_: pytest.fail("this rank measured"))
     kernels = Reference()
     assert choose.choose(kernels, torch.device("cuda"), lambda: [WORK], lambda action: there) == ["a line"]
     assert kernels.choice == there[0]
+    monkeypatch.delitem(IMPLEMENTATIONS, "by_tiles")
+    with pytest.raises(ConfigError, match="first rank multiplies by by_tiles, which is not installed on this one"):
+        choose.choose(kernels, torch.device("cuda"), lambda: [WORK], lambda action: there)
 
 
 def test_candidates_are_implementations_by_their_names() -> None:

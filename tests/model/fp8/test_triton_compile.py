@@ -11,7 +11,9 @@ from tests.model.fp8.conftest import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
-SHARED = 227 * 1024  # bytes that a program can have of the shared memory of a Hopper multiprocessor
+# Of a Hopper multiprocessor. Of shared memory one program can have 227 KiB, and each costs 1 KiB more.
+SHARED, LARGEST_SHARED, RESERVED = 228 * 1024, 227 * 1024, 1024
+REGISTERS = 64 * 1024
 
 
 def test_kernels_compile_for_hopper_within_its_registers_and_shared_memory() -> None:
@@ -22,4 +24,7 @@ def test_kernels_compile_for_hopper_within_its_registers_and_shared_memory() -> 
     assert compiled
     for kernel in compiled:
         assert kernel["cubin"] > 0 and not kernel["missing"], kernel
-        assert kernel["shared"] <= SHARED and kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= LARGEST_SHARED and kernel["stack"] == 0, kernel
+        assert kernel["programs"] * (kernel["shared"] + RESERVED) <= SHARED, kernel
+        registers = -(-kernel["registers"] // 8) * 8  # which a warp is given
+        assert kernel["programs"] * kernel["threads"] * registers <= REGISTERS, kernel

@@ -13,7 +13,8 @@ units ("promotion"), an FMA for each number of the output and tile. In the time 
 | `specialized` | one program: a warp loads, two groups of four warps take turns (the compiler splits it, `warp_specialize`)     |
 
 Triton 3.7 cannot specialise `groups_by_blocks`, whose tiles depend on counts that it reads. Which variant is right and faster on
-the GPU at hand is measured (`model.ops.fp8.choose`); how many stages is autotuned for each N and K and power of two of M.
+the GPU at hand is measured (`benchmarks/kernels.py`); how many stages is autotuned for each N and K and power of two of M, once for
+all below 1,024, and remembered in Triton's cache.
 
 Both factors come through the tensor memory accelerator, which fills with zeros what lies outside and wants rows in multiples of 16
 bytes: others are padded by a copy. Programs are persistent: as many as fit on the GPU at once, each of which takes every n-th tile.
@@ -36,11 +37,11 @@ from model.ops.fp8.quantize import E4M3, Quantized
 
 VECTOR = 16  # bytes, and numbers of E4M3
 PLAIN, SPECIALIZED = "triton", "triton specialized"  # by these names in `IMPLEMENTATIONS`
+PROGRAMS = {128: 1, 64: 3}  # that fit on a multiprocessor at once, by the rows of their tiles
 
 _PLAIN = [
-    triton.Config({"BLOCK_M": rows, "SPECIALIZE": False}, num_warps=rows // 16, num_stages=stages)
-    for rows, stages in ((128, 3), (128, 4), (128, 5), (64, 3), (64, 4))
-]
+    triton.Config({"BLOCK_M": 128, "SPECIALIZE": False}, num_warps=8, num_stages=stages) for stages in (3, 4, 5)
+] + [triton.Config({"BLOCK_M": 64, "SPECIALIZE": False}, num_warps=4, num_stages=3, maxnreg=168)]
 _SPECIALIZED = [
     triton.Config({"BLOCK_M": 128, "SPECIALIZE": True}, num_warps=4, num_stages=stages) for stages in (3, 4, 5)
 ]
@@ -54,7 +55,7 @@ def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, specialize: bool = 
     out = a.data.new_empty(m, n, dtype=dtype)
     if m:
         a, b = _whole_vectors(a), _whole_vectors(b)
-        sizes = (m, n, a.data.shape[1], triton.next_power_of_2(m))
+        sizes = (m, n, a.data.shape[1], _bucket(m))
         _launch(rows_by_blocks, specialize, lambda rows: cdiv(m, rows) * cdiv(n, 128), (*a, *b, out), sizes)
     return out
 
@@ -65,7 +66,7 @@ def multiply_groups(a: Quantized, b: Quantized, counts: Tensor, dtype: torch.dty
     out = a.data.new_empty(m, n, dtype=dtype)
     if m:
         a, b = _whole_vectors(a), _whole_vectors(b)
-        sizes = (m, n, a.data.shape[1], e, triton.next_power_of_2(m), triton.next_power_of_2(e))
+        sizes = (m, n, a.data.shape[1], e, _bucket(m), triton.next_power_of_2(e))
         tiles = lambda rows: (m // rows + min(e, m)) * cdiv(n, 128)  # noqa: E731
         _launch(groups_by_blocks, False, tiles, (*a, *b, counts, out), sizes)
     return out
@@ -87,10 +88,15 @@ def _multiply_columns(
     if p == 0:
         return out.zero_()
     a, b = _whole_vectors(a), _whole_vectors(b)
-    sizes = (n, k, a.data.shape[1], e, triton.next_power_of_2(p), triton.next_power_of_2(e))
+    sizes = (n, k, a.data.shape[1], e, _bucket(p), triton.next_power_of_2(e))
     tiles = lambda rows: e * cdiv(n, rows) * cdiv(k, 128)  # noqa: E731
     _launch(columns_by_columns, specialize, tiles, (*a, *b, counts, out), sizes)
     return out
+
+
+def _bucket(rows: int) -> int:
+    """Numbers of rows that are autotuned together; all small ones, so that a sample or a short batch finds it done."""
+    return max(1024, triton.next_power_of_2(rows))
 
 
 def _whole_vectors(x: Quantized) -> Quantized:
@@ -108,14 +114,15 @@ def _launch(
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         rows = meta["BLOCK_M"]
-        return (min(tiles(rows), multiprocessors * (192 // rows)),)  # three of 64 rows fit on one, or one of 128
+        return (min(tiles(rows), multiprocessors * PROGRAMS[rows]),)
 
     _autotuned(kernel, specialize)[grid](*tensors, *sizes)
 
 
 @cache
 def _autotuned(kernel: Any, specialize: bool) -> Any:
-    return triton.autotune(_SPECIALIZED if specialize else _PLAIN, key=["N", "K", "bucket"])(kernel)
+    configs = _SPECIALIZED if specialize else _PLAIN
+    return triton.autotune(configs, key=["N", "K", "bucket"], cache_results=True)(kernel)
 
 
 @cache
