@@ -87,8 +87,8 @@ def from_hf(
         fp8: the matrices of `IN_FP8` are stored in FP8, with their scales; they come as fp32.
 
     Raises:
-        ConfigError: a key is missing, unknown or of another shape than `config` gives it, or of a dtype that is not read. Missing
-            and unknown keys are found before anything is read.
+        ConfigError: a key is missing, unknown or of another shape than `config` gives it, or of a dtype that is not read; a matrix
+            in FP8 holds NaN, or a scale that is none. Missing and unknown keys are found before anything is read.
     """
     expected = dict(to_hf(state_shapes(config).items(), config, mtp=True))
     if fp8:
@@ -103,8 +103,10 @@ def from_hf(
     def weight(key: str) -> Tensor:
         if key + SCALE not in expected:
             return checked(key, *FLOATS)
-        scale = checked(key + SCALE, *FLOATS, torch.float8_e8m0fnu)  # the last are powers of two
-        return dequantize(Quantized(checked(key, E4M3), scale.float()))
+        scale = checked(key + SCALE, *FLOATS, torch.float8_e8m0fnu).float()  # the last are powers of two
+        data = checked(key, E4M3)
+        _check_numbers(key, data, scale)
+        return dequantize(Quantized(data, scale))
 
     for name, shape in state_shapes(config).items():
         parts = _expert_keys(name, config.n_routed_experts)
@@ -181,6 +183,21 @@ def _check_tensor(key: str, tensor: Tensor, shape: torch.Size, dtypes: Collectio
             f"weights: {key} {list(shape)} is {tensor.dtype}; config.json, by its quantization_config or for want of one, makes it "
             f"{' or '.join(map(str, dtypes))}; take the config.json that belongs to these weights"
         )
+
+
+def _check_numbers(key: str, data: Tensor, scale: Tensor) -> None:
+    """Refuse what no matrix in FP8 holds: of damage, the numbers show nothing else."""
+    none = ~(scale.isfinite() & (scale > 0))
+    if none.any():
+        at = none.nonzero()[0].tolist()
+        raise ConfigError(
+            f"weights: {key}{SCALE} {at} is {scale[tuple(at)].item():g}; a scale must be finite and above 0; "
+            "fetch the weights again"
+        )
+    nan = (data.view(torch.uint8) & 0x7F) == 0x7F  # of either sign; E4M3 has no infinity
+    if nan.any():
+        at = nan.nonzero()[0].tolist()
+        raise ConfigError(f"weights: {key} {at} holds NaN; a weight must be a number; fetch the weights again")
 
 
 def _layer(name: str) -> int:

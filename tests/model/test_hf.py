@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from model.config import ConfigError, ModelConfig, load_preset
 from model.hf import IN_FP8, from_hf, quantized, state_shapes, to_hf
+from tests.small_model import small_config
 
 
 @pytest.fixture
@@ -218,6 +219,43 @@ def test_what_is_wrong_with_fp8_is_named(in_fp8, changes, fp8, message):
     with pytest.raises(ConfigError, match=message) as caught:
         list(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=fp8))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        ("nan", torch.float32),
+        ("nan", torch.float8_e8m0fnu),
+        ("inf", torch.bfloat16),
+        ("-0.5", torch.float32),
+        ("0", torch.float32),
+    ],
+)
+def test_a_scale_that_is_none_is_named_with_its_place(in_fp8, scale, dtype):
+    config, _, tensors = in_fp8
+    tensors[f"{UP}_scale_inv"] = torch.tensor([[1.0, float(scale)]]).to(dtype)
+    with pytest.raises(ConfigError) as caught:
+        list(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=True))
+    rule = "a scale must be finite and above 0; fetch the weights again"
+    assert str(caught.value) == f"weights: {UP}_scale_inv [0, 1] is {scale}; {rule}"
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_nan_in_e4m3_is_named_with_its_place(in_fp8, byte):
+    config, _, tensors = in_fp8
+    tensors[UP].view(torch.uint8)[3, 7] = byte
+    with pytest.raises(ConfigError, match=rf"^weights: {UP} \[3, 7\] holds NaN; .*; fetch the weights again$"):
+        list(from_hf(config, tensors.keys(), tensors.__getitem__, fp8=True))
+
+
+def test_fp8_of_zeros_has_scales_that_are_read():
+    """So has whatever else we write: a scale is never below 2⁻¹⁰⁰ / 448."""
+    config = small_config()
+    tensors = {}
+    for key, meta in to_hf(state_shapes(config).items(), config, mtp=True):
+        zeros = torch.zeros(meta.shape)
+        tensors |= dict(quantized(key, zeros)) if IN_FP8.fullmatch(key) else {key: zeros}
+    assert not any(tensor.any() for _, tensor in from_hf(config, tensors.keys(), tensors.__getitem__, fp8=True))
 
 
 def test_fp8_without_its_scales_is_refused(exported):
