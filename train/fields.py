@@ -56,7 +56,8 @@ def number(value: Any, least: float = 0.0, below: float = math.inf, open_below: 
     if not _is_number(value) or value < least or (open_below and value == least) or value >= below:
         low = f"more than {least:g}" if open_below else f"at least {least:g}"
         high = f" and less than {below:g}" if below < math.inf else ""
-        raise mistake(f"must be a number {low}{high}", "write it like 0.1 or 4e-4")
+        kind = "finite number" if isinstance(value, float) and not math.isfinite(value) else "number"
+        raise mistake(f"must be a {kind} {low}{high}", "write it like 0.1 or 4e-4")
     return float(value)
 
 

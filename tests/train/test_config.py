@@ -162,6 +162,7 @@ def test_a_model_may_come_from_a_config_json(tmp_path):
         ("schedule.tokens='1e7'", "schedule.tokens = '1e7': must be a whole number"),
         ("schedule.tokens=.nan", "schedule.tokens = NaN: must be a whole number"),
         ("schedule.lr=-1", "schedule.lr = -1: must be a number more than 0; write it like 0.1 or 4e-4"),
+        ("optimizer.eps=.inf", "optimizer.eps = Infinity: must be a finite number more than 0; write it like"),
         (
             "schedule.shape=wds",
             "schedule.shape = 'wds': must be 'v3', 'multistep', 'cosine' or 'wsd'; did you mean wsd?",
