@@ -345,14 +345,17 @@ def _check_match(path: Path, saved: dict[str, torch.Size], tensors: dict[str, Te
 
 
 class SyncedWriter(dcp.FileSystemWriter):
-    """DCP's writer, which syncs each file; raises the OSError where the zip writer hides it behind 'unexpected pos'."""
+    """DCP's writer, which syncs each file; raises the OSError where the zip writer hides it behind 'unexpected pos'.
+
+    A CheckpointError of the tensors' source is raised as it is, whatever OSError it explains.
+    """
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
         except Exception as error:
             hidden: BaseException | None = error
-            while hidden is not None and not isinstance(hidden, OSError):
+            while hidden is not None and not isinstance(hidden, OSError | CheckpointError):
                 hidden = hidden.__context__
             raise (hidden or error) from None
 

@@ -73,6 +73,10 @@ class CheckpointWeights:
         checkpoint.verify(path)
         self.parameters = "ema" if ema else "parameters"  # the section of the checkpoint that they are read from
         run = checkpoint.read_run(path)
+        if ema and not run.get("recipe", {}).get("optimizer", {}).get("ema"):
+            raise CheckpointError(
+                f"weights {path}: the run kept no average of its weights; set optimizer.ema before training, or leave --ema out"
+            )
         self.path = path
         self.config = ModelConfig.from_hf(run["model"])
         self.data = run.get("recipe", {}).get("data", {})

@@ -57,7 +57,7 @@ def make_run(tmp_path_factory, tokenizer_folder):
         state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
         state["exp_avg"] = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
         state["ema"] = {name: tensor / 2 for name, tensor in model.named_parameters()}
-        run = {"model": model.config.to_hf(), "recipe": {}}
+        run = {"model": model.config.to_hf(), "recipe": {"optimizer": {"ema": 0.5}}}
         shutil.copytree(tokenizer_folder, folder / "tokenizer")
         Checkpoints(folder / "checkpoints", asynchronous=False).save(20, state, run)
         return model, folder
@@ -325,6 +325,16 @@ def test_a_half_written_export_is_never_seen(run, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_file_that_the_index_names_and_that_is_missing_is_the_weights_fault(in_fp8, tmp_path):
+    folder = shutil.copytree(in_fp8[2], tmp_path / "hf")
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    for write in (export, import_folder):
+        with pytest.raises(CheckpointError, match=rf"^weights {folder}: {lost.name} is missing; .*fetch them again$"):
+            write(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_an_index_that_points_to_the_wrong_file_is_named(run, tmp_path):
     export(run[1], tmp_path / "hf", max_shard_bytes=SHARD)
     path = tmp_path / "hf" / "model.safetensors.index.json"
@@ -385,6 +395,15 @@ def test_the_moving_average_can_be_exported(run, tmp_path):
     assert torch.equal(average, run[0].lm_head.weight / 2)
     with pytest.raises(CheckpointError, match="no moving average"):
         export(tmp_path / "out", tmp_path / "again", ema=True)
+
+
+def test_without_an_average_the_answer_is_how_to_have_one(tmp_path):
+    Checkpoints(tmp_path, asynchronous=False).save(
+        1, {"parameters": {"w": torch.ones(1)}}, {"recipe": {"optimizer": {"ema": None}}}
+    )
+    rule = "the run kept no average of its weights; set optimizer.ema before training, or leave --ema out"
+    with pytest.raises(CheckpointError, match=rf"^weights .*step-00000001: {rule}$"):
+        export(tmp_path / "step-00000001", tmp_path / "out", ema=True)
 
 
 # Matrices of several blocks, all of them whole: what transformers dequantises rightly.
