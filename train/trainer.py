@@ -25,6 +25,7 @@ from data.files import replace_file
 from data.loader import Loader, Planned, Steps
 from data.samples import Batch
 from data.tokenizer import copy_folder
+from model.config import ModelConfig
 from model.hf import state_shapes
 from model.init import Write, initialize
 from model.ops.fp8.choose import choose, kernels_for, workloads
@@ -340,10 +341,11 @@ class Trainer:
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        skipped = f" ({self.skipped} of {self.step} steps skipped, see metrics.jsonl)" if self.skipped else ""
         if self._is_finished:
-            return f"finished at step {self.step}; checkpoint {where}"
+            return f"finished at step {self.step}{skipped}; checkpoint {where}"
         again = "raise run.stop_at_step" if self._is_over else "start the same command again"
-        return f"stopped at step {self.step} of {self.schedule.total_steps}; {again} to continue from {where}"
+        return f"stopped at step {self.step} of {self.schedule.total_steps}{skipped}; {again} to continue from {where}"
 
     def _divergence(self, result: StepResult) -> str:
         exploded, non_finite = result.exploded, result.non_finite
@@ -375,18 +377,33 @@ def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _check_start(config: ModelConfig, theirs: ModelConfig, source: str) -> None:
+    """Refuse weights without a tensor of the model, or with one of another shape; where only MTP layers are missing, say so."""
+    found = state_shapes(theirs)
+
+    def unlike(config: ModelConfig) -> tuple[str, torch.Size] | None:
+        shapes = ((name, tensor.shape) for name, tensor in state_shapes(config).items())
+        return next((own for own in shapes if own[0] not in found or found[own[0]].shape != own[1]), None)
+
+    if (own := unlike(config)) is None:
+        return
+    name, shape = own
+    there = f"is {list(found[name].shape)} there" if name in found else "is not there"
+    fix = "give the model section the dimensions of the weights"
+    depths = theirs.num_nextn_predict_layers
+    if unlike(config.override({"num_nextn_predict_layers": depths})) is None:
+        fix = f"{'' if depths else 'export with --mtp, or '}set model.num_nextn_predict_layers={depths}"
+    raise RecipeError(
+        f"run.initialize_from = {source}: the model's {name} {list(shape)} {there}; the weights must have every tensor of the "
+        f"model; {fix}"
+    )
+
+
 @torch.no_grad()
 def _start_from(model: Transformer, source: str, write: Write) -> None:
     """Take weights of a run, a checkpoint or a Hugging Face folder that has every tensor of the model."""
     weights = open_weights(source)
-    found, own = state_shapes(weights.config), state_shapes(model.config)
-    for name, tensor in own.items():
-        if name not in found or found[name].shape != tensor.shape:
-            there = f"is {list(found[name].shape)} there" if name in found else "is not there"
-            raise RecipeError(
-                f"run.initialize_from = {source}: the model's {name} {list(tensor.shape)} {there}; the weights must have every "
-                "tensor of the model; give the model section the dimensions of the weights"
-            )
+    _check_start(model.config, weights.config, source)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, tensor in weights.tensors():
         if name in buffers:

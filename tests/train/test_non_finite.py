@@ -93,7 +93,9 @@ def test_a_nan_on_one_of_two_ranks_costs_one_step_and_touches_nothing(run: Run, 
 
 def test_skipped_steps_are_counted_over_starts(run: Run) -> None:
     assert run.start("run.stop_at_step=6", work=train_with_nan, extra=(5, 6)).wait() == [0], run.said
+    assert f"stopped at step 6 of {STEPS} (2 of 6 steps skipped, see metrics.jsonl); raise" in run.said
     assert run.start(work=train_with_nan, extra=(7, 7)).wait() == [0], run.said
+    assert f"finished at step {STEPS} (3 of {STEPS} steps skipped, see metrics.jsonl); checkpoint" in run.said
     assert [line["skipped"] for line in run.metrics()] == [0] * 4 + [1, 2, 3] + [3] * (STEPS - 7)
 
 

@@ -12,11 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.store import Store
 from data.validation import validation_batches
 from model.transformer import Transformer
+from tests.small_model import small_config
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run, assert_same_bits
 from tests.workers import Workers
+from train.config import RecipeError
 from train.evaluate import Evaluation, evaluate
 from train.export import export, import_folder
 from train.generate import load_model
+from train.trainer import _check_start
 
 EVERY_STEP = {
     "step", "tokens", "tokens_by_source", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "gamma", "alpha", "lambda",
@@ -133,6 +136,19 @@ def test_a_run_starts_from_the_weights_it_is_given(whole: Run, run: Run, tmp_pat
 def test_weights_of_another_shape_are_refused_by_name(whole: Run, run: Run) -> None:
     assert run.train("model.kv_lora_rank=24", f"run.initialize_from={whole.folder}") == [2]
     assert "kv_a_proj_with_mqa.weight [32, 32] is [24, 32] there" in run.said and run.said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("depths", "fix"),
+    [
+        (0, "export with --mtp, or set model.num_nextn_predict_layers=0"),
+        (1, "set model.num_nextn_predict_layers=1"),
+    ],
+)
+def test_weights_without_the_models_mtp_layers_say_how_to_have_them(depths: int, fix: str) -> None:
+    config = small_config(num_nextn_predict_layers=depths + 1)
+    with pytest.raises(RecipeError, match=rf"model\.layers\.{3 + depths}\.\S+ \[.*\] is not there; .*; {fix}$"):
+        _check_start(config, small_config(num_nextn_predict_layers=depths), "hf")
 
 
 def test_a_run_in_progress_needs_its_first_weights_no_more(whole: Run, run: Run, tmp_path: Path) -> None:
