@@ -194,9 +194,9 @@ def _check_numbers(key: str, data: Tensor, scale: Tensor) -> None:
             f"weights: {key}{SCALE} {at} is {scale[tuple(at)].item():g}; a scale must be finite and above 0; "
             "fetch the weights again"
         )
-    nan = (data.view(torch.uint8) & 0x7F) == 0x7F  # of either sign; E4M3 has no infinity
-    if nan.any():
-        at = nan.nonzero()[0].tolist()
+    bits = data.view(torch.uint8) & 0x7F  # without the sign; 0x7F is NaN, E4M3 has no infinity
+    if bits.max() == 0x7F:
+        at = (bits == 0x7F).nonzero()[0].tolist()
         raise ConfigError(f"weights: {key} {at} holds NaN; a weight must be a number; fetch the weights again")
 
 
