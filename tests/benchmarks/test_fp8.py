@@ -1,33 +1,34 @@
 """The comparison of losses counts as it says, and square tiles lose what the report says they lose."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import fp8, gradient_tiles
 from benchmarks.gradient_tiles import Product, as_table, by_map, by_outlier, draw, errors_of
+from data.store import Store
 from tests.small_model import small_model
 
 
-def record(factor: float, steps: int = 300) -> fp8.Record:
-    validation = {
-        "text": {"tokens": 10, "nats_per_token": 2.0 * factor},
-        "code": {"tokens": 30, "nats_per_token": factor},
-    }
-    return [
-        {"step": n, "loss": (5 - n / 100) * (factor if n > 250 else 1), "validation": validation}
-        for n in range(1, steps + 1)
-    ]
+def test_differences_are_those_of_means_over_a_hundred_steps(tmp_path: Path) -> None:
+    plain = 5 - np.arange(300) / 100
+    late = np.where(np.arange(300) >= 250, 1.01, 1.0)
+    losses = {"fp32-0": plain, "fp8-0": plain * late, "fp32-1": plain * 1.02, "fp8-1": plain * 0.99}
+    found = fp8.compare(losses)
+    assert found["fp8 against fp32, seed 0"][:50] == pytest.approx(0)
+    assert found["fp8 against fp32, seed 0"][-1] == pytest.approx(0.01 * plain[250:].sum() / plain[200:].sum())
+    assert fp8.summary(found["fp8 against fp32, seed 1"])["mean"] == pytest.approx(0.99 / 1.02 - 1)
+    assert fp8.summary(found["fp32, seed 1 against seed 0"])["largest"] == pytest.approx(0.02)
+    fp8.draw(losses, found, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
-def test_the_difference_is_that_of_means_over_a_hundred_steps() -> None:
-    found = fp8.difference(record(1.0), record(1.01))
-    losses = [5 - n / 100 for n in range(201, 301)]
-    expected = 0.01 * sum(losses[50:]) / sum(losses)
-    assert found.summary["difference at the end"] == pytest.approx(expected)
-    assert found.summary["largest difference of a step"] == pytest.approx(0.01)
-    assert found.summary["validation, fp32"] == pytest.approx(1.25)
-    assert found.summary["difference of validation"] == pytest.approx(0.01)
-    assert found.steps[0] == 200 and found.relative[0] == 0
+def test_products_in_fp8_cost_the_same_weights_little(tiny_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "LENGTH", 32)
+    monkeypatch.setattr(fp8, "TOKENS", 512)
+    assert 0 < abs(fp8.cost_of_products(small_model(vocab_size=512), tiny_store.path)) < 0.05
 
 
 def test_a_token_far_below_its_neighbours_is_lost_in_square_tiles_alone() -> None:
