@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -198,7 +198,15 @@ def test_schedules_without_a_common_part_are_said_to_have_none(tiny_store: Store
     assert any("cannot go on from" in line and "then lr differs" in line for line in lines), lines
 
 
-def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path: Path) -> None:
+@pytest.fixture
+def hang_up_ends() -> Iterator[None]:
+    """SIGHUP as it is without `nohup`, under which these tests may have been started."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_an_interrupted_ladder_goes_on_where_it_was(tiny_store: Store, tmp_path: Path, hang_up_ends: None) -> None:
     path = write_ladder(tmp_path, tiny_store.path, budgets=[1.5e9], lr=[4e-3], max_cells=1, seeds=1, row=[16], sizes=1)
     command = [sys.executable, "-m", "train.cli", "scaling", "run", str(path)]
     ladder = load_ladder(path)
@@ -250,7 +258,9 @@ def test_a_cell_that_a_killed_ladder_left_running_keeps_its_place_and_is_named(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_end_is_an_interrupt_unless_nohup_has_it_ignored(number: signal.Signals) -> None:
+def test_a_signal_to_end_is_an_interrupt_unless_nohup_has_it_ignored(
+    number: signal.Signals, hang_up_ends: None
+) -> None:
     with pytest.raises(KeyboardInterrupt), _hang_up_as_interrupt():
         signal.raise_signal(number)
     previous = signal.signal(number, signal.SIG_IGN)
