@@ -6,9 +6,9 @@ DeepSeek-V3 (§3.3, B.1) reports a relative difference of the smoothed loss belo
 Here the loss is averaged over the last 100 steps at each step, and the difference taken of the averages, from step 200 on, when the
 first steep descent is over. A run that was interrupted goes on from its checkpoint when the command is started again.
 
-Two runs part by whatever first makes a token go to another expert, and after that differ as two seeds do. So every seed is trained
-in both ways: fp32 with one seed against fp32 with the other is the difference that means nothing. What the products themselves
-cost shows without that noise in the last weights of each run, evaluated in fp32 and in FP8.
+Two runs that round differently part, and may then differ as two seeds do. So every seed is trained in both ways: fp32 with one seed
+against fp32 with the other is the difference that means nothing. What the products themselves cost shows without that noise in the
+last weights of each run, evaluated in fp32 and in FP8.
 """
 
 import argparse
