@@ -5,7 +5,8 @@ keeps its output. `by` names the implementation: `IMPLEMENTATIONS` has those tha
 shape.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -100,36 +101,23 @@ EMULATION = "emulation"
 IMPLEMENTATIONS = {EMULATION: Products(_emulate, _emulate_groups, _emulate_within_groups)}
 
 
-def _run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, by: str) -> Tensor:
-    run = IMPLEMENTATIONS[by].multiply
-    assert run is not None, by
-    return run(Quantized(a, a_scale), Quantized(b, b_scale), dtype)
+def _by_name(product: str) -> Callable[..., Tensor]:
+    """A product of `Products`, by the implementation that the operation's last argument names."""
+
+    def run(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *others: Any) -> Tensor:
+        *counts_and_dtype, by = others
+        return getattr(IMPLEMENTATIONS[by], product)(Quantized(a, a_scale), Quantized(b, b_scale), *counts_and_dtype)
+
+    return run
 
 
-def _run_groups(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
-) -> Tensor:
-    run = IMPLEMENTATIONS[by].multiply_groups
-    assert run is not None, by
-    return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
-
-
-def _run_within_groups(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, dtype: torch.dtype, by: str
-) -> Tensor:
-    run = IMPLEMENTATIONS[by].multiply_within_groups
-    assert run is not None, by
-    return run(Quantized(a, a_scale), Quantized(b, b_scale), counts, dtype)
-
-
-# By hand and not by `torch.library.custom_op`, which imports the compiler, seconds in every process.
+# Not by `torch.library.custom_op`, which imports the compiler, seconds in every process.
 _library = torch.library.Library("rorqual", "DEF")
-for _name, _counts, _real in (
-    ("fp8_multiply", "", _run),
-    ("fp8_multiply_groups", "Tensor counts, ", _run_groups),
-    ("fp8_multiply_within_groups", "Tensor counts, ", _run_within_groups),
+for _product, _counts in (
+    ("multiply", ""),
+    ("multiply_groups", "Tensor counts, "),
+    ("multiply_within_groups", "Tensor counts, "),
 ):
-    _library.define(
-        f"{_name}(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, {_counts}ScalarType dtype, str by) -> Tensor"
-    )
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    _factors = "Tensor a, Tensor a_scale, Tensor b, Tensor b_scale"
+    _library.define(f"fp8_{_product}({_factors}, {_counts}ScalarType dtype, str by) -> Tensor")
+    _library.impl(f"fp8_{_product}", _by_name(_product), "CompositeExplicitAutograd")
