@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from model.moe import LocalDispatcher, MoE
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.quantize import Quantized, dequantize
+from model.ops.operation import operation
 from model.transformer import Transformer
 
 
@@ -209,7 +210,7 @@ def _orders(arriving: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return order, torch.empty_like(order).scatter_(0, order, place)
 
 
-@torch.library.custom_op("rorqual::to_host", mutates_args=())
+@operation("to_host(Tensor numbers) -> Tensor", lambda numbers: torch.empty_like(numbers, device="cpu"))
 def to_host(numbers: Tensor) -> Tensor:
     """A copy in host memory. An operation of its own, so that recomputation can recall it and need not wait again."""
     return numbers.to("cpu", copy=True)

@@ -1,6 +1,10 @@
-"""Small models for the tests of this folder. Dimensions differ from one another, so that no two can be mixed up unnoticed."""
+"""Small models, and the device of the kernels' tests: a GPU where there is one, else a CPU with Triton's interpreter.
+
+The models' dimensions differ from one another, so that no two can be mixed up unnoticed.
+"""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,6 +13,12 @@ import torch
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.small_model import small_config
+from tests.triton import NO_TRITON
+
+if find_spec("triton") and not torch.cuda.is_available():  # before a kernel is imported
+    from tests.triton.interpreter import interpret
+
+    interpret()
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +68,10 @@ def make_model(make_config: Callable[..., ModelConfig], randomize: Any) -> Calla
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU, or the CPU that interprets kernels."""
+    pytest.importorskip("triton", reason=NO_TRITON)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.fp8.quantize import Quantized, dequantize, padded_ends
+from model.ops.operation import operation
 
 
 class Multiply(Protocol):
@@ -111,13 +112,18 @@ def _by_name(product: str) -> Callable[..., Tensor]:
     return run
 
 
-# Not by `torch.library.custom_op`, which imports the compiler, seconds in every process.
-_library = torch.library.Library("rorqual", "DEF")
-for _product, _counts in (
-    ("multiply", ""),
-    ("multiply_groups", "Tensor counts, "),
-    ("multiply_within_groups", "Tensor counts, "),
+def _of_rows(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *others: Any) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[-2], dtype=others[-2])
+
+
+def _of_columns(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, *others: Any) -> Tensor:
+    return a.new_empty(len(counts), a.shape[0], b.shape[0], dtype=others[-2])
+
+
+for _product, _counts, _shape in (
+    ("multiply", "", _of_rows),
+    ("multiply_groups", "Tensor counts, ", _of_rows),
+    ("multiply_within_groups", "Tensor counts, ", _of_columns),
 ):
     _factors = "Tensor a, Tensor a_scale, Tensor b, Tensor b_scale"
-    _library.define(f"fp8_{_product}({_factors}, {_counts}ScalarType dtype, str by) -> Tensor")
-    _library.impl(f"fp8_{_product}", _by_name(_product), "CompositeExplicitAutograd")
+    operation(f"fp8_{_product}({_factors}, {_counts}ScalarType dtype, str by) -> Tensor", _shape)(_by_name(_product))

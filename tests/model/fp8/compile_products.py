@@ -5,7 +5,7 @@ from typing import Any
 from triton.runtime.jit import JITFunction
 
 from model.ops.fp8.triton import products
-from tests.model.fp8.ahead_of_time import Case
+from tests.triton.ahead_of_time import Case
 
 FACTORS = {"a": "*fp8e4nv", "a_scale": "*fp32", "b": "*fp8e4nv", "b_scale": "*fp32"}
 SIZES = {"M": 4096, "N": 7168, "K": 16384, "P": 8192, "E": 8, "bucket": 4096, "GROUPS": 8}

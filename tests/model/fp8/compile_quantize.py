@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from model.ops.fp8.triton import quantize, swiglu
-from tests.model.fp8.ahead_of_time import Case
+from tests.triton.ahead_of_time import Case
 
 SCALE = "*fp32"
 ROWS = {"rows": "*fp8e4nv", "rows_scale": SCALE}

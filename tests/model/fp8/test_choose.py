@@ -28,7 +28,7 @@ from model.ops.fp8.products import (
 from model.ops.fp8.quantize import E4M3, TILE, Quantized
 from model.ops.fp8.vendor import scaled_mm
 from model.transformer import Transformer
-from tests.model.fp8.conftest import NO_TRITON
+from tests.triton import NO_TRITON
 
 CPU = torch.device("cpu")
 WORK = Workload(Shape(ROWS, 144, 264, torch.float32), rows=40)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.fp8.kernels import Kernels, Reference
-from tests.model.fp8.conftest import NO_TRITON
+from tests.triton import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 

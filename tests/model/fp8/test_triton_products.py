@@ -22,7 +22,7 @@ from model.ops.fp8.quantize import (
     quantize_columns,
     quantize_rows,
 )
-from tests.model.fp8.conftest import NO_TRITON
+from tests.triton import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 

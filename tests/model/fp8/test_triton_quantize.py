@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.ops.fp8.kernels import Reference, SwiGLUGradients
 from model.ops.fp8.quantize import TILE, Quantized
-from tests.model.fp8.conftest import NO_TRITON
+from tests.triton import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 

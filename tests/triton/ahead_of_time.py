@@ -1,4 +1,4 @@
-"""Kernels compiled for a Hopper GPU without one: `python -m tests.model.fp8.ahead_of_time` prints what came out, as JSON.
+"""Kernels compiled for a Hopper GPU without one: `python -m tests.triton.ahead_of_time` prints what came out, as JSON.
 
 In a process of its own, since Triton interprets kernels in that of the tests. What is compiled stands beside the tests, in modules
 `compile_*.py` with a list `CASES`. What does not fit in registers is spilled to the stack; `cuobjdump`, which Triton brings, tells.
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-MODULES = ("tests.model.fp8.compile_quantize", "tests.model.fp8.compile_products")
+TESTS = Path(__file__).parents[1]
 HOPPER = GPUTarget("cuda", 90, 32)
 
 
@@ -84,6 +84,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    modules = sorted(path.stem for path in Path(__file__).parent.glob("compile_*.py"))
-    cases = [case for module in modules for case in import_module(f"tests.model.fp8.{module}").CASES]
+    paths = sorted(path.relative_to(TESTS.parent).with_suffix("") for path in TESTS.rglob("compile_*.py"))
+    cases = [case for path in paths for case in import_module(".".join(path.parts)).CASES]
     json.dump([compile_case(case)._asdict() for case in cases], sys.stdout)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.fp8.conftest import NO_TRITON
+from tests.triton import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 
@@ -17,8 +17,8 @@ REGISTERS = 64 * 1024
 
 
 def test_kernels_compile_for_hopper_within_its_registers_and_shared_memory() -> None:
-    command = [sys.executable, "-m", "tests.model.fp8.ahead_of_time"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    command = [sys.executable, "-m", "tests.triton.ahead_of_time"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
     compiled = json.loads(run.stdout)
     assert compiled

@@ -1,0 +1,75 @@
+// Vectors of the machine's own width, by the vector extensions that GCC and Clang share.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(LANES * 4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
+typedef float Unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline Vector load(const float* p) { return *(const Unaligned*)p; }
+static inline void store(float* p, Vector v) { *(Unaligned*)p = v; }
+static inline Vector all(float x) { return Vector{} + x; }
+
+// The first n lanes, 0 < n <= LANES; the others are 0, and are not written.
+static inline Vector load(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    Vector v{};
+    std::memcpy(&v, p, n * sizeof(float));
+    return v;
+#endif
+}
+static inline void store(float* p, Vector v, int64_t n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
+
+static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+static inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+static inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+static inline float largest(Vector v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; ++i) best = std::max(best, v[i]);
+    return best;
+}
+
+// e^x to 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r (coefficients of Cephes' expf).
+// Below -87.3 it is 0, above 88.3 infinite; NaN stays NaN.
+static inline Vector exp(Vector x) {
+    const Vector shift = all(12582912.0f);  // 1.5 * 2^23: what is added and taken away again leaves the nearest integer
+    Vector bounded = smaller(larger(x, all(-87.3f)), all(88.3f));
+    Vector n = (bounded * 1.44269504088896341f + shift) - shift;
+    Vector r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    Vector scaled = p * (Vector)power;
+    scaled = x < -87.3f ? Vector{} : scaled;
+    scaled = x > 88.3f ? all(INFINITY) : scaled;
+    return x == x ? scaled : x;
+}
