@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardDim
 
 from model.layers import RMSNorm
-from model.moe import MoE, Router
+from model.moe import MoE
+from model.router import Router
 from model.transformer import Output, Transformer
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
 from parallel.expert import spread_experts

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model import balance
 from model.loss import count_targets
-from model.moe import Router
+from model.router import Router
 from model.transformer import Output, Transformer
 from parallel.engine import MeanLosses, MicroBatch, State, StepResult, StepSettings
 from parallel.fp8_scales import forget_scales, read_scales

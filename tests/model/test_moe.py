@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.moe import LocalDispatcher, MoE, Router, count_experts, limit_to_groups
+from model.moe import LocalDispatcher, MoE
 from model.ops.grouped_mm import BACKENDS
+from model.router import Router, count_experts, limit_to_groups
 
 INF = float("inf")
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig
 from model.init import initialize
-from model.moe import Router, Routing, limit_to_groups
 from model.ops.fp8.kernels import Reference
+from model.router import Router, Routing, limit_to_groups
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, StepSettings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.moe import Router, Routing
+from model.router import Router, Routing
 from parallel.layout import Layout, ParallelConfig
 from parallel.traffic import Flow, sent, step_traffic
 from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
