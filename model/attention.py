@@ -58,26 +58,23 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.v_dim))
         self.o_proj = Linear(self.heads * self.v_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> Tensor:
-        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] or None for causal → [B, T, D]."""
-        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
-        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + v]
-        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        # In memory tokens before heads: attention's output follows its queries, and W_O then reads it as it lies.
-        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1).transpose(
-            1, 2
-        )  # [B, H, T, nope + rope]
-        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1, -1)), dim=-1)
-        out = self.backend(q, k, v, self.scale, mask)  # [B, H, T, v]
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+    def forward(self, x: Tensor, rotation: Rotation, starts: Tensor | None) -> Tensor:
+        """x [B, T, D], rotation of its T positions, starts [B, T] of their documents or None for one → [B, T, D]."""
+        q, latent, k_rope = self._project(x)
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, T, H, nope + v]
+        out = self.backend(q, kv, k_rope, rotation, self.scale, starts)  # [B, T, H, v]
+        return self.o_proj(out.flatten(-2))
 
     def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:
         """`forward` for T new tokens after those in the cache, in the latent space. [B, T, D] → [B, T, D]."""
-        q_nope, q_rope, latent, k_rope = self._project(x, rotation)
-        entries = cache.append(latent, k_rope).unsqueeze(1)  # [B, 1, L, R + rope], one key head for all
+        q, latent, k_rope = self._project(x)
+        q_nope, q_rope = q.transpose(1, 2).split((self.nope, self.rope), dim=-1)  # [B, H, T, nope], [B, H, T, rope]
+        entries = cache.append(latent, rotate(k_rope, rotation)).unsqueeze(
+            1
+        )  # [B, 1, L, R + rope], one key head for all
         up = self.kv_b_proj.weight.to(x.dtype).unflatten(0, (self.heads, -1))  # [H, nope + v, R]
         w_uk, w_uv = up.split((self.nope, self.v_dim), dim=1)
-        q = torch.cat((q_nope @ w_uk, q_rope), dim=-1)  # [B, H, T, R + rope]
+        q = torch.cat((q_nope @ w_uk, rotate(q_rope, rotation)), dim=-1)  # [B, H, T, R + rope]
         scores = (q @ entries.transpose(-1, -2)).float() * self.scale  # [B, H, T, L]
         new, seen = scores.shape[-2:]
         visible = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
@@ -85,14 +82,12 @@ class MultiHeadLatentAttention(nn.Module):
         out = p @ entries[..., : self.rank] @ w_uv.transpose(-1, -2)  # [B, H, T, v]
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both parts of the queries [B, H, T, nope], [B, H, T, rope], the latent [B, T, R], the rotary key [B, T, rope]."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, nope + rope], the latent [B, T, R], the rotary key [B, T, rope]; neither is rotated yet."""
         if hasattr(self, "q_proj"):
             q, kv = read_by(x, self.q_proj, self.kv_a_proj_with_mqa)
         else:
             q, kv = read_by(x, self.q_a_proj, self.kv_a_proj_with_mqa)
             q = self.q_b_proj(self.q_a_layernorm(q))
-        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, nope + rope]
-        q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
         latent, k_rope = kv.split((self.rank, self.rope), dim=-1)
-        return q_nope, rotate(q_rope, rotation), self.kv_a_layernorm(latent), rotate(k_rope, rotation)
+        return q.unflatten(-1, (self.heads, -1)), self.kv_a_layernorm(latent), k_rope

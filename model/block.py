@@ -20,9 +20,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps)
         self.mlp = MoE(config, grouped_mm) if config.is_moe(layer) else MLP(dim, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None) -> tuple[Tensor, LayerStats | None]:
-        """x [B, T, D], rotation of its T positions, mask [B, 1, T, T] or None for causal → ([B, T, D], MoE stats)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+    def forward(self, x: Tensor, rotation: Rotation, starts: Tensor | None) -> tuple[Tensor, LayerStats | None]:
+        """x [B, T, D], rotation of its T positions, starts [B, T] of their documents or None for one → ([B, T, D], MoE stats)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, starts)
         return self._feed_forward(x)
 
     def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:

@@ -35,10 +35,10 @@ class MTPBlock(Block):
         self.shared_head = SharedHead(dim, eps)
 
     def forward(  # type: ignore[override]  # a block with a second input
-        self, hidden: Tensor, embedding: Tensor, rotation: Rotation, mask: Tensor | None
+        self, hidden: Tensor, embedding: Tensor, rotation: Rotation, starts: Tensor | None
     ) -> tuple[Tensor, LayerStats | None]:
         """States of the depth before [B, T, D], embeddings k tokens ahead [B, T, D] → (h^k [B, T, D], stats)."""
-        x, stats = super().forward(self._entry(hidden, embedding), rotation, mask)
+        x, stats = super().forward(self._entry(hidden, embedding), rotation, starts)
         return self.shared_head.norm(x), stats
 
     def decode(  # type: ignore[override]

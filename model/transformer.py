@@ -121,15 +121,15 @@ class Transformer(nn.Module):
         length = tokens.shape[1] - 1 - depths
         embedded = self.embed(tokens[:, : length + depths])  # [B, T + D_mtp, D]
         positions = rotation(self.config, torch.arange(length, device=tokens.device))
-        mask = attention_ops.document_mask(documents[:, :length], embedded.dtype) if self.mask_documents else None
+        starts = attention_ops.document_starts(documents[:, :length]) if self.mask_documents else None
 
         x, stats = embedded[:, :length], []
         for block in self.main_layers:
-            x, layer_stats = block(x, positions, mask)
+            x, layer_stats = block(x, positions, starts)
             stats.append(layer_stats)
         hidden = [self.model.norm(x)]
         for depth, module in enumerate(self.mtp_layers, start=1):
-            h, layer_stats = module(hidden[-1], embedded[:, depth : depth + length], positions, mask)
+            h, layer_stats = module(hidden[-1], embedded[:, depth : depth + length], positions, starts)
             hidden.append(h)
             stats.append(layer_stats)
         return hidden, [s for s in stats if s is not None]

@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ConfigError
 from model.ops import cross_entropy
-from model.ops.attention import document_mask, reference_attention, sdpa_attention
 from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 from model.ops.grouped_mm import check_widths, fused_grouped_mm, reference_grouped_mm
 from model.ops.rms_norm import reference_rms_norm, rms_norm
@@ -21,44 +20,6 @@ def leaves(*shapes):
 def gradients(output, inputs, seed=1):
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
     return torch.autograd.grad(output, inputs, upstream.to(output.dtype))
-
-
-# attention ------------------------------------------------------------------------------------------------------------
-
-DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7 + [-1] * 4, [3] * 17])
-
-
-@pytest.mark.parametrize("width", [8, 24, 32], ids=["v narrower", "v equal", "v wider"])
-@pytest.mark.parametrize("mask", [None, document_mask(DOCUMENTS, torch.float32)], ids=["causal", "documents"])
-def test_sdpa_equals_the_reference_in_values_and_gradients(mask, width):
-    inputs = leaves((2, 3, 17, 24), (2, 3, 17, 24), (2, 3, 17, width))
-    fast, slow = sdpa_attention(*inputs, 0.3, mask), reference_attention(*inputs, 0.3, mask)
-    assert fast.shape == (2, 3, 17, width)
-    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
-    for a, b in zip(gradients(fast, inputs), gradients(slow, inputs)):
-        torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
-
-
-def test_reference_attention_is_the_equation():
-    q, k, v = (torch.randn(1, 1, 4, n) for n in (6, 6, 5))
-    out = reference_attention(q, k, v, 0.5)
-    for i in range(4):
-        weights = torch.stack([torch.exp(0.5 * q[0, 0, i] @ k[0, 0, j]) for j in range(i + 1)])
-        expected = sum(w * v[0, 0, j] for j, w in enumerate(weights)) / weights.sum()
-        torch.testing.assert_close(out[0, 0, i], expected)
-
-
-def test_document_mask_is_causal_and_stays_inside_a_document():
-    # documents 7 7 9: token 1 sees tokens 0 and 1, token 2 sees itself alone
-    mask = document_mask(torch.tensor([[7, 7, 9]]), torch.float32)
-    assert mask.exp().tolist() == [[[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]]
-
-
-def test_masked_attention_equals_attention_over_each_document_alone():
-    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
-    packed = sdpa_attention(q, k, v, 0.5, document_mask(torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2]]), torch.float32))
-    alone = [sdpa_attention(q[:, :, p], k[:, :, p], v[:, :, p], 0.5) for p in (slice(0, 4), slice(4, 6), slice(6, 9))]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=2))
 
 
 # grouped matrix product -----------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""The reference against the equation, and PyTorch's kernels against the reference."""
+
+import pytest
+import torch
+
+from model.ops.attention import document_starts, reference_attention, sdpa_attention
+from model.rope import Rotation, rotate
+from tests.model.attention.inputs import make_inputs, starts_of
+
+
+def test_the_reference_is_the_equation():
+    q, kv, k_rope, rotation = make_inputs(B=1, T=5, H=2, requires_grad=False)
+    out = reference_attention(q, kv, k_rope, rotation, 0.5)
+    for head in range(2):
+        for i in range(5):
+
+            def turned(x, t):
+                return rotate(x, Rotation(rotation.cos[t], rotation.sin[t]))
+
+            query = torch.cat((q[0, i, head, :8], turned(q[0, i, head, 8:], i)))
+            keys = [torch.cat((kv[0, j, head, :8], turned(k_rope[0, j], j))) for j in range(i + 1)]
+            weights = torch.stack([torch.exp(0.5 * query @ key) for key in keys])
+            expected = sum(w * kv[0, j, head, 8:] for j, w in enumerate(weights)) / weights.sum()
+            torch.testing.assert_close(out[0, i, head], expected)
+
+
+def test_a_document_is_a_run_of_equal_numbers():
+    documents = torch.tensor([[7, 7, 9, -1, -1], [3, 3, 3, 3, 3]])
+    starts = document_starts(documents)
+    assert starts.dtype == torch.int32
+    assert starts.tolist() == [[0, 0, 2, 3, 3], [0] * 5]
+
+
+@pytest.mark.parametrize("width", [6, 12, 16], ids=["v narrower", "v equal", "v wider"])
+@pytest.mark.parametrize("starts", [None, starts_of([5, 1, 7, 4], [17])], ids=["causal", "documents"])
+def test_sdpa_equals_the_reference_in_values_and_gradients(starts, width):
+    *inputs, rotation = make_inputs(v=width)
+    fast, slow = (backend(*inputs, rotation, 0.3, starts) for backend in (sdpa_attention, reference_attention))
+    assert fast.shape == (2, 17, 3, width)
+    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
+    upstream = torch.randn_like(slow)
+    for a, b in zip(torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(slow, inputs, upstream)):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
+
+
+def test_packed_documents_are_what_each_is_alone():
+    """Rotary positions are relative, so that a document need not begin at position 0."""
+    q, kv, k_rope, rotation = make_inputs(B=1, T=9, requires_grad=False)
+    packed = reference_attention(q, kv, k_rope, rotation, 0.5, starts_of([4, 2, 3]))
+    for first, last in ((0, 4), (4, 6), (6, 9)):
+        there = Rotation(rotation.cos[: last - first], rotation.sin[: last - first])
+        part = slice(first, last)
+        alone = reference_attention(q[:, part], kv[:, part], k_rope[:, part], there, 0.5)
+        torch.testing.assert_close(packed[:, part], alone)
