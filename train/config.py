@@ -21,6 +21,7 @@ from ruamel.yaml.representer import SafeRepresenter
 from data.errors import DataError
 from data.yaml_io import read_yaml
 from model.config import ConfigError, ModelConfig
+from model.flops import Recompute
 from parallel.layout import Layout, ParallelConfig
 from train import named
 from train.automatic import decided
@@ -68,10 +69,31 @@ class Recipe(Section):
 
     def layout(self, world_size: int) -> Layout:
         """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""
-        given = {**dict(self.parallel), "fp8": self.precision.fp8, "fp8_dispatch": self.precision.fp8_dispatch}
+        given = {**dict(self.parallel), "recompute": self.recompute}
+        given |= {"fp8": self.precision.fp8, "fp8_dispatch": self.precision.fp8_dispatch}
         values = {field.name: given[field.name] for field in dataclasses.fields(ParallelConfig)}
         values["deepspeed"] = values["deepspeed"] or {}
         return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run computes on a GPU: as it says itself, else where this machine has one."""
+        if self.run.device != "auto":
+            return self.run.device == "cuda"
+        import torch  # seconds, which reading a recipe need not take
+
+        return torch.cuda.is_available()
+
+    @property
+    def compute(self) -> str:
+        """The dtype of activations and products: bf16, fp16 or fp32."""
+        return self.precision.compute or ("bf16" if self.on_gpu else "fp32")
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass computes again. On a GPU DeepSeek-V3's policy (§3.2.3): memory bounds what fits there, and norms
+        and SwiGLU are cheap beside the products; on a CPU memory is plenty, and every operation costs."""
+        return self.parallel.recompute or ("selective" if self.on_gpu else "none")
 
     def micro_batch(self, tokens: int) -> int:
         """Sequences in one forward pass of one process, in the step that starts after `tokens` tokens."""

@@ -141,24 +141,20 @@ class Trainer:
     def _build_engine(self) -> Engine:
         recipe = self.recipe
         config = recipe.model_config_resolved()
-        compute = recipe.precision.compute or ("bf16" if self.process.device.type == "cuda" else "fp32")
+        compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
         with torch.device("meta"):
-            model = Transformer(
-                config, compute_dtype=DTYPES[compute], mask_documents=recipe.data.mask_documents, fp8=fp8
-            )
+            model = Transformer(config, compute_dtype=compute, mask_documents=recipe.data.mask_documents, fp8=fp8)
         rows = recipe.micro_batch(0) * recipe.data.sequence_length
-        products = partial(
-            workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, DTYPES[compute]
-        )
+        products = partial(workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, compute)
         self.who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
-        apply_recompute(model, recipe.parallel.recompute)
+        apply_recompute(model, recompute)
         if recipe.run.compile is True:
             parallel = recipe.parallel
-            if (compute, parallel.recompute, parallel.engine) != ("bf16", "none", "ddp"):
+            if (compute, recompute, parallel.engine) != (torch.bfloat16, "none", "ddp"):
                 raise RecipeError(
                     "run.compile = true: torch compiles the grouped product in bf16 only, no block that recomputes, and blocks "
-                    f"that are whole (ddp); here precision.compute is {compute}, parallel.recompute {parallel.recompute}, "
+                    f"that are whole (ddp); here the compute dtype is {compute}, parallel.recompute {recompute}, "
                     f"parallel.engine {parallel.engine}; change them or run.compile"
                 )
             for block in model.model.layers:
@@ -335,7 +331,10 @@ class Trainer:
                     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
     def _layout_in_words(self) -> str:
-        keys = {"engine": self.layout.config.engine} | self.recipe.parallel.model_dump(exclude_defaults=True)
+        config = self.layout.config
+        keys = {"engine": config.engine} | self.recipe.parallel.model_dump(exclude_defaults=True)
+        if config.recompute != "none":  # a GPU's default too
+            keys["recompute"] = config.recompute
         settings = ", ".join(f"{key} {value}" for key, value in keys.items())
         return f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
 

@@ -514,3 +514,26 @@ def test_a_recipe_may_be_validated_from_values():
     recipe = load_recipe("small")
     assert parse_recipe(recipe.model_dump(by_alias=True)) == recipe
     assert isinstance(recipe, Recipe)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "mode"),
+    [(None, "cuda", "selective"), (None, "cpu", "none"), ("none", "cuda", "none"), ("full", "cpu", "full")],
+)
+def test_recomputation_is_deepseeks_on_a_gpu_and_off_on_a_cpu_unless_it_is_given(given, device, mode):
+    recompute = [f"parallel.recompute={given}"] if given else []
+    recipe = load_recipe("tiny", [*FIXED, f"run.device={device}", *recompute])
+    assert recipe.recompute == recipe.layout(1).config.recompute == mode
+    assert recipe.parallel.recompute == given  # which a run that moves to another device decides again
+
+
+def test_the_plan_counts_what_the_device_keeps():
+    def activations(*changes: str) -> int:
+        recipe = load_recipe(
+            "small", ["schedule.law=null", "schedule.lr=1e-3", "schedule.batch_tokens=32768", *changes]
+        )
+        return amounts(recipe, Schedule(recipe.schedule, recipe.data.lengths), 1)["bytes_of_activations"]
+
+    on_gpu = "run.device=cuda"
+    assert activations(on_gpu) == activations(on_gpu, "parallel.recompute=selective")
+    assert activations(on_gpu) < activations(on_gpu, "parallel.recompute=none")

@@ -12,6 +12,8 @@ from train.config import Recipe
 from train.planning.advice import law_advice
 from train.schedule import Schedule, Span
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, Any]:
     """Numbers of a run on `world_size` processes, those of memory for the fullest of them in its largest steps.
@@ -29,8 +31,8 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     layout = recipe.layout(world_size)
     schedule.check_layout(layout)
     if layout.config.deepspeed:
-        on_gpu, compute = _device(recipe)
-        ds_config(layout.config, compute, recipe.optimizer.clip, torch.device("cuda" if on_gpu else "cpu"))
+        device = torch.device("cuda" if recipe.on_gpu else "cpu")
+        ds_config(layout.config, DTYPES[recipe.compute], recipe.optimizer.clip, device)
     counts = parameter_counts(config)
     first = schedule.spans[0].sequence_length
     flops = sum(flops_mfu(config, span.sequence_length) * (span.end - span.first_token) for span in schedule.spans)
@@ -67,7 +69,7 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
     """Bytes of a process that are alive at once, in a step of this kind."""
     config, sequences = recipe.model_config_resolved(), span.sequences
     micro_batch = recipe.micro_batch(span.first_token)
-    on_gpu, compute = _device(recipe)
+    compute = DTYPES[recipe.compute]
     moment = {"fp32": 4, "bf16": 2}[recipe.precision.moments]
     micro_batches = -(-sequences // (layout.world_size * micro_batch))
     held = footprint(layout, config, compute.itemsize, moment, micro_batches)
@@ -76,8 +78,8 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
         min(micro_batch, sequences // layout.world_size),
         span.sequence_length,
         compute.itemsize,
-        recipe.parallel.recompute,
-        "cuda" if on_gpu else "cpu",
+        layout.config.recompute,
+        "cuda" if recipe.on_gpu else "cpu",
         casts_weights=layout.config.engine != "fsdp",  # which gathers them in the compute dtype
         spreads_experts=layout.config.expert > 1,
         fp8=layout.config.fp8,
@@ -92,12 +94,5 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
         "bytes_of_gathered_modules": held.gathered,
         "bytes_of_activations": activations,
         "peak_bytes_per_rank": held.device + activations,
-        "host_bytes_per_rank": held.host + average * (2 if on_gpu else 1),
+        "host_bytes_per_rank": held.host + average * (2 if recipe.on_gpu else 1),
     }
-
-
-def _device(recipe: Recipe) -> tuple[bool, torch.dtype]:
-    """Whether the run computes on a GPU, and in which dtype."""
-    on_gpu = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-    compute = recipe.precision.compute or ("bf16" if on_gpu else "fp32")
-    return on_gpu, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[compute]
