@@ -1,0 +1,144 @@
+# mypy: disallow-untyped-defs=False
+"""MLA's queries and keys, rotated and put together, in Triton; what goes in is read once, what comes out written once.
+
+    q_h ← [q_C ; RoPE(q_R)],   k_h ← [k_C ; RoPE(k_R)],   v_h ← [v ; 0] where attention wants values as wide as keys
+
+Forward, a program takes some heads of one token. Backward, it takes all heads of one token, some at a time, so that the gradient of
+the rotary key, which they share, is summed in fp32 in a fixed order. Rotating back is rotating with −sin.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HEADS = 16  # at a time; of V3's, 24 numbers of queries a thread
+WARPS = 4
+
+
+def assemble(
+    q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys [B, T, H, nope + rope] and values [B, T, H, width], padded with zeros; none if width is 0.
+
+    q: [B, T, H, nope + rope]. kv: [B, T, H, nope + v]. k_rope: [B, T, rope]. cos, sin: [T, rope/2].
+    """
+    b, t, h, qk = q.shape
+    rope = k_rope.shape[-1]
+    out_q, out_k, out_v = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape), None
+    if width:
+        out_v = q.new_empty(b, t, h, width)
+    by_token = [rows(x) for x in (q, kv)]
+    strides = [stride for x in by_token for stride in x.stride()[:2]]
+    shared = rows(k_rope)
+    heads = min(HEADS, triton.next_power_of_2(h))
+    _assemble[(b * t, triton.cdiv(h, heads))](
+        *by_token, shared, cos.contiguous(), sin.contiguous(), out_q, out_k, out_v, t, h, *strides, shared.stride(0),
+        qk - rope, rope, kv.shape[-1] - qk + rope, width, *blocks(qk - rope, rope, max(width, 1)), heads, num_warps=WARPS,
+    )  # fmt: skip
+    return out_q, out_k, q.new_empty(b, t, h, 0) if out_v is None else out_v
+
+
+def assemble_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, rope: int, v: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, kv and k_rope, from those of what `assemble` made. dv: [B, T, H, v or more]."""
+    b, t, h, qk = dq.shape
+    nope = qk - rope
+    out_q, out_kv, out_rope = dq.new_empty(dq.shape), dq.new_empty(b, t, h, nope + v), dq.new_empty(b, t, rope)
+    by_token = [rows(x) for x in (dq, dk, dv)]
+    strides = [stride for x in by_token for stride in x.stride()[:2]]
+    heads = min(HEADS, triton.next_power_of_2(h))
+    _assemble_backward[(b * t,)](
+        *by_token, cos.contiguous(), sin.contiguous(), out_q, out_kv, out_rope, t, h, *strides,
+        nope, rope, v, *blocks(nope, rope, v), heads, num_warps=WARPS,
+    )  # fmt: skip
+    return out_q, out_kv, out_rope
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, T, …] → [B·T, …] with its last dimension contiguous; a copy only of what does not lie so."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def blocks(nope: int, rope: int, v: int) -> tuple[int, int, int]:
+    """The powers of two that hold the parts of a head; of a rotated part, its pairs."""
+    return triton.next_power_of_2(nope), triton.next_power_of_2(rope // 2), triton.next_power_of_2(v)
+
+
+@triton.jit
+def _assemble(
+    q, kv, k_rope, cos, sin, out_q, out_k, out_v, T, H, q_token, q_head, kv_token, kv_head, k_rope_token,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
+    NOPES: tl.constexpr, PAIRS: tl.constexpr, WIDTHS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Reads one token's queries, keys and values of some heads, and its rotary key; writes what `assemble` returns of them."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    inside = head < H
+    c, s = load_angle(cos, sin, token % T, ROPE, PAIRS)
+    nope, turned = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :]
+    is_nope, is_turned = inside & (nope < NOPE), inside & (turned < ROPE)
+    to = (token * H + head) * (NOPE + ROPE)  # where this head's query and key begin
+
+    q += token * q_token + head * q_head
+    tl.store(out_q + to + nope, tl.load(q + nope, mask=is_nope), mask=is_nope)
+    pairs = tl.load(q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
+    tl.store(out_q + to + NOPE + turned, turn(pairs, c, s, HEADS, PAIRS), mask=is_turned)
+
+    kv += token * kv_token + head * kv_head
+    tl.store(out_k + to + nope, tl.load(kv + nope, mask=is_nope), mask=is_nope)
+    pairs = tl.load(k_rope + token * k_rope_token + turned, mask=turned < ROPE, other=0.0).to(tl.float32)
+    shared = tl.broadcast_to(turn(pairs, c, s, 1, PAIRS), (HEADS, 2 * PAIRS))
+    tl.store(out_k + to + NOPE + turned, shared, mask=is_turned)
+
+    if out_v is not None:
+        value = tl.arange(0, WIDTHS)[None, :]
+        numbers = tl.load(kv + NOPE + value, mask=inside & (value < V), other=0.0)
+        tl.store(out_v + (token * H + head) * WIDTH + value, numbers, mask=inside & (value < WIDTH))
+
+
+@triton.jit
+def _assemble_backward(
+    dq, dk, dv, cos, sin, out_q, out_kv, out_rope, T, H, q_token, q_head, k_token, k_head, v_token, v_head,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    NOPES: tl.constexpr, PAIRS: tl.constexpr, VS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Reads the gradients of one token's queries, keys and values; writes those of what they were made of."""
+    token = tl.program_id(0).to(tl.int64)
+    c, s = load_angle(cos, sin, token % T, ROPE, PAIRS)
+    nope, turned, value = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :], tl.arange(0, VS)[None, :]
+    total = tl.zeros((HEADS, 2 * PAIRS), tl.float32)
+    for first in range(0, H, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        inside = head < H
+        is_nope, is_turned, is_value = inside & (nope < NOPE), inside & (turned < ROPE), inside & (value < V)
+
+        of_q, to_q = dq + token * q_token + head * q_head, out_q + (token * H + head) * (NOPE + ROPE)
+        tl.store(to_q + nope, tl.load(of_q + nope, mask=is_nope), mask=is_nope)
+        pairs = tl.load(of_q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
+        tl.store(to_q + NOPE + turned, turn(pairs, c, -s, HEADS, PAIRS), mask=is_turned)
+
+        of_k, of_v = dk + token * k_token + head * k_head, dv + token * v_token + head * v_head
+        to_kv = out_kv + (token * H + head) * (NOPE + V)
+        tl.store(to_kv + nope, tl.load(of_k + nope, mask=is_nope), mask=is_nope)
+        tl.store(to_kv + NOPE + value, tl.load(of_v + value, mask=is_value), mask=is_value)
+        total += tl.load(of_k + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
+    shared = turn(tl.sum(total, 0)[None, :], c, -s, 1, PAIRS)
+    tl.store(out_rope + token * ROPE + turned, shared, mask=turned < ROPE)
+
+
+@triton.jit
+def load_angle(cos, sin, position, ROPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Cosines and sines of one position, both [1, PAIRS]."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    place, is_pair = position * (ROPE // 2) + pair, pair < ROPE // 2
+    return tl.load(cos + place, mask=is_pair, other=0.0), tl.load(sin + place, mask=is_pair, other=0.0)
+
+
+@triton.jit
+def turn(pairs, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+    """Each pair of numbers side by side, turned by its angle. pairs: [HEADS, 2 · PAIRS] fp32."""
+    even, odd = tl.split(tl.reshape(pairs, (HEADS, PAIRS, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, 2 * PAIRS))

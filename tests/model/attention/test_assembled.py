@@ -1,0 +1,111 @@
+"""Kernels of assembled queries, keys and values against the reference: values and every gradient."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+from model.ops.attention import reference_attention
+from model.ops.attention.assembled import (
+    SDPA,
+    Assembled,
+    additive_mask,
+    assemble,
+    assemble_backward_operation,
+    assemble_operation,
+    sdpa,
+)
+from model.ops.attention.reference import assemble as reference_assemble
+from model.rope import Rotation
+from tests.model.attention.inputs import make_inputs, starts_of
+from tests.triton import NO_TRITON
+
+# B, T, H, nope, rope, v: powers of two as V3's, and none; more heads than a program takes at a time, and fewer
+SHAPES = [(2, 5, 3, 8, 4, 8), (1, 3, 19, 6, 10, 5), (2, 2, 16, 16, 8, 12)]
+
+
+def gradients(outputs, inputs, upstream):
+    return torch.autograd.grad(outputs, inputs, upstream)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_assembling_is_the_reference_with_gradients(shape, padded):
+    *inputs, rotation = make_inputs(*shape)
+    expected = [x.transpose(1, 2) for x in reference_assemble(*inputs, rotation)]
+    width = expected[0].shape[-1] if padded else 0
+    found = assemble(*inputs, rotation, width)
+    v = shape[-1]
+    assert found[2].shape[-1] == (width or v) and not found[2][..., v:].any()
+    assert padded or found[2].untyped_storage().data_ptr() == inputs[1].untyped_storage().data_ptr()  # as it lies in kv
+    found = (*found[:2], found[2][..., :v])
+    upstream = [torch.randn_like(x) for x in expected]
+    for a, b in zip(found, expected):
+        assert torch.equal(a, b)
+    for a, b in zip(gradients(found, inputs, upstream), gradients(expected, inputs, upstream)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_of_assembling_is_its_derivative():
+    *inputs, rotation = make_inputs(1, 2, 2, 2, 4, 3, dtype=torch.float64)
+    # It turns in fp32, and is linear: a wide step loses nothing.
+    assert torch.autograd.gradcheck(lambda *x: assemble(*x, rotation, 6), inputs, eps=0.1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_assembles_as_the_operations_do(shape, dtype, padded, device):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from model.ops.triton import assemble as kernels
+
+    *inputs, rotation = make_inputs(*shape, dtype=dtype, requires_grad=False)
+    rope, v = shape[-2:]
+    width = inputs[0].shape[-1] if padded else 0
+    expected = assemble_operation(*inputs, *rotation, width)
+    on_device = [x.to(device) for x in (*inputs, *rotation)]
+    for a, b in zip(kernels.assemble(*on_device, width), expected):
+        torch.testing.assert_close(a.cpu(), b)
+    grads = [torch.randn(x.shape).to(dtype) for x in expected]
+    grads[2] = torch.randn(*grads[0].shape[:-1], width or v).to(dtype)
+    grads[1] = grads[1].transpose(1, 2).contiguous().transpose(1, 2)  # another layout
+    expected = assemble_backward_operation(*grads, *rotation, rope, v)
+    found = kernels.assemble_backward(*(x.to(device) for x in grads), *on_device[3:], rope, v)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("starts", [None, starts_of([5, 1, 7, 4], [17])], ids=["causal", "documents"])
+def test_an_assembled_backend_equals_the_reference_in_values_and_gradients(starts, pads):
+    *inputs, rotation = make_inputs()
+    backend = Assembled(lambda *given: sdpa([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], *given), pads)
+    fast, slow = (run(*inputs, rotation, 0.3, starts) for run in (backend, reference_attention))
+    torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
+    upstream = torch.randn_like(slow)
+    for a, b in zip(gradients(fast, inputs, upstream), gradients(slow, inputs, upstream)):
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SDPA)
+def test_shapes_hold_on_a_gpu_at_the_sizes_of_v3(name):
+    """By PyTorch's check of shapes, without a GPU: neither which kernel it would take there, nor gradients."""
+    with FakeTensorMode():
+        q, kv, k_rope = (
+            torch.empty(2, 4096, *width, device="cuda", dtype=torch.bfloat16)
+            for width in ((128, 192), (128, 256), (64,))
+        )
+        rotation = Rotation(*(torch.empty(4096, 32, device="cuda") for _ in range(2)))
+        assert SDPA[name](q, kv, k_rope, rotation, 0.1).shape == (2, 4096, 128, 128)
+        queries, keys, values = assemble(q, kv, k_rope, rotation)
+        assert queries.is_contiguous() and keys.is_contiguous() and values.stride() == kv.stride()
+        grads = assemble_backward_operation(queries, keys, values, *rotation, 64, 128)
+        assert [x.shape for x in grads] == [x.shape for x in (q, kv, k_rope)]
+
+
+def test_the_mask_of_a_batch_is_made_once():
+    starts = starts_of([2, 3])
+    first = additive_mask(starts, torch.float32)
+    assert additive_mask(starts, torch.float32) is first
+    assert additive_mask(starts.clone(), torch.float32) is not first
+    assert additive_mask(starts, torch.float64).dtype == torch.float64
