@@ -40,16 +40,23 @@ def sequence_balance_loss(logits: Tensor, top_k: int) -> Tensor:
     Returns:
         [] fp32; the gradient flows through P alone.
     """
+    return (routed_frequency(logits.detach(), top_k) * affinity_shares(logits).mean(1)).sum()
+
+
+def routed_frequency(logits: Tensor, top_k: int) -> Tensor:
+    """f of the balance loss. [B, T, E] → [B, E]."""
     batch, length, experts = logits.shape
-    chosen = (
-        logits.detach().topk(top_k, dim=-1, sorted=False).indices.flatten(1)
-    )  # [B, T·K], top of s is top of its logit
+    by_affinity = logits.sort(dim=-1, descending=True, stable=True).indices  # [B, T, E], top of s is top of its logit
+    chosen = by_affinity[..., :top_k].flatten(1)  # [B, T·K]
     hits = torch.zeros(batch, experts, device=logits.device).scatter_add_(
         1, chosen, torch.ones_like(chosen, dtype=torch.float32)
     )
-    f = hits * experts / (top_k * length)  # [B, E]
-    p = F.logsigmoid(logits).softmax(-1).mean(1)  # [B, E]
-    return (f * p).sum()
+    return hits * experts / (top_k * length)
+
+
+def affinity_shares(logits: Tensor) -> Tensor:
+    """s_i / Σ_j s_j with s = sigmoid(logits), over the last dimension."""
+    return F.logsigmoid(logits).softmax(-1)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -76,12 +76,23 @@ def flops_mfu(config: ModelConfig, sequence_length: int) -> int:
 
     What is computed a second time under activation checkpointing is not counted.
     """
+    return sum(flops_by_part(config, sequence_length).values())
+
+
+def flops_by_part(config: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """`flops_mfu`, by what computes it."""
     c = config
     depths = c.num_nextn_predict_layers
     matrices = sum(_layer_matrices(c, layer).active for layer in range(c.num_hidden_layers))
-    matrices += depths * _mtp_matrices(c).active + (1 + depths) * c.vocab_size * c.hidden_size
+    matrices += depths * _mtp_matrices(c).active
+    experts = c.n_moe_layers * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
     attention = (c.num_hidden_layers + depths) * _attention_products(c, sequence_length)
-    return TRAINING * matrices + TRAINING * attention // 2
+    return {
+        "linear maps": TRAINING * (matrices - experts),
+        "experts": TRAINING * experts,
+        "head": TRAINING * (1 + depths) * c.vocab_size * c.hidden_size,
+        "attention": TRAINING * attention // 2,
+    }
 
 
 class _Matrices(NamedTuple):
@@ -151,8 +162,8 @@ def activation_bytes(
         sequence_length: T.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
         recompute: as in `parallel.recompute`.
-        device: on a CPU attention pads values to the width of the keys and log sigmoid keeps a buffer; a GPU's kernels do
-            neither. The CPU's count is tested by measurement, the GPU's follows from what its kernels save.
+        device: on a CPU attention pads values to the width of the keys; a GPU's kernels do not. The CPU's count is tested by
+            measurement, the GPU's follows from what its kernels save.
         casts_weights: false where the weights of blocks reach them in the compute dtype.
         spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
         fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
@@ -206,6 +217,7 @@ NONE: tuple[Recompute, ...] = ("none",)
 SELECTIVE: tuple[Recompute, ...] = ("selective",)
 RECOMPUTED: tuple[Recompute, ...] = ("selective", "full")
 PRODUCT: tuple[Recompute, ...] = ("none", "selective")
+ALWAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def _block(c: ModelConfig, layer: int, sizes: _Sizes) -> list[_Row]:
@@ -248,17 +260,12 @@ def _dense(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
 
 def _experts(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
     a, dim, k = sizes.element, c.hidden_size, c.num_experts_per_tok
-    log_sigmoid = 2 if sizes.device == "cpu" else 1  # its input, and on a CPU a buffer as large
-    group_choice = 12 * (2 * c.n_group + c.topk_group) if c.topk_group < c.n_group else 0
     return [
-        _Row("input of the gate in fp32", 0 if a == 4 and not sizes.fp8 else 4 * dim, NONE),  # 0: that of the others
+        _Row("input of the gate", a * dim if sizes.fp8 else 0, NONE),  # 0: that of the others
         _Row("logits", 4 * c.n_routed_experts, PRODUCT),
-        _Row("chosen experts", 8 * k, NONE),
-        _Row("top-k values and indices: choice, balance loss, groups", 24 * k + group_choice, RECOMPUTED),
-        _Row("gate weights", (4 * (log_sigmoid + 1) if c.norm_topk_prob else 4) * k + a * k, NONE),
-        _Row("balance loss: probabilities", 4 * log_sigmoid * c.n_routed_experts, NONE),
+        _Row("chosen experts and their weights", 12 * k, ALWAYS),
+        _Row("weights in the compute dtype", 0 if a == 4 else a * k, NONE),
         _Row("order of the pairs and its inverse", 16 * k, NONE),
-        _Row("order of the pairs, sorted values and indices", 16 * k, RECOMPUTED),
         _Row("input rows of the experts", k * sizes.factor(dim), NONE),
         *_swiglu(c.moe_intermediate_size, sizes, rows=k),
         _Row("outputs of the experts", a * k * dim, PRODUCT),

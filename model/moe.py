@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.balance import sequence_balance_loss
 from model.config import ModelConfig
 from model.layers import MLP
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.grouped_mm import GroupedMM
+from model.ops.routing import sort_by_expert
 from model.ops.swiglu import swiglu
-from model.router import Router, count_experts
+from model.router import Router
 
 
 class LayerStats(NamedTuple):
@@ -69,14 +69,12 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, LayerStats]:
         """x [B, T, D] → ([B, T, D], LayerStats)."""
         tokens = x.flatten(0, 1)  # [N, D]
-        routing = self.gate(tokens)
+        routing = self.gate(x)
         handle = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
         shared = self.shared_experts(x)  # while tokens travel
         rows, counts = self.dispatcher.receive(handle)
         routed = self.dispatcher.combine(self.experts(rows, counts), handle)  # [N, D]
-        logits = routing.logits.unflatten(0, x.shape[:2])  # [B, T, E]
-        balance = sequence_balance_loss(logits, routing.expert_ids.shape[-1])
-        return routed.view_as(x) + shared, LayerStats(handle.counts, balance)
+        return routed.view_as(x) + shared, LayerStats(handle.counts, routing.balance)
 
 
 class Experts(nn.Module):
@@ -117,10 +115,8 @@ class LocalDispatcher:
         self.experts = experts
 
     def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Handle:
-        order = expert_ids.flatten().argsort(stable=True)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        counts = count_experts(expert_ids, self.experts)
-        return self.Handle(tokens, place.view_as(expert_ids), order, weights, counts)
+        order, place, counts = sort_by_expert(expert_ids, self.experts)
+        return self.Handle(tokens, place, order, weights, counts)
 
     def receive(self, handle: Handle) -> tuple[Tensor, Tensor]:
         return _ToExperts.apply(handle.tokens, handle.place, handle.order), handle.counts

@@ -7,13 +7,14 @@
 Where the tokens then go is the affair of `model.moe`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.ops.routing import Rule, route
 
 
 class Routing(NamedTuple):
@@ -22,6 +23,7 @@ class Routing(NamedTuple):
     expert_ids: Tensor  # [N, K] int64
     weights: Tensor  # [N, K] fp32
     logits: Tensor  # [N, E] fp32, before the sigmoid and without the bias
+    balance: Tensor  # [] fp32, sequence-wise balance loss summed over the sequences
 
 
 class Router(nn.Module):
@@ -31,49 +33,28 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        c = self.config = config
+        self.rule = Rule(c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor)
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, tokens: Tensor) -> Routing:
-        """tokens [N, D] → Routing."""
-        c = self.config
-        logits = F.linear(tokens.float(), self.weight.float())  # [N, E]
-        with torch.no_grad():
-            choice = logits.sigmoid() + self.e_score_correction_bias
-            if c.topk_group < c.n_group:
-                choice = limit_to_groups(choice, c.n_group, c.topk_group)
-            expert_ids = choice.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices  # [N, K]
-        chosen = logits.gather(-1, expert_ids)
-        if c.norm_topk_prob:
-            # softmax(log sigmoid) is sigmoid over its own sum, without a denominator that can vanish.
-            weights = F.logsigmoid(chosen).softmax(-1)
-        else:
-            weights = chosen.sigmoid()
-        return Routing(expert_ids, weights * c.routed_scaling_factor, logits)
+    def forward(self, x: Tensor) -> Routing:
+        """x [..., T, D], sequences of T tokens, N in all → Routing."""
+        logits = _LinearInFp32.apply(x.flatten(0, -2), self.weight)  # [N, E]
+        by_sequence = logits.view(-1, *x.shape[-2:-1], logits.shape[-1])  # [B, T, E]
+        ids, weights, balance = route(by_sequence, self.e_score_correction_bias, self.rule)
+        return Routing(ids, weights, logits, balance)
 
 
-def limit_to_groups(choice: Tensor, n_group: int, topk_group: int) -> Tensor:
-    """Mask every expert outside each token's best groups (node-limited routing, DeepSeek-V3 §2.1.2).
+class _LinearInFp32(torch.autograd.Function):
+    """x Wᵀ, [N, D] → [N, E] fp32. Keeps x in its own dtype, which others keep too, and not the copy in fp32 that it multiplies."""
 
-    A group stands for the experts of one node, so a token is sent to at most `topk_group` nodes.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
 
-    Args:
-        choice: [N, E] biased affinities; used to choose experts, never to weigh them.
-        n_group: number of groups; must divide E.
-        topk_group: groups kept per token.
-
-    Returns:
-        [N, E] `choice`, with -inf where the expert's group was not kept.
-    """
-    grouped = choice.unflatten(-1, (n_group, -1))  # [N, G, E/G]
-    score = grouped.topk(2, dim=-1).values.sum(-1)  # [N, G]  two best experts speak for the group
-    kept = torch.zeros_like(score, dtype=torch.bool)
-    kept.scatter_(-1, score.topk(topk_group, dim=-1).indices, True)  # [N, G]
-    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
-
-
-def count_experts(expert_ids: Tensor, experts: int) -> Tensor:
-    """How many tokens chose each expert. [N, K] ids → [E] int64, exact and without a host round trip."""
-    flat = expert_ids.flatten()
-    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.T @ x.float()).to(weight.dtype)

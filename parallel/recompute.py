@@ -37,7 +37,7 @@ from model.transformer import Transformer
 from parallel.expert import TO_HOST
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
-ROUTING = {aten.topk.default, aten.argsort.stable, aten.sort.stable, TO_HOST}
+ROUTING = {torch.ops.rorqual.route.default, TO_HOST}
 EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
 GROUPED_PRODUCTS = {aten._grouped_mm.default, torch.ops.rorqual.fp8_multiply_groups.default}
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from model.moe import LocalDispatcher, MoE
 from model.ops.grouped_mm import BACKENDS
-from model.router import Router, count_experts, limit_to_groups
+from model.ops.routing import count_experts, limit_to_groups
+from model.router import Router
 
 INF = float("inf")
 

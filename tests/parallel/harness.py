@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelConfig
 from model.init import initialize
 from model.ops.fp8.kernels import Reference
-from model.router import Router, Routing, limit_to_groups
+from model.ops.routing import limit_to_groups
+from model.router import Router, Routing
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, StepSettings
