@@ -46,7 +46,8 @@ class Transformer(nn.Module):
     Args:
         config: the dimensions.
         compute_dtype: dtype of activations and matrix products; parameters keep their own.
-        attention: "sdpa" (PyTorch's fused kernels) or "reference".
+        attention: "fused" (on a CPU in fp32 our kernel, else PyTorch's), "sdpa" (PyTorch's), "reference", or what
+            `model.ops.attention.choose` has chosen for a GPU.
         experts: "grouped_mm" (one kernel for all experts) or "reference" (a loop over them).
         mask_documents: keep attention and targets inside a packed document. Rotary positions are relative, so
             with the mask they need no reset at a document's start.
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         compute_dtype: torch.dtype = torch.float32,
-        attention: Literal["sdpa", "reference"] = "sdpa",
+        attention: AttentionBackend | Literal["fused", "sdpa", "reference"] = "fused",
         experts: Literal["grouped_mm", "reference"] = "grouped_mm",
         mask_documents: bool = False,
         fp8: Kernels | None = None,
@@ -70,7 +71,8 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.mask_documents = mask_documents
-        self.model = Decoder(config, attention_ops.BACKENDS[attention], grouped_mm_ops.BACKENDS[experts])
+        backend = attention_ops.BACKENDS[attention] if isinstance(attention, str) else attention
+        self.model = Decoder(config, backend, grouped_mm_ops.BACKENDS[experts])
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.fp8: dict[str, Fp8] = compute_in_fp8(self.model.layers, fp8) if fp8 else {}
 

@@ -56,7 +56,7 @@ def reference(make_config, randomize):
 
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "reference"])
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("attention", ["fused", "sdpa", "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_every_gradient_equal_those_of_transformers(reference, shape, attention, experts):
     config, hf, tokens, expected = reference(shape)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.ops.attention.cpu import fused_attention
 from model.ops.attention.reference import reference_attention
 from model.ops.attention.sdpa import sdpa_attention
 from model.rope import Rotation
@@ -35,7 +36,11 @@ class AttentionBackend(Protocol):
         """
 
 
-BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa_attention, "reference": reference_attention}
+BACKENDS: dict[str, AttentionBackend] = {
+    "fused": fused_attention,
+    "sdpa": sdpa_attention,
+    "reference": reference_attention,
+}
 
 
 def document_starts(documents: Tensor) -> Tensor:

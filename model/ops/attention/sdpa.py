@@ -1,10 +1,10 @@
 """Attention by PyTorch's own kernels, for any device and dtype."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.attention.reference import assemble, visible
+from model.ops.attention.assembled import additive_mask
+from model.ops.attention.reference import assemble
 from model.rope import Rotation
 
 
@@ -20,12 +20,6 @@ def sdpa_attention(
     width = v.shape[-1]
     if q.device.type == "cpu" and width < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - width))
-    mask = None if starts is None else additive_mask(starts, q)
+    mask = None if starts is None else additive_mask(starts, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width].transpose(1, 2)  # [B, T, H, v]
-
-
-def additive_mask(starts: Tensor, q: Tensor) -> Tensor:
-    """[B, 1, T, T] of 0 and −inf in q's dtype; of a bool mask SDPA would make one itself, beside the other."""
-    hidden = ~visible(starts, q)
-    return torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))

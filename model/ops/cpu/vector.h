@@ -42,6 +42,18 @@ static inline void store(float* p, Vector v, int64_t n) {
 
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+// Lanes 1, 0, 3, 2, …
+static inline Vector swap_pairs(Vector v) {
+    Integers order;
+    for (int i = 0; i < LANES; ++i) order[i] = i ^ 1;
+#if defined(__clang__)
+    Vector swapped;
+    for (int i = 0; i < LANES; ++i) swapped[i] = v[order[i]];
+    return swapped;
+#else
+    return __builtin_shuffle(v, order);
+#endif
+}
 static inline float sum(Vector v) {
     float total = 0;
     for (int i = 0; i < LANES; ++i) total += v[i];
@@ -51,6 +63,39 @@ static inline float largest(Vector v) {
     float best = v[0];
     for (int i = 1; i < LANES; ++i) best = std::max(best, v[i]);
     return best;
+}
+
+// A square of numbers turned over its diagonal: lane j of v[i] becomes lane i of v[j].
+static inline void transpose(Vector v[LANES]) {
+#if defined(__AVX512F__)
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {  // pairs of rows: numbers 0 0 1 1 of each quarter, then 2 2 3 3
+        a[i] = _mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)  // b[i + c] has column c of each quarter, of rows i to i + 3
+        for (int j = 0; j < 2; ++j) {
+            const __m512d x = (__m512d)a[i + j], y = (__m512d)a[i + j + 2];
+            b[i + 2 * j] = (__m512)_mm512_unpacklo_pd(x, y);
+            b[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(x, y);
+        }
+    for (int c = 0; c < 4; ++c) {  // quarters are a 4 x 4 of their own
+        const __m512 even = _mm512_shuffle_f32x4(b[c], b[c + 4], 0x88), odd = _mm512_shuffle_f32x4(b[c], b[c + 4], 0xdd);
+        const __m512 even_below = _mm512_shuffle_f32x4(b[c + 8], b[c + 12], 0x88);
+        const __m512 odd_below = _mm512_shuffle_f32x4(b[c + 8], b[c + 12], 0xdd);
+        v[c] = (Vector)_mm512_shuffle_f32x4(even, even_below, 0x88);
+        v[c + 4] = (Vector)_mm512_shuffle_f32x4(odd, odd_below, 0x88);
+        v[c + 8] = (Vector)_mm512_shuffle_f32x4(even, even_below, 0xdd);
+        v[c + 12] = (Vector)_mm512_shuffle_f32x4(odd, odd_below, 0xdd);
+    }
+#else
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float kept = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = kept;
+        }
+#endif
 }
 
 // e^x to 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial in r (coefficients of Cephes' expf).
