@@ -1,14 +1,14 @@
 """The two sides of `train_step.py`: Rorqual's training step, and the same step of `transformers`' DeepseekV3.
 
-Both start from the same weights and take the same steps: forward, backward, clipping, AdamW of the same class, groups and
-arguments. MTP is off. Ours also computes what `transformers` has not: expert counts, the sequence-wise balance loss and the bias
-update; their weights are 0 here, so that both minimise the same loss.
+Both start from the same weights and take the same steps: forward, backward, clipping, AdamW of the same groups and arguments. Ours
+also computes what `transformers` has not: expert counts, the sequence-wise balance loss and the bias update; their weights are 0
+here, so that both minimise the same loss. MTP, which `transformers` has not either, is a contestant of its own.
 """
 
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,15 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.samples import Phase, Samples, StoreEntry
 from model.config import ModelConfig, load_preset
+from model.flops import Recompute
 from model.init import initialize
 from model.transformer import Transformer
 from parallel.ddp import DDPEngine
-from parallel.engine import StepSettings
+from parallel.engine import StepResult, StepSettings
+from parallel.recompute import apply_recompute
 from train.optimizer import build_optimizer
 from train.sections import OptimizerSection
 
 LR = 1e-4
+WARM_LR, WARM_UP = 4e-4, 50  # of the steps that warm weights, and how many of them the rate rises
 CLIP = 1.0
 OPTIMIZER = OptimizerSection()
 
@@ -35,29 +39,52 @@ class Shape:
     """A model and the batch of one step."""
 
     name: str
-    config: ModelConfig
-    batch: int
+    config: ModelConfig  # without MTP, unless `with_mtp` has added it
+    batch: int  # sequences of a step
+    micro_batch: int  # sequences in one forward pass
     sequence_length: int
+    alone: bool  # a device has room for one contestant at a time
 
     @classmethod
     def read(cls, path: Path) -> "Shape":
-        """A file {"model": preset name or fields of a Hugging Face config.json, "batch": …, "sequence_length": …}."""
+        """A file {"model": preset name or fields of a Hugging Face config.json, "batch": …, "sequence_length": …}.
+
+        A map with the key "preset" has the preset's fields and, over them, its own.
+        """
         record = json.loads(path.read_text())
-        model = record["model"]
-        fields = load_preset(model) if isinstance(model, str) else model
-        length = record["sequence_length"]
+        model, length, batch = record["model"], record["sequence_length"], record["batch"]
+        model = {"preset": model} if isinstance(model, str) else model
+        fields = (load_preset(model["preset"]) if "preset" in model else {}) | model
+        fields.pop("preset", None)
         config = ModelConfig.from_hf(fields | {"num_nextn_predict_layers": 0, "max_position_embeddings": length})
-        return cls(path.stem, config, record["batch"], length)
+        return cls(path.stem, config, batch, record.get("micro_batch", batch), length, record.get("alone", False))
+
+    def with_mtp(self, modules: int) -> "Shape":
+        return replace(self, config=self.config.override({"num_nextn_predict_layers": modules}))
 
     @property
     def tokens(self) -> int:
         return self.batch * self.sequence_length
 
     def draw(self) -> "Batch":
-        """The tokens of every step: the same random ones in every process."""
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, self.config.vocab_size, (self.batch, self.sequence_length + 1), generator=generator)
+        """The tokens of every step: the same random ones in every process, with MTP and without."""
+        generator, widths = (
+            torch.Generator().manual_seed(1),
+            (self.sequence_length + 1, self.config.num_nextn_predict_layers),
+        )
+        parts = [torch.randint(0, self.config.vocab_size, (self.batch, w), generator=generator) for w in widths]
+        tokens = torch.cat(parts, dim=1)
         return Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32))
+
+    def read_from(self, store: Path, step: int) -> "Batch":
+        """The real tokens of a step of a run over this store."""
+        phase = Phase(0, [StoreEntry(store)], self.sequence_length)
+        samples = Samples([phase], self.config.num_nextn_predict_layers, seed=0)
+        batch = Batch(*samples.batch(step * self.batch, self.batch))
+        most, size = int(batch.tokens.max()), self.config.vocab_size
+        if most >= size:
+            raise SystemExit(f"--store {store}: has token {most}, the shape's vocabulary {size}; give another store")
+        return batch
 
 
 class Batch(NamedTuple):
@@ -66,6 +93,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.tokens.to(device), self.documents.to(device))
+
+    def split(self, sequences: int) -> list["Batch"]:
+        return [Batch(*parts) for parts in zip(self.tokens.split(sequences), self.documents.split(sequences))]
 
 
 class Contestant(Protocol):
@@ -81,25 +111,42 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """The engine as a user's run has it, in a group of one rank."""
+    """The engine as a user's run has it, in a group of one rank. A shape with MTP trains that too."""
 
-    def __init__(self, shape: Shape, device: torch.device, compute_dtype: torch.dtype):
+    def __init__(self, shape: Shape, device: torch.device, compute_dtype: torch.dtype, recompute: Recompute = "none"):
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.shape = shape
         self.model = without_weights(shape.config, compute_dtype)
+        apply_recompute(self.model, recompute)
         optimizer = partial(build_optimizer, settings=OPTIMIZER)
         self.engine = DDPEngine(self.model, device, lambda m, write: initialize(m, 0, device, write), optimizer, CLIP)
         self.optimizer = self.engine.optimizer
 
     def step(self, batch: Batch) -> float:
-        settings = StepSettings(lr=LR, gamma=0.0, alpha=0.0, lambda_=0.0, batch=len(batch.tokens))
-        return self.engine.step([batch], settings).losses.main
+        settings = StepSettings(lr=LR, gamma=0.0, alpha=0.0, lambda_=0.3, batch=len(batch.tokens))
+        return self.engine.step(batch.split(self.shape.micro_batch), settings).losses.main
+
+    def train(self, batch: Batch, step: int) -> StepResult:
+        """A step that learns and balances, as a run's: DeepSeek-V3's constants, with a short warm-up."""
+        lr = WARM_LR * min(1.0, (step + 1) / WARM_UP)
+        settings = StepSettings(lr=lr, gamma=1e-3, alpha=1e-4, lambda_=0.3, batch=len(batch.tokens))
+        return self.engine.step(batch.split(self.shape.micro_batch), settings)
 
 
 class Theirs:
     """`DeepseekV3ForCausalLM` with the loss that it computes itself; bf16 by autocast."""
 
-    def __init__(self, shape: Shape, device: torch.device, compute_dtype: torch.dtype, experts: str, attention: str):
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        experts: str,
+        attention: str,
+        recompute: bool = False,
+    ):
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
         config = DeepseekV3Config(**shape.config.to_hf())
@@ -107,6 +154,9 @@ class Theirs:
         config._attn_implementation = attention
         with device:
             self.model = DeepseekV3ForCausalLM(config)
+        if recompute:
+            self.model.gradient_checkpointing_enable()
+        self.micro_batch = shape.micro_batch
         self.model.load_state_dict(fresh(shape.config, device, compute_dtype).state_dict())
         self.optimizer = build_optimizer(self.model.named_parameters(), OPTIMIZER)
         for group in self.optimizer.param_groups:
@@ -116,14 +166,18 @@ class Theirs:
             self.compute = lambda: torch.autocast(device.type, compute_dtype)
 
     def step(self, batch: Batch) -> float:
-        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:].contiguous()
-        with self.compute():
-            loss = self.model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
-        loss.backward()
+        parts = batch.split(self.micro_batch)
+        total = torch.zeros((), device=batch.tokens.device)
+        for part in parts:
+            inputs, targets = part.tokens[:, :-1], part.tokens[:, 1:].contiguous()
+            with self.compute():
+                loss = self.model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+            (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss.detach())
+        return float(total)
 
 
 def fresh(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype) -> Transformer:

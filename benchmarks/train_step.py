@@ -2,38 +2,34 @@
 
     python benchmarks/train_step.py --shape benchmarks/shapes/reference.json --json FILE
 
-Each side lives in a process of its own. On a CPU both are pinned to the same core with one thread each, and one is idle while the
-other steps, A B A B …: a neighbour's noise then hits both, and the ratio is taken pair by pair. On a GPU (bf16, CUDA events) they
-alternate as well. `transformers` runs with the fastest of its experts and attention implementations, found by trial in the run.
+Each side lives in a process of its own. On a CPU all are pinned to one core with one thread each, and one is idle while another
+steps, A B A B …: a neighbour's noise then hits both, and the ratio is taken pair by pair. On a GPU (bf16, CUDA events) they
+alternate as well, unless the shape says that only one has room. `transformers` runs with the fastest of its experts and attention
+implementations, found by trial in the run.
+
+`--mtp N` lets ours with N MTP modules take its turns too. `--warm STEPS --store STORE` trains ours first, so that all start from
+weights that route as a real run's, on real tokens. `--profile PICTURE` says where a step of ours goes.
 """
 
 import argparse
 import json
-import math
-import multiprocessing
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable
+import tempfile
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import torch
-from contestants import Batch, Contestant, Ours, Shape, Theirs
-from live_bytes import LiveBytes
+from contestants import Shape
+from sides import Seconds, Side, Task, compute_dtype
+from step_profile import as_lines, draw
 
 from data.files import replace_file
-from model.flops import flops_mfu
-from train.planning.devices import peak_flops
+from model.flops import Recompute, flops_mfu
 
-ATTENTION = ("eager", "sdpa")
 SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference of the first losses, in nats
-FEW = 16  # tokens of a cheap trial
-HOPELESS = 8.0  # a candidate that takes this many times the best one's time per token gets no full trial
-LATE = 600  # seconds after which a silent process is given up
 
 
 def main() -> None:
@@ -43,52 +39,62 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="timed steps of each side")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each side before the timed ones")
     parser.add_argument("--core", type=int, help="the CPU core both are pinned to; default: the last one")
+    parser.add_argument("--recompute", choices=get_args(Recompute), help="of ours; default: as a run's on this device")
+    parser.add_argument("--mtp", type=int, default=0, help="MTP modules of a third contestant")
+    parser.add_argument("--warm", type=int, default=0, help="steps of training before all start; needs --store")
+    parser.add_argument("--store", type=Path, help="a token store to take the tokens from; default: random tokens")
+    parser.add_argument("--profile", type=Path, help="draw here where a step of ours goes")
     arguments = parser.parse_args()
+    if arguments.warm and not arguments.store:
+        parser.error("--warm trains on real tokens; give --store too")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     core = (arguments.core if arguments.core is not None else max(os.sched_getaffinity(0))) if device == "cpu" else None
-    result = compare(Shape.read(arguments.shape), device, core, arguments.pairs, arguments.warmup)
-    text = json.dumps(result, indent=2)
+    recompute: Recompute = arguments.recompute or ("selective" if device == "cuda" else "none")
+    shape = Shape.read(arguments.shape)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "weights.pt") if arguments.warm else None
+        task = Task(shape, device, core, recompute, weights, arguments.store, arguments.warm)
+        result = compare(task, arguments.pairs, arguments.warmup, arguments.mtp, bool(arguments.profile))
     if arguments.json:
         with replace_file(arguments.json) as temporary:
-            temporary.write_text(text + "\n")
-    print(text)
+            temporary.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "profile"}, indent=2))
+    if arguments.profile:
+        draw(result["profile"], arguments.profile)
+        print("\n".join(["", *as_lines(result["profile"])]))
+    print("\n".join(["", *as_table(result)]))
 
 
-def compare(shape: Shape, device: str, core: int | None, pairs: int, warmup: int) -> dict[str, Any]:
-    """Run both sides and put their figures beside each other. Ratios are ours / theirs."""
-    ours, theirs = Side("ours", shape, device, core), Side("theirs", shape, device, core)
-    try:
-        implementation = theirs.ask("choose")
-        peak = ours.ask("peak_flops")
-        first = {"ours": ours.ask("start"), "theirs": theirs.ask("start")}
-        difference = abs(first["ours"] - first["theirs"])
-        allowed = SAME_LOSS[compute_dtype(device)]
-        assert difference <= allowed, (
-            f"first losses differ by {difference:.1e}: the two sides do different work ({first})"
-        )
-        for _ in range(warmup - 1):  # the first step was one
-            ours.ask("step"), theirs.ask("step")
-        steps: list[tuple[Seconds, Seconds]] = [(ours.ask("step"), theirs.ask("step")) for _ in range(pairs)]
-        memory = {"ours": ours.ask("memory"), "theirs": theirs.ask("memory")}
-    finally:
-        ours.close()
-        theirs.close()
-    seconds = [(a.wall, b.wall) for a, b in steps]
-    ratios = sorted(b / a for a, b in seconds)
-    flops = flops_mfu(shape.config, shape.sequence_length)
-    speed = {name: shape.tokens / statistics.median(times) for name, times in zip(("ours", "theirs"), zip(*seconds))}
+def compare(task: Task, pairs: int, warmup: int, modules: int = 0, profiles: bool = False) -> dict[str, Any]:
+    """Run all sides and put their figures beside each other. Ratios of speed and memory are ours and theirs."""
+    shape, names = task.shape, ["ours", "theirs", *(["mtp"] if modules else [])]
+    warmed = warm(task, modules) if task.weights else None
+    found: dict[str, dict[str, Any]] = {}
+    for together in [[name] for name in names] if shape.alone else [names]:
+        found |= take_turns(together, task, pairs, warmup, modules, profiles)
+    check_first_losses(found, task)
+    ours, theirs = found["ours"], found["theirs"]
+    both = {"ours": ours, "theirs": theirs}
+    steps: list[tuple[Seconds, Seconds]] = list(zip(ours["steps"], theirs["steps"]))
+    ratios = sorted(b.wall / a.wall for a, b in steps)
+    flops, peak = flops_mfu(shape.config, shape.sequence_length), ours["peak_flops"]
+    speed = {name: shape.tokens / statistics.median(s.wall for s in side["steps"]) for name, side in both.items()}
+    memory = {name: side["memory"] for name, side in both.items()}
+    on_cpu = task.device == "cpu"
     return {
         "shape": shape.name,
         "tokens_per_step": shape.tokens,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, one core, one thread",
-        "compute_dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "device": f"{platform.machine()}, one core, one thread" if on_cpu else torch.cuda.get_device_name(),
+        "compute_dtype": str(compute_dtype(task.device)).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "theirs_fastest": implementation["fastest"],
-        "theirs_trials_seconds": implementation["seconds"],
+        "recompute": task.recompute,
+        "warmed": warmed,
+        "theirs_fastest": theirs["choice"]["fastest"],
+        "theirs_trials_seconds": theirs["choice"]["seconds"],
         "speed_ratio": statistics.median(ratios),
         "speed_ratio_spread": [ratios[0], ratios[-1]],
-        "speed_ratio_of_cpu_time": statistics.median(b.cpu / a.cpu for a, b in steps) if device == "cpu" else None,
+        "speed_ratio_of_cpu_time": statistics.median(b.cpu / a.cpu for a, b in steps) if on_cpu else None,
         "tokens_per_second": speed,
         "peak_flops": peak,
         "flops_per_token": flops,
@@ -96,157 +102,105 @@ def compare(shape: Shape, device: str, core: int | None, pairs: int, warmup: int
         "memory_ratio": memory["ours"]["everything"] / memory["theirs"]["everything"],
         "memory_ratio_without_state": memory["ours"]["without_state"] / memory["theirs"]["without_state"],
         "peak_bytes": memory,
-        "first_loss": first,
-        "step_seconds": {"ours": [a for a, _ in seconds], "theirs": [b for _, b in seconds]},
+        "first_loss": {name: side["first_loss"] for name, side in both.items()},
+        "step_seconds": {name: [s.wall for s in side["steps"]] for name, side in both.items()},
+        "mtp": cost_of_mtp(ours, found["mtp"], shape, modules, peak, on_cpu) if modules else None,
+        "profile": ours.get("profile"),
     }
 
 
-def compute_dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device == "cuda" else torch.float32
+def warm(task: Task, modules: int) -> dict[str, Any]:
+    """Train the weights that all start from, MTP modules too."""
+    side = Side("ours", task, modules)
+    try:
+        return side.ask("warm", task.first_step, task.weights)
+    finally:
+        side.close()
 
 
-class Seconds(NamedTuple):
-    """The time of one step."""
-
-    wall: float
-    cpu: float  # what the process itself ran, without the neighbours' turns; not a number on a GPU
-
-
-class Side:
-    """One contestant in a process of its own, which does what it is asked and is idle in between."""
-
-    def __init__(self, name: str, shape: Shape, device: str, core: int | None):
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, name, shape, device, core), daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, question: str) -> Any:
-        self.pipe.send(question)
-        if not self.pipe.poll(LATE):
-            raise TimeoutError(f"{self.name}: no answer to {question!r} after {LATE} s")
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.pipe.close()
-        self.process.join(timeout=10)
-        self.process.kill()
+def take_turns(
+    names: list[str], task: Task, pairs: int, warmup: int, modules: int, profiles: bool
+) -> dict[str, dict[str, Any]]:
+    """What the sides measure that live at the same time."""
+    sides = {name: Side(name, task, modules if name == "mtp" else 0) for name in names}
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    try:
+        if "theirs" in sides:
+            found["theirs"]["choice"] = sides["theirs"].ask("choose")
+        if "ours" in sides:
+            found["ours"]["peak_flops"] = sides["ours"].ask("peak_flops")
+        for name, side in sides.items():
+            found[name]["first_loss"] = side.ask("start")
+        check_first_losses(found, task)
+        for _ in range(warmup - 1):  # the first step was one
+            for side in sides.values():
+                side.ask("step")
+        turns = [{name: side.ask("step") for name, side in sides.items()} for _ in range(pairs)]
+        for name, side in sides.items():
+            found[name] |= {"steps": [turn[name] for turn in turns], "memory": side.ask("memory")}
+        if profiles and "ours" in sides:
+            found["ours"]["profile"] = sides["ours"].ask("profile", found["ours"]["peak_flops"])
+    finally:
+        for side in sides.values():
+            side.close()
+    return found
 
 
-def serve(pipe: Connection, name: str, shape: Shape, device_name: str, core: int | None) -> None:
-    """The life of a side's process: answer until the other end is closed."""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-        torch.set_num_threads(1)
-    worker = Worker(name, shape, torch.device(device_name))
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(getattr(worker, question)())
+def check_first_losses(found: dict[str, dict[str, Any]], task: Task) -> None:
+    first = {name: side["first_loss"] for name, side in found.items()}
+    difference = max(first.values()) - min(first.values())
+    assert difference <= SAME_LOSS[compute_dtype(task.device)], (
+        f"first losses differ by {difference:.1e}: the sides do different work ({first})"
+    )
 
 
-class Worker:
-    """Answers the questions put to a side."""
-
-    def __init__(self, name: str, shape: Shape, device: torch.device):
-        self.name, self.shape, self.device = name, shape, device
-        self.dtype = compute_dtype(device.type)
-        self.batch = shape.draw().to(device)
-        self.implementation = ("grouped_mm", "sdpa")  # of transformers: experts, attention
-        self.contestant: Contestant
-
-    def choose(self) -> dict[str, Any]:
-        """Try every implementation on the whole batch and keep the fastest.
-
-        `batched_mm` copies the weights of every token's experts, 16 GB for the reference shape; a few tokens tell whether it is
-        worth that.
-        """
-        seconds = {(e, a): self._try((e, a), self.batch) for e in ("grouped_mm", "eager") for a in ATTENTION}
-        rate = min(seconds.values()) / self.shape.tokens
-        few = Batch(*(part[:1, : FEW + 1].contiguous() for part in self.batch))
-        for attention in ATTENTION:
-            candidate = ("batched_mm", attention)
-            hopeless = self._try(candidate, few) / FEW > HOPELESS * rate
-            seconds[candidate] = float("inf") if hopeless else self._try(candidate, self.batch)
-        self.implementation = min(seconds, key=seconds.__getitem__)
-        return {
-            "fastest": label(self.implementation),
-            "seconds": {label(c): s if math.isfinite(s) else None for c, s in seconds.items()},
-        }
-
-    def start(self) -> float:
-        """A fresh model's first loss."""
-        self.contestant = self._build(self.implementation)
-        return self.contestant.step(self.batch)
-
-    def peak_flops(self) -> float:
-        return peak_flops(self.device, self.dtype)
-
-    def step(self) -> Seconds:
-        return timed(lambda: self.contestant.step(self.batch), self.device)
-
-    def memory(self) -> dict[str, int]:
-        """The peak of live tensor bytes in a step; beside it, on a GPU, that of the allocator."""
-        model, optimizer = self.contestant.model, self.contestant.optimizer
-        state = [*model.parameters(), *(v for values in optimizer.state.values() for v in values.values())]
-        live, gradients = LiveBytes(), set[int]()
-        numbers = live.note(state)
-        live.note([*model.buffers(), *self.batch])
-        hook = optimizer.register_step_pre_hook(
-            lambda *_: gradients.update(live.note(p.grad for p in model.parameters()))
-        )
-        with live:
-            self.contestant.step(self.batch)  # finds what lasts from step to step and is no parameter, such as buckets
-            live.start()
-            self.contestant.step(self.batch)
-        hook.remove()
-        peak = live.peak(numbers | gradients)._asdict()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.contestant.step(self.batch)
-            peak["allocator"] = torch.cuda.max_memory_allocated()
-        return peak
-
-    def _build(self, implementation: tuple[str, str]) -> Contestant:
-        if self.name == "ours":
-            return Ours(self.shape, self.device, self.dtype)
-        return Theirs(self.shape, self.device, self.dtype, *implementation)
-
-    def _try(self, implementation: tuple[str, str], batch: Batch) -> float:
-        """Seconds of the best of three steps after a first; infinite where the implementation fails on this device.
-
-        On a CPU these are seconds of CPU time: the candidates do not alternate, and a neighbour must not choose among them.
-        """
-        try:
-            contestant = self._build(implementation)
-            contestant.step(batch)
-            times = [timed(lambda: contestant.step(batch), self.device) for _ in range(3)]
-        except (RuntimeError, NotImplementedError, ImportError, ValueError):
-            return float("inf")
-        return min(time.cpu if self.device.type == "cpu" else time.wall for time in times)
+def cost_of_mtp(
+    plain: dict[str, Any], mtp: dict[str, Any], shape: Shape, modules: int, peak: float, on_cpu: bool
+) -> dict[str, Any]:
+    """The step with MTP over the step without, turn by turn, beside the same ratio of FLOPs."""
+    flops, more = (flops_mfu(s.config, shape.sequence_length) for s in (shape, shape.with_mtp(modules)))
+    pairs: list[tuple[Seconds, Seconds]] = list(zip(plain["steps"], mtp["steps"]))
+    ratios = sorted(b.wall / a.wall for a, b in pairs)
+    rate = shape.tokens / statistics.median(s.wall for s in mtp["steps"])
+    return {
+        "modules": modules,
+        "time_ratio": statistics.median(ratios),
+        "time_ratio_spread": [ratios[0], ratios[-1]],
+        "time_ratio_of_cpu_time": statistics.median(b.cpu / a.cpu for a, b in pairs) if on_cpu else None,
+        "flops_ratio": more / flops,
+        "tokens_per_second": rate,
+        "mfu": rate * more / peak,
+        "peak_bytes": mtp["memory"],
+    }
 
 
-def label(implementation: tuple[str, str]) -> str:
-    return "{} experts, {} attention".format(*implementation)
-
-
-def timed(step: Callable[[], Any], device: torch.device) -> Seconds:
-    """How long one call takes."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        return Seconds(begin.elapsed_time(end) / 1e3, float("nan"))
-    wall, cpu = time.perf_counter(), time.process_time()
-    step()
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+def as_table(result: dict[str, Any]) -> list[str]:
+    """The figures that matter, in rows of contestants."""
+    mtp, peaks = result["mtp"], dict(result["peak_bytes"])
+    rates, mfu = dict(result["tokens_per_second"]), dict(result["mfu"])
+    names = {"ours": f"ours, recompute {result['recompute']}", "theirs": f"transformers, {result['theirs_fastest']}"}
+    if mtp:
+        names["mtp"] = f"ours with {mtp['modules']} MTP"
+        rates["mtp"], mfu["mtp"], peaks["mtp"] = mtp["tokens_per_second"], mtp["mfu"], mtp["peak_bytes"]
+    low, high = result["speed_ratio_spread"]
+    by_cpu = result["speed_ratio_of_cpu_time"]
+    lines = [
+        f"{result['shape']}, {result['device']}, {result['compute_dtype']}, {result['tokens_per_step']} tokens a step; "
+        f"ours is × {result['speed_ratio']:.2f} ({low:.2f} … {high:.2f}"
+        + (f"; of CPU time {by_cpu:.2f})" if by_cpu else ")"),
+        "| | tokens/s | of the peak | live bytes at the peak | without state | allocator |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, shown in names.items():
+        peak, columns = peaks[name], [shown, f"{rates[name]:,.0f}", f"{mfu[name]:.1%}"]
+        for key in ("everything", "without_state", "allocator"):
+            columns.append(f"{peak[key] / 1e6:,.0f} MB" if key in peak else "–")
+        lines.append("| " + " | ".join(columns) + " |")
+    ratios = f"{result['memory_ratio']:.2f} | {result['memory_ratio_without_state']:.2f}"
+    lines.append(f"| ours / transformers | {result['speed_ratio']:.2f} | | {ratios} | |")
+    if mtp:
+        lines.append(f"| MTP: time × {mtp['time_ratio']:.3f}, FLOPs × {mtp['flops_ratio']:.3f} | | | | | |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -216,9 +216,7 @@ class ParallelSection(Section):
     schedule: Annotated[Literal["1f1b", "interleaved", "zbv", "dualpipev"], only_built("1f1b")] = "1f1b"  # of pipelines
     reshard_after_forward: StrictBool = True  # fsdp: free gathered parameters between forward and backward pass
     offload: Literal["none", "optimizer", "all"] = "none"  # to the host: zero, its optimizer; fsdp and zero3, all
-    recompute: Literal["none", "selective", "full"] | None = (
-        None  # in the backward pass; None: selective on a GPU, none on a CPU
-    )
+    recompute: Literal["none", "selective", "full"] | None = None  # None: selective on a GPU, none on a CPU
     unproven: StrictBool = False  # run a layout that has no row in parallel/PARITY.md
     deepspeed: Annotated[dict[str, Any] | None, BeforeValidator(_as_ds_config)] = None  # zero: a ds_config, or its path
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from model.flops import flops_mfu
 from tests.benchmarks.commands import ROOT, command, run
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -53,9 +54,13 @@ def result(tmp_path_factory):
     """What the program writes for the micro shape."""
     folder = tmp_path_factory.mktemp("train_step")
     (folder / "micro.json").write_text(json.dumps(MICRO))
-    values = {"--shape": str(folder / "micro.json"), "--json": str(folder / "out.json")}
-    run(command("train_step.py", values, "--pairs", "2", "--warmup", "1"), CUDA_VISIBLE_DEVICES="")
-    return json.loads((folder / "out.json").read_text())
+    values = {"--shape": folder / "micro.json", "--json": folder / "out.json", "--profile": folder / "profile.png"}
+    words = command(
+        "train_step.py", {name: str(path) for name, path in values.items()}, "--pairs", "2", "--warmup", "1"
+    )
+    said = run(words, CUDA_VISIBLE_DEVICES="")
+    assert (folder / "profile.png").exists()
+    return json.loads((folder / "out.json").read_text()) | {"said": said}
 
 
 def test_both_sides_start_from_the_same_loss(result):
@@ -72,6 +77,44 @@ def test_the_ratios_are_those_of_the_figures_beside_them(result):
     assert 0 < low <= result["speed_ratio"] <= high
     for side in ("ours", "theirs"):
         assert result["mfu"][side] == pytest.approx(rate[side] * result["flops_per_token"] / result["peak_flops"])
+
+
+def test_mtp_is_timed_beside_the_plain_step_with_its_flops(result):
+    """One module: its entry of 2·16² numbers, a MoE block, and the head again, over two blocks and the head."""
+    mtp = result["mtp"]
+    low, high = mtp["time_ratio_spread"]
+    assert mtp["modules"] == 1 and 0 < low <= mtp["time_ratio"] <= high
+    flops = mtp["flops_ratio"] * result["flops_per_token"]
+    assert mtp["mfu"] == pytest.approx(mtp["tokens_per_second"] * flops / result["peak_flops"])
+
+
+def test_every_operation_of_the_profile_belongs_to_one_class_of_work(result):
+    classes = result["profile"]["classes"]
+    assert sum(row["share"] for row in classes.values()) == pytest.approx(1)
+    named = {
+        "linear maps",
+        "experts",
+        "head",
+        "attention",
+        "norms",
+        "gate and permutation",
+        "swiglu",
+        "clipping and optimizer",
+        "rest",
+    }
+    assert named <= classes.keys()
+    rate = result["peak_flops"] * classes["experts"]["of_the_peak"] * classes["experts"]["seconds"]
+    assert rate == pytest.approx(6 * 3 * 16 * 8 * 2 * 32)  # 2 of 4 experts, [16 × 8] three times, 32 tokens
+
+
+def test_the_last_lines_are_a_table_with_a_row_for_each(result):
+    rows = [line for line in result["said"].splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[-5:-1]] == [
+        "| ours, recompute none",
+        f"| transformers, {result['theirs_fastest']}",
+        "| ours with 1 MTP",
+        "| ours / transformers",
+    ]
 
 
 def test_every_implementation_of_transformers_was_tried(result):
@@ -104,6 +147,8 @@ def test_every_shape_is_a_model_with_its_batch(live_bytes):
     finally:
         sys.path.remove(str(BENCHMARKS))
     shapes = {path.stem: Shape.read(path) for path in (BENCHMARKS / "shapes").glob("*.json")}
-    assert shapes.keys() >= {"reference", "tiny", "small", "h100"}
+    assert shapes.keys() >= {"reference", "wide", "narrow", "tiny", "small", "h100"}
+    cost = {name: flops_mfu(shapes[name].config, 512) for name in ("reference", "wide", "narrow")}
+    assert max(cost.values()) < 1.2 * min(cost.values())
     assert shapes["reference"].tokens == 2048
     assert all(shape.config.num_nextn_predict_layers == 0 for shape in shapes.values())
