@@ -162,8 +162,9 @@ def activation_bytes(
         sequence_length: T.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
         recompute: as in `parallel.recompute`.
-        device: on a CPU attention pads values to the width of the keys; a GPU's kernels do not. The CPU's count is tested by
-            measurement, the GPU's follows from what its kernels save.
+        device: on a CPU attention in fp32 keeps queries, keys and values as the linear maps hand them out; elsewhere it keeps
+            them put together, and on a CPU values padded to the width of the keys. The CPU's count is tested by measurement,
+            the GPU's follows from what its kernels save.
         casts_weights: false where the weights of blocks reach them in the compute dtype.
         spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
         fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
@@ -173,12 +174,12 @@ def activation_bytes(
     sizes = _Sizes(a, device, fp8)
     depths = c.num_nextn_predict_layers
     rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, sizes)]
-    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, sizes) + _mtp_exit(c))
+    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, sizes) + _mtp_exit(c, a))
     per_token = sum(row.bytes for row in rows if recompute in row.kept)
     if spreads_experts:
         arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
         per_token += c.n_moe_layers * sum(row.bytes for row in _travel(c, arrived) if recompute in row.kept)
-    per_token += _norm(c.hidden_size)  # the final norm
+    per_token += _norm(c.hidden_size, a)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
     once = (1 + depths) * 4 * c.vocab_size * c.hidden_size  # gradient of the output head, one for each loss
@@ -230,25 +231,31 @@ def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
     dim, rank, q_rank, heads = c.hidden_size, c.kv_lora_rank, c.q_lora_rank or 0, c.num_attention_heads
     queries, values = heads * c.qk_head_dim, heads * c.v_head_dim
     up_projected = heads * (c.qk_nope_head_dim + c.v_head_dim)
-    padded = sizes.device == "cpu" and c.v_head_dim < c.qk_head_dim
+    fused = sizes.device == "cpu" and a == 4
+    padded = sizes.device == "cpu" and not fused and c.v_head_dim < c.qk_head_dim
+    attended = [
+        _Row("queries and keys", 2 * a * queries, NONE),
+        _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
+    ]
+    if fused:  # what the linear maps handed out; the rotary key is counted beside the latent's norm
+        attended = [_Row("queries", a * queries, NONE), _Row("keys and values", a * up_projected, NONE)]
     latent = rank + c.qk_rope_head_dim
     return [
         _Row("block input", a * dim, RECOMPUTED),
-        _Row("input norm", _norm(dim), NONE),
+        _Row("input norm", _norm(dim, a), NONE),
         _Row("its output, input of q and kv", sizes.factor(dim), NONE),
         _Row("query latent, or queries where there is none", a * (q_rank or queries), SELECTIVE),
-        _Row("its norm", _norm(q_rank), NONE),
+        _Row("its norm", _norm(q_rank, a), NONE),
         _Row("its norm's output, input of q_b", sizes.factor(q_rank), NONE),
         _Row("key-value latent and rotary key", a * latent, SELECTIVE),
-        _Row("its norm", _norm(rank) + (a * c.qk_rope_head_dim if a == 4 else 0), NONE),  # in fp32 a view of both
+        _Row("its norm", _norm(latent, a), NONE),  # a view of both
         _Row("its norm's output, input of kv_b", sizes.factor(rank), NONE),
-        _Row("queries and keys", 2 * a * queries, NONE),
-        _Row("values", a * (queries if padded else up_projected), NONE),  # unpadded: a view of kv_b's output
+        *attended,
         _Row("output", a * (queries if padded else values), PRODUCT),
         _Row("log-sum-exp", 4 * heads, PRODUCT),
         _Row("without what was padded, input of o", a * values if padded else 0, NONE),  # unpadded: the output itself
         _Row("output of o", a * dim, SELECTIVE),
-        _Row("post-attention norm", _norm(dim), NONE),
+        _Row("post-attention norm", _norm(dim, a), NONE),
         _Row("its output, input of the feed-forward part", sizes.factor(dim), NONE),
     ]
 
@@ -293,18 +300,18 @@ def _swiglu(width: int, sizes: _Sizes, rows: int = 1) -> list[_Row]:
 
 def _mtp_entry(c: ModelConfig, a: int) -> list[_Row]:
     dim = c.hidden_size
-    shared = 4 * dim if a == 4 else 0  # in fp32 the embedding is the first block's input, which is counted there
+    shared = a * dim  # the embedding is the first block's input, which is counted there
     return [
         _Row("states of the depth before", a * dim, SELECTIVE),  # `full` keeps them for the block's input
-        _Row("norms of embedding and state", 2 * _norm(dim) - shared, NONE),
+        _Row("norms of embedding and state", 2 * _norm(dim, a) - shared, NONE),
         _Row("both outputs, input of eh_proj", 2 * a * dim, NONE),
     ]
 
 
-def _mtp_exit(c: ModelConfig) -> list[_Row]:
-    return [_Row("final norm of the depth", _norm(c.hidden_size), NONE)]
+def _mtp_exit(c: ModelConfig, a: int) -> list[_Row]:
+    return [_Row("final norm of the depth", _norm(c.hidden_size, a), NONE)]
 
 
-def _norm(width: int) -> int:
-    """RMSNorm keeps its input in fp32 and 1/rms."""
-    return 4 * width + 4 if width else 0
+def _norm(width: int, a: int) -> int:
+    """RMSNorm keeps its input, and 1/rms in fp32."""
+    return a * width + 4 if width else 0

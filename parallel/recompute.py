@@ -44,6 +44,7 @@ MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
     aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.rorqual.fp8_multiply.default,
 }  # fmt: skip
 ATTENTION = {
+    torch.ops.rorqual.attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
