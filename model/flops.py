@@ -170,15 +170,48 @@ def activation_bytes(
         fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
         fp8_dispatch: whether those rows travel in E4M3.
     """
+    parts = activation_parts(
+        config,
+        micro_batch,
+        sequence_length,
+        element_size,
+        recompute,
+        device,
+        casts_weights,
+        spreads_experts,
+        fp8,
+        fp8_dispatch,
+    )
+    return sum(parts.values())
+
+
+def activation_parts(
+    config: ModelConfig,
+    micro_batch: int,
+    sequence_length: int,
+    element_size: int,
+    recompute: Recompute = "none",
+    device: Device = "cpu",
+    casts_weights: bool = True,
+    spreads_experts: bool = False,
+    fp8: bool = False,
+    fp8_dispatch: bool = False,
+) -> dict[str, int]:
+    """`activation_bytes`, by the part of the model that keeps them; norms belong to the part that they stand before."""
     c, a = config, element_size
     sizes = _Sizes(a, device, fp8)
     depths = c.num_nextn_predict_layers
-    rows = [row for layer in range(c.num_hidden_layers) for row in _block(c, layer, sizes)]
-    rows += depths * (_mtp_entry(c, a) + _block(c, c.num_hidden_layers, sizes) + _mtp_exit(c, a))
-    per_token = sum(row.bytes for row in rows if recompute in row.kept)
+    layers = [*range(c.num_hidden_layers), *depths * [c.num_hidden_layers]]
+
+    def kept(rows: list[_Row]) -> int:
+        return sum(row.bytes for row in rows if recompute in row.kept)
+
+    attention = sum(kept(_attention(c, sizes)) for _ in layers)
+    feed_forward = sum(kept(_feed_forward(c, layer, sizes)) for layer in layers)
     if spreads_experts:
         arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
-        per_token += c.n_moe_layers * sum(row.bytes for row in _travel(c, arrived) if recompute in row.kept)
+        feed_forward += c.n_moe_layers * kept(_travel(c, arrived))
+    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, a)])
     per_token += _norm(c.hidden_size, a)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
@@ -186,12 +219,19 @@ def activation_bytes(
     once += sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
     if depths:
         once += micro_batch * depths * a * c.hidden_size  # embeddings of the tokens beyond T
+    casts = 0
     if recompute == "none" and a != 4 and casts_weights:
-        layers = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)] + depths * [_mtp_matrices(c)]
+        matrices = [_layer_matrices(c, layer) for layer in range(c.num_hidden_layers)] + depths * [_mtp_matrices(c)]
         gates = c.n_moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
         entries = depths * 2 * c.hidden_size**2  # of MTP modules, which FP8 leaves alone
-        once += a * (entries if fp8 else sum(layer.all for layer in layers) - gates)
-    return micro_batch * sequence_length * per_token + once
+        casts = a * (entries if fp8 else sum(layer.all for layer in matrices) - gates)
+    tokens = micro_batch * sequence_length
+    return {
+        "attention": tokens * attention,
+        "feed-forward": tokens * feed_forward,
+        "embedding and head": tokens * per_token + once,  # and what MTP modules add to a block
+        "weights in the compute dtype": casts,
+    }
 
 
 class _Sizes(NamedTuple):
@@ -221,9 +261,8 @@ PRODUCT: tuple[Recompute, ...] = ("none", "selective")
 ALWAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
-def _block(c: ModelConfig, layer: int, sizes: _Sizes) -> list[_Row]:
-    feed_forward = _experts if c.is_moe(layer) else _dense
-    return [*_attention(c, sizes), *feed_forward(c, sizes)]
+def _feed_forward(c: ModelConfig, layer: int, sizes: _Sizes) -> list[_Row]:
+    return _experts(c, sizes) if c.is_moe(layer) else _dense(c, sizes)
 
 
 def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
