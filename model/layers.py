@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight.float(), self.eps)
 
 
 class MLP(nn.Module):

@@ -1,41 +1,88 @@
-"""RMSNorm, x / √(mean(x²) + eps) · w, keeping x and one number a row for the backward pass.
+"""RMSNorm, x / √(mean(x²) + eps) · w, keeping x in its own dtype and one number a row for the backward pass.
 
-On a GPU PyTorch has a fused kernel that keeps no more than that. On a CPU it composes the norm of elementwise operations, and
-autograd keeps the normalised x as well; there an autograd function takes its place.
+Whatever x is, sums and products are in fp32: no copy of x in fp32 exists but in registers, where there is a kernel.
 """
 
+from ctypes import c_float, c_int64
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · w over the last dimension. x [..., D], weight [D], the same dtype → [..., D]."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+from model.ops import cpu
+from model.ops.operation import operation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference_rms_norm` with the least kept for the backward pass."""
-    return _RMSNorm.apply(x, weight, eps) if x.device.type == "cpu" else reference_rms_norm(x, weight, eps)
+    """x / √(mean(x²) + eps) · w over the last dimension, in fp32. x [..., D], weight [D] fp32 → [..., D] in x's dtype."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` by PyTorch's operation and its autograd."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x/rms and g the gradient of n:  ∂x = (g − n · mean(g · n)) / rms."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        normed, inverse = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        x, weight, inverse = ctx.saved_tensors
-        n = x * inverse
-        d_weight = (grad * n).flatten(0, -2).sum(0)
-        g = grad * weight
-        mean = torch.linalg.vecdot(g, n).unsqueeze(-1) / x.shape[-1]  # [..., 1]
-        return g.addcmul_(n, mean, value=-1).mul_(inverse), d_weight, None
+        return *_rms_norm_backward(grad, *ctx.saved_tensors), None
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operation(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, eps: (_contiguous_like(x), weight.new_empty(x.shape[:-1])),
+)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normed rows, and 1/rms of each."""
+    rows = _rows(x)
+    if cpu.takes(x, weight) and (library := cpu.library("rms_norm")):
+        normed, inverse = _contiguous_like(x), weight.new_empty(x.shape[:-1])
+        library.rms_norm(
+            *_sizes(rows), c_float(eps), *map(cpu.address, (rows, weight, normed, inverse)), torch.get_num_threads()
+        )
+        return normed, inverse
+    wide = x.float()
+    inverse = (wide.square().mean(-1) + eps).rsqrt_()
+    return (wide * inverse.unsqueeze(-1)).mul_(weight).to(x.dtype), inverse
+
+
+@operation(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)",
+    lambda grad, x, weight, inverse: (_contiguous_like(x), torch.empty_like(weight)),
+)
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """With n = x/rms and g the gradient of n:  ∂x = (g − n · mean(g · n)) / rms."""
+    rows, grad = _rows(x), grad.contiguous()
+    if cpu.takes(grad, x, weight) and (library := cpu.library("rms_norm")):
+        dx, d_weight = _contiguous_like(x), torch.empty_like(weight)
+        library.rms_norm_backward(
+            *_sizes(rows), *map(cpu.address, (rows, weight, inverse, grad, dx, d_weight)), torch.get_num_threads()
+        )
+        return dx, d_weight
+    inverse, grad = inverse.unsqueeze(-1), grad.float()  # [..., 1]
+    n = x.float() * inverse
+    g = grad * weight
+    mean = torch.linalg.vecdot(g, n).unsqueeze(-1) / x.shape[-1]  # [..., 1]
+    return g.addcmul_(n, mean, value=-1).mul_(inverse).to(x.dtype), (grad * n).flatten(0, -2).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] → [N, D] without a copy where rows lie at equal distances, each of them whole."""
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _sizes(rows: Tensor) -> list[c_int64]:
+    return [c_int64(n) for n in (*rows.shape, rows.stride(0))]
