@@ -47,6 +47,11 @@ def _contiguous_like(x: Tensor) -> Tensor:
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed rows, and 1/rms of each."""
     rows = _rows(x)
+    if x.is_cuda:
+        from model.ops.triton import rms_norm as kernels
+
+        normed, inverse = kernels.rms_norm(rows, weight, eps)
+        return normed.view(x.shape), inverse.view(x.shape[:-1])
     if cpu.takes(x, weight) and (library := cpu.library("rms_norm")):
         normed, inverse = _contiguous_like(x), weight.new_empty(x.shape[:-1])
         library.rms_norm(
@@ -65,6 +70,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """With n = x/rms and g the gradient of n:  ∂x = (g − n · mean(g · n)) / rms."""
     rows, grad = _rows(x), grad.contiguous()
+    if x.is_cuda:
+        from model.ops.triton import rms_norm as kernels
+
+        d_rows, d_weight = kernels.rms_norm_backward(grad, rows, weight, inverse)
+        return d_rows.view(x.shape), d_weight
     if cpu.takes(grad, x, weight) and (library := cpu.library("rms_norm")):
         dx, d_weight = _contiguous_like(x), torch.empty_like(weight)
         library.rms_norm_backward(

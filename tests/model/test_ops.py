@@ -5,7 +5,6 @@ import torch
 
 from model.config import ConfigError
 from model.ops.grouped_mm import check_widths, fused_grouped_mm, reference_grouped_mm
-from model.ops.rms_norm import reference_rms_norm, rms_norm
 from model.ops.swiglu import reference_swiglu, swiglu
 
 
@@ -51,14 +50,6 @@ def test_a_width_that_the_grouped_product_cannot_read_is_refused(dtype, step):
     check_widths(8 * step, 3 * step, dtype)
     with pytest.raises(ConfigError, match=rf"moe_intermediate_size: {3 * step + 2} .* write {4 * step}$"):
         check_widths(8 * step, 3 * step + 2, dtype)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # at 1e-3 eps is as large as the mean square
-def test_rms_norm_equals_the_reference_in_values_and_gradients(scale):
-    x = (scale * torch.randn(3, 5, 24)).requires_grad_()
-    weight = torch.randn(24, requires_grad=True)
-    upstream = torch.randn(3, 5, 24)
-    _assert_equal_with_gradients(rms_norm, reference_rms_norm, (x, weight), upstream, eps=1e-6)
 
 
 def test_swiglu_equals_the_reference_in_values_and_gradients():
