@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from data.files import replace_file
-from model.ops.fp8.choose import CANDIDATES, kernels_for, of, timed
+from model.ops.fp8.choose import CANDIDATES, kernels_for, of
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.products import COLUMNS, EMULATION, GROUPS, ROWS, WITHIN_GROUPS
 from model.ops.fp8.quantize import E4M3, TILE, Quantized, dequantize, padded_ends
+from model.ops.measure import timed
 from train.planning.devices import peak_flops
 
 UNTRIED = ("triton specialized",)  # may hang; no candidate before a GPU has run it

@@ -8,7 +8,6 @@ Which of them suits a device and a shape is measured (`model.ops.attention.choos
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +117,9 @@ def assemble_backward_operation(
     return queries, torch.cat((dk[..., :nope], dv[..., :v]), dim=-1), shared
 
 
-def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
+def sdpa(
+    kernel: SDPBackend | list[SDPBackend], q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None
+) -> Tensor:
     """`Attend` by one of PyTorch's kernels. Documents are a mask of T × T, which `FLASH_ATTENTION` refuses."""
     mask = None if starts is None else additive_mask(starts, q.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -133,11 +134,3 @@ def additive_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
     positions = torch.arange(starts.shape[1], device=starts.device)
     hidden = (positions > positions.unsqueeze(1)) | (positions < starts[:, None, :, None])
     return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-SDPA = {
-    "cudnn": Assembled(partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
-    "cudnn-padded": Assembled(partial(sdpa, SDPBackend.CUDNN_ATTENTION), pads=True),
-    "sdpa-flash": Assembled(partial(sdpa, SDPBackend.FLASH_ATTENTION), pads=True),
-    "sdpa-efficient": Assembled(partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)),
-}

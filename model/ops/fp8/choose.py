@@ -7,11 +7,9 @@ there.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +30,12 @@ from model.ops.fp8.products import (
     Shape,
 )
 from model.ops.fp8.quantize import TILE, quantize_blocks, quantize_columns, quantize_rows
+from model.ops.measure import reason, times
 
 CANDIDATES = ("triton", "scaled_mm", "deep_gemm")
 # Of a row's numbers in 128 columns, relative. Rounding to bf16 makes a quarter of it, sums of 14 bits a fiftieth; the last of
 # 128 tiles with its neighbour's scale six times as much and more, in those rows where it is among the largest.
 LARGEST_ERROR = 1e-2
-ROUNDS = 5  # timed groups of each; their median counts
-CALLS = 5  # of a group
-QUEUED = 5_000_000  # cycles, about 3 ms, in which a group is queued
 HOPPER = (9, 0)
 # Maps with one input, the gradients of which are summed in fp32 (`model.ops.fp8.arithmetic`).
 READ_TOGETHER = {"gate_proj", "up_proj", "gate_up_proj", "q_proj", "q_a_proj", "kv_a_proj_with_mqa"}
@@ -180,10 +176,8 @@ def try_all(workload: Workload, names: Sequence[str], device: torch.device) -> d
             try:
                 if not agrees(run(), expected):
                     why = "wrong"
-            except Exception as error:  # whatever a library finds wrong with a shape, a device or itself
-                why = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}" if str(error) else repr(error)
-                )
+            except Exception as error:
+                why = reason(error)
             else:
                 runs[name] = run
         trials[name] = Trial(why=why)
@@ -235,29 +229,3 @@ def agrees(found: Tensor, expected: Tensor) -> bool:
         bool(((f.float() - e).norm(dim=-1) <= LARGEST_ERROR * e.norm(dim=-1)).all())
         for f, e in zip(found.tensor_split(parts, -1), expected.tensor_split(parts, -1))
     )
-
-
-def times(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Seconds of each, the median of several; they take turns, so that what disturbs one disturbs all."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device))
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call. On a GPU by its own clock, of several, which are queued while it waits: none waits for the host."""
-    if device.type == "cpu":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(QUEUED)
-    run()
-    start.record()
-    for _ in range(CALLS):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / CALLS

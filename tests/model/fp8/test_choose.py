@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.config import ConfigError, ModelConfig
+from model.ops import measure
 from model.ops.fp8 import choose
 from model.ops.fp8.choose import CANDIDATES, Workload, agrees, choices, draw, kernels_for, workloads
 from model.ops.fp8.kernels import Reference, multiply_by_tiles
@@ -85,7 +86,7 @@ def test_a_product_that_nobody_computes_is_refused_with_every_reason(implementat
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_product_can_be_measured(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "ROUNDS", 1)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
     work = Workload(Shape(product, 40, 48, torch.bfloat16), rows=50, groups=3 if "grouped" in product else 1)
     choice, (line,) = choices([work], (EMULATION,), CPU)
     assert choice == {work.shape: EMULATION} and product in line

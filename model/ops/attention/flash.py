@@ -1,0 +1,125 @@
+"""Attention by FlashAttention: the packages `flash_attn` (version 2, extra `flash`) and `flash_attn_interface` (version 3), and
+PyTorch's own copy for sequences of unequal lengths.
+
+Documents become sequences of a batch without padding: all tokens one after another, [B·T, H, …], and where each document begins.
+How many there are is known on the device; the host, which launches the kernels, must not wait for it. So room is made for as many
+as the host was told (`expect`), and what is left of it are empty sequences at the end, which cost little as long as they are few:
+kernels launch programs for the longest possible sequence of each, and keep buffers with 128 rows more for each.
+
+Version 2 and PyTorch's copy want values as wide as keys. Version 3 takes 192 / 128 forward, and some builds backward.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ConfigError
+from model.ops.attention.once import once_per_batch
+
+ROOM = 32  # documents; room grows by so many, since kernels that know their shapes would be compiled again for each
+
+
+class Flash:
+    """`Attend` by a package of FlashAttention.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+
+    def __init__(self, package: str = "flash_attn", hint: str = "pip install 'rorqual[flash]'"):
+        self.package, self.hint = package, hint
+        self.room: int | None = None  # documents of a micro-batch that the host knows of, at most
+
+    def expect(self, documents: Tensor) -> None:
+        """Learn of a micro-batch while it is on the host: [B, T or more] document numbers."""
+        changes = int((documents[:, 1:] != documents[:, :-1]).sum())
+        self.room = max(self.room or 0, rounded(len(documents) + changes))
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
+        if starts is None:
+            return self.attend(q, k, v, scale)
+        # Validation and whoever says nothing beforehand wait for the device.
+        room = self.room if torch.is_grad_enabled() else None
+        begins = sequences(starts, room or rounded(int(count(starts))))
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B·T, H, …]
+        return self.attend_within(q, k, v, scale, begins, starts.shape[1]).unflatten(0, starts.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention, [B, T, H, …]."""
+        return only_output(self.load().flash_attn_func(q, k, v, softmax_scale=scale, causal=True))
+
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor, longest: int) -> Tensor:
+        """The same of sequences one after another, [N, H, …]."""
+        return only_output(
+            self.load().flash_attn_varlen_func(
+                q, k, v, begins, begins, longest, longest, softmax_scale=scale, causal=True
+            )
+        )
+
+    def missing(self) -> str:
+        """What to do where it is not installed; else empty."""
+        return "" if find_spec(self.package) else f"{self.package} is not installed: {self.hint}"
+
+    def load(self) -> Any:
+        if why := self.missing():
+            raise ConfigError(why)
+        return import_module(self.package)
+
+
+class Flash3(Flash):
+    def __init__(self) -> None:
+        super().__init__("flash_attn_interface", "build it from the folder `hopper` of FlashAttention's repository")
+
+
+class VariableLength(Flash):
+    """`Attend` by PyTorch's copy of FlashAttention 2. Without documents it is what SDPA's is."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.nn.attention.varlen", "it comes with torch from 2.10 on")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        batch, length = q.shape[:2]
+        begins = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return self.attend_within(q, k, v, scale, begins, length).unflatten(0, (batch, length))
+
+    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor, longest: int) -> Tensor:
+        causal = (-1, 0)  # window: all keys before, none after
+        return self.load().varlen_attn(q, k, v, begins, begins, longest, longest, scale=scale, window_size=causal)
+
+
+@once_per_batch
+def sequences(starts: Tensor, room: int) -> Tensor:
+    """Where each document begins among all B·T tokens, and where the last one ends: [room + 1] int32, the rest empty ones.
+
+    Raises:
+        RuntimeError: there is not room for all; on a GPU the device reports it, later.
+    """
+    begins = is_first(starts)
+    torch._assert_async(begins.sum() <= room, "a micro-batch has more documents than the host was told of")
+    # What begins no document goes to a place that is cut off.
+    place = torch.where(begins, begins.cumsum(0) - 1, room + 1)
+    ends = torch.full((room + 2,), begins.numel(), dtype=torch.int32, device=starts.device)
+    tokens = torch.arange(begins.numel(), dtype=torch.int32, device=starts.device)
+    return ends.scatter_(0, place, tokens).narrow(0, 0, room + 1)
+
+
+def count(starts: Tensor) -> Tensor:
+    return is_first(starts).sum()
+
+
+def is_first(starts: Tensor) -> Tensor:
+    """Whether a token begins a document, [B·T]."""
+    return (starts == torch.arange(starts.shape[1], device=starts.device)).flatten()
+
+
+def rounded(documents: int) -> int:
+    return -(-documents // ROOM) * ROOM
+
+
+def only_output(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Some versions return what the backward pass needs beside it."""
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,162 @@
+"""FlashAttention's path, against a stand-in: flash-attn itself was never run.
+
+The stand-in has the functions that are called, with the arguments of their documentation, and computes in plain PyTorch what they
+promise. It refuses whatever the packages refuse: dtypes, strides, sizes, places of documents.
+"""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.config import ConfigError
+from model.ops.attention import reference_attention
+from model.ops.attention.assembled import Assembled
+from model.ops.attention.choose import expect
+from model.ops.attention.flash import Flash, Flash3, VariableLength, rounded, sequences
+from model.rope import Rotation
+from tests.model.attention.inputs import make_inputs, starts_of
+
+DOCUMENTS = starts_of([5, 1, 7, 4], [17])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal, [T, H, …]."""
+    scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype), v)
+
+
+class Package(ModuleType):
+    """`flash_attn` 2.8, or with `unequal` head sizes `flash_attn_interface`, some versions of which return more than the output."""
+
+    def __init__(self, name: str, unequal: bool):
+        super().__init__(name)
+        self.unequal = unequal
+        self.rooms: list[int] = []
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, *, tokens: int) -> None:
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert q.dim() == k.dim() == v.dim() == tokens + 2
+        assert q.shape == k.shape and q.shape[:-1] == v.shape[:-1]
+        assert self.unequal or q.shape[-1] == v.shape[-1]
+        assert all(x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and x.stride(-1) == 1 for x in (q, k, v))
+
+    def flash_attn_func(self, q, k, v, *, softmax_scale=None, causal=False):
+        self.check(q, k, v, tokens=2)
+        assert causal
+        out = torch.stack([attention(*one, softmax_scale) for one in zip(q, k, v)])
+        return (out, None) if self.unequal else out
+
+    def flash_attn_varlen_func(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale=None, causal=False
+    ):
+        self.check(q, k, v, tokens=1)
+        assert causal and type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k
+        for places in (cu_seqlens_q, cu_seqlens_k):
+            assert places.dtype == torch.int32 and places.dim() == 1 and places.is_contiguous()
+            lengths = places.diff()
+            assert places[0] == 0 and places[-1] == len(q) and lengths.min() >= 0 and lengths.max() <= max_seqlen_q
+        self.rooms.append(len(cu_seqlens_q) - 1)
+        parts = (x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v))
+        out = torch.cat([attention(*one, softmax_scale) for one in zip(*parts) if len(one[0])])
+        return (out, None) if self.unequal else out
+
+    def varlen_attn(self, q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert window_size == (-1, 0)
+        return self.flash_attn_varlen_func(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=True)
+
+
+BACKENDS = {
+    "2": lambda: Assembled(Flash(), pads=True),
+    "3": lambda: Assembled(Flash3()),
+    "3, padded": lambda: Assembled(Flash3(), pads=True),
+    "PyTorch's": lambda: Assembled(VariableLength(), pads=True),
+}
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
+    found = {name: Package(name, unequal=name.endswith("interface")) for name in ("flash_attn", "flash_attn_interface")}
+    found["torch.nn.attention.varlen"] = Package("torch.nn.attention.varlen", unequal=False)
+    for name, package in found.items():
+        package.__spec__ = object()  # what says that a module is installed
+        monkeypatch.setitem(sys.modules, name, package)
+    return found
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("starts", [None, DOCUMENTS], ids=["causal", "documents"])
+@pytest.mark.parametrize("version", BACKENDS)
+def test_flash_attention_is_called_as_it_wants_and_gives_the_reference(version, starts, told, packages):
+    inputs = make_inputs(nope=8, rope=8, v=8, dtype=torch.bfloat16)
+    backend = BACKENDS[version]()
+    if told and starts is not None:
+        expect(backend, starts)
+    out = backend(*inputs, 0.3, starts)
+    exact = [x.detach().float().requires_grad_() for x in inputs[:3]]
+    expected = reference_attention(*exact, inputs[3], 0.3, starts)
+    assert out.shape == expected.shape and (out - expected).norm() < 0.01 * expected.norm()
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs[:3], upstream)
+    for grad, of in zip(grads, torch.autograd.grad(expected, exact, upstream.float())):
+        assert grad.shape == of.shape and (grad - of).norm() < 0.02 * of.norm()
+
+
+def test_documents_are_sequences_one_after_another_and_the_rest_are_empty():
+    # the first row has documents of 5, 1, 7 and 4 tokens, the second one of 17
+    assert sequences(DOCUMENTS, 7).tolist() == [0, 5, 6, 13, 17, 34, 34, 34]
+    assert sequences(DOCUMENTS.clone(), 5).tolist() == [0, 5, 6, 13, 17, 34]
+    one_each = torch.arange(3, dtype=torch.int32).unsqueeze(0)
+    assert sequences(one_each, 3).tolist() == [0, 1, 2, 3]
+
+
+def test_more_documents_than_the_host_was_told_of_are_no_silent_error():
+    with pytest.raises(RuntimeError, match="more documents than the host was told of"):
+        sequences(DOCUMENTS.clone(), 4)
+
+
+def test_room_grows_with_what_the_host_was_told_and_never_shrinks(packages):
+    flash = Flash()
+    many = torch.arange(70).unsqueeze(0)
+    for documents, room in ((DOCUMENTS, 32), (many, 96), (DOCUMENTS, 96)):
+        flash.expect(documents)
+        assert flash.room == room
+    assert [rounded(n) for n in (1, 32, 33)] == [32, 32, 64]
+
+
+def test_only_training_relies_on_what_the_host_was_told(packages):
+    inputs = make_inputs(nope=8, rope=8, v=8, dtype=torch.bfloat16)
+    backend = BACKENDS["2"]()
+    backend.attend.room = 64
+    backend(*inputs, 0.3, DOCUMENTS)
+    with torch.no_grad():
+        backend(*inputs, 0.3, DOCUMENTS)
+    assert packages["flash_attn"].rooms == [64, 32]
+
+
+def test_flash_attention_that_is_not_installed_names_the_extra():
+    inputs = make_inputs()
+    with pytest.raises(ConfigError, match=r"flash_attn is not installed: pip install 'rorqual\[flash\]'"):
+        BACKENDS["2"]()(*inputs, 0.3)
+    with pytest.raises(ConfigError, match="flash_attn_interface is not installed: build it from the folder `hopper`"):
+        BACKENDS["3"]()(*inputs, 0.3)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_pytorchs_own_takes_what_it_is_given_on_a_gpu(documents):
+    """By its check of shapes, without a GPU, at the sizes of V3."""
+    with FakeTensorMode():
+        q, kv, k_rope = (
+            torch.empty(2, 4096, *width, device="cuda", dtype=torch.bfloat16)
+            for width in ((128, 192), (128, 256), (64,))
+        )
+        rotation = Rotation(*(torch.empty(4096, 32, device="cuda") for _ in range(2)))
+        starts = torch.empty(2, 4096, dtype=torch.int32, device="cuda") if documents else None
+        backend = BACKENDS["PyTorch's"]()
+        backend.attend.room = 64
+        with torch.enable_grad():
+            assert backend(q, kv, k_rope, rotation, 0.1, starts).shape == (2, 4096, 128, 128)
