@@ -28,6 +28,8 @@ from data.tokenizer import copy_folder
 from model.config import ModelConfig
 from model.hf import state_shapes
 from model.init import Write, initialize
+from model.ops.attention.choose import Workload, expect
+from model.ops.attention.choose import choose as choose_attention
 from model.ops.fp8.choose import choose, kernels_for, workloads
 from model.transformer import Transformer
 from parallel.build import build_engine
@@ -96,7 +98,7 @@ class Trainer:
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
             run_log.say(self._layout_in_words())
-            for line in self.who_multiplies:
+            for line in self.who_computes:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
@@ -143,11 +145,17 @@ class Trainer:
         config = recipe.model_config_resolved()
         compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
+        masked, length = recipe.data.mask_documents, recipe.data.sequence_length
+        attends = Workload(config, recipe.micro_batch(0), length, masked, compute)
+        self.attention, who_attends = choose_attention(
+            recipe.run.attention, attends, self.process.device, self.ranks.first
+        )
         with torch.device("meta"):
-            model = Transformer(config, compute_dtype=compute, mask_documents=recipe.data.mask_documents, fp8=fp8)
-        rows = recipe.micro_batch(0) * recipe.data.sequence_length
+            model = Transformer(config, compute_dtype=compute, attention=self.attention, mask_documents=masked, fp8=fp8)
+        rows = recipe.micro_batch(0) * length
         products = partial(workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, compute)
-        self.who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
+        who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
+        self.who_computes = who_attends + who_multiplies
         apply_recompute(model, recompute)
         if recipe.run.compile is True:
             parallel = recipe.parallel
@@ -195,6 +203,8 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: list[Batch]) -> StepResult:
         device = self.process.device
+        for batch in batches:
+            expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
         result = self.engine.step(on_device, step.settings)
         if self.ema and not result.skipped:

@@ -1,6 +1,7 @@
 """Candidates are compared, timed and chosen by what they do. Real ones, on the CPU."""
 
 import time
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model.ops.attention import BACKENDS, choose, reference_attention
 from model.ops.attention.choose import CANDIDATES, Workload, agrees, both_ways, by_reference, draw, fastest
 from model.rope import Rotation
 from tests.small_model import small_config
+from train.sections import RunSection
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -98,6 +100,11 @@ def test_nothing_is_measured_on_a_cpu():
     assert choose.choose("reference", work(), CPU, alone) == (reference_attention, [])
     with pytest.raises(ConfigError, match=r"run\.attention = cudnn: runs on a GPU only; leave it at auto"):
         choose.choose("cudnn", work(), CPU, alone)
+
+
+def test_a_recipe_can_name_each_of_them():
+    names = get_args(RunSection.model_fields["attention"].annotation)
+    assert set(names) == {"auto"} | BACKENDS.keys() | CANDIDATES.keys()
 
 
 def test_the_one_that_the_recipe_names_is_the_only_one_tried(monkeypatch):
