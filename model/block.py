@@ -7,18 +7,18 @@ from model.config import ModelConfig
 from model.layers import MLP, RMSNorm
 from model.moe import LayerStats, MoE
 from model.ops.attention import AttentionBackend
-from model.ops.grouped_mm import GroupedMM
+from model.ops.experts import ExpertsBackend
 from model.rope import Rotation
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionBackend, grouped_mm: GroupedMM):
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionBackend, experts: ExpertsBackend):
         super().__init__()
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(dim, eps)
         self.self_attn = MultiHeadLatentAttention(config, attention)
         self.post_attention_layernorm = RMSNorm(dim, eps)
-        self.mlp = MoE(config, grouped_mm) if config.is_moe(layer) else MLP(dim, config.intermediate_size)
+        self.mlp = MoE(config, experts) if config.is_moe(layer) else MLP(dim, config.intermediate_size)
 
     def forward(self, x: Tensor, rotation: Rotation, starts: Tensor | None) -> tuple[Tensor, LayerStats | None]:
         """x [B, T, D], rotation of its T positions, starts [B, T] of their documents or None for one → ([B, T, D], MoE stats)."""

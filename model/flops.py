@@ -199,7 +199,7 @@ def activation_parts(
 ) -> dict[str, int]:
     """`activation_bytes`, by the part of the model that keeps them; norms belong to the part that they stand before."""
     c, a = config, element_size
-    sizes = _Sizes(a, device, fp8)
+    sizes = _Sizes(a, device, fp8, spreads_experts)
     depths = c.num_nextn_predict_layers
     layers = [*range(c.num_hidden_layers), *depths * [c.num_hidden_layers]]
 
@@ -210,7 +210,7 @@ def activation_parts(
     feed_forward = sum(kept(_feed_forward(c, layer, sizes)) for layer in layers)
     if spreads_experts:
         arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
-        feed_forward += c.n_moe_layers * kept(_travel(c, arrived))
+        feed_forward += c.n_moe_layers * kept(_travel(c, sizes, arrived))
     per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, a)])
     per_token += _norm(c.hidden_size, a)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
@@ -240,6 +240,7 @@ class _Sizes(NamedTuple):
     element: int  # bytes of the compute dtype
     device: Device
     fp8: bool
+    travel: bool = False  # whether rows travel to experts on other ranks
 
     def factor(self, width: int) -> int:
         """Bytes of a row that is kept as a factor of products: in the compute dtype, or in E4M3 with a scale for every tile."""
@@ -300,8 +301,7 @@ def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
 
 
 def _dense(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
-    output = _Row("output of down", sizes.element * c.hidden_size, SELECTIVE)
-    return [*_swiglu(c.intermediate_size, sizes), output]
+    return _swiglu(c.intermediate_size, sizes)
 
 
 def _experts(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
@@ -310,22 +310,22 @@ def _experts(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
         _Row("input of the gate", a * dim if sizes.fp8 else 0, NONE),  # 0: that of the others
         _Row("logits", 4 * c.n_routed_experts, PRODUCT),
         _Row("chosen experts and their weights", 12 * k, ALWAYS),
-        _Row("weights in the compute dtype", 0 if a == 4 else a * k, NONE),
-        _Row("order of the pairs and its inverse", 16 * k, NONE),
-        _Row("input rows of the experts", k * sizes.factor(dim), NONE),
+        _Row("weights in the order of the experts", 4 * k, NONE),
+        _Row("places of the pairs in that order", 8 * k, NONE),
+        _Row("rows of the pairs in that order", 0 if sizes.fp8 or sizes.travel else 8 * k, NONE),
+        _Row("input rows of the experts", k * sizes.factor(dim) if sizes.fp8 else 0, NONE),  # 0: the input of the gate
         *_swiglu(c.moe_intermediate_size, sizes, rows=k),
-        _Row("outputs of the experts", a * k * dim, PRODUCT),
+        _Row("outputs of the experts, to be weighed", a * k * dim if sizes.fp8 or sizes.travel else 0, PRODUCT),
         *_swiglu(c.n_shared_experts * c.moe_intermediate_size, sizes),
-        _Row("output of the shared experts", a * dim, SELECTIVE),
     ]
 
 
-def _travel(c: ModelConfig, arrived: int) -> list[_Row]:
+def _travel(c: ModelConfig, sizes: _Sizes, arrived: int) -> list[_Row]:
     """Beside the rows of `_experts`, whose outputs are kept where they come home. A row arrives in so many bytes."""
     k = c.num_experts_per_tok
     return [
         _Row("orders of the rows that arrived, there and back", 16 * k, NONE),
-        _Row("rows that arrived, by the rank they came from", k * arrived, SELECTIVE),
+        _Row("rows that arrived, by the rank they came from", k * arrived, SELECTIVE if sizes.fp8 else PRODUCT),
     ]
 
 
@@ -333,7 +333,6 @@ def _swiglu(width: int, sizes: _Sizes, rows: int = 1) -> list[_Row]:
     return [
         _Row("gate and up", 2 * rows * sizes.factor(width), NONE),
         _Row("gate and up as the products gave them out", 2 * rows * sizes.element * width, SELECTIVE),
-        _Row("silu(gate) · up, input of down", 0 if sizes.fp8 else rows * sizes.element * width, NONE),
     ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.rms_norm import rms_norm
-from model.ops.swiglu import swiglu
+from model.ops.swiglu import swiglu_linear
 
 
 class Linear(nn.Linear):
@@ -61,4 +61,4 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8:
             return self.fp8.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight.to(x.dtype))

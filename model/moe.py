@@ -9,15 +9,14 @@ distributed one takes its place without the model knowing.
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers import MLP
+from model.ops.experts import ExpertsBackend
 from model.ops.fp8.arithmetic import Fp8
-from model.ops.grouped_mm import GroupedMM
 from model.ops.routing import sort_by_expert
-from model.ops.swiglu import swiglu
+from model.ops.rows import permute, spread_rows, sum_rows
 from model.router import Router
 
 
@@ -37,6 +36,16 @@ class Handle(Protocol):
         ...
 
 
+class Arrived(NamedTuple):
+    """What the experts of this device have to do: N' rows, and the M = N'·K' (row, expert) pairs sorted by expert."""
+
+    rows: Tensor  # [N', D]
+    row_of: Tensor  # [M] the row of each pair
+    place: Tensor  # [N', K'] the pairs of each row
+    counts: Tensor  # [E_local] pairs of each expert
+    weights: Tensor | None  # [M] fp32, how much each pair counts; None: 1
+
+
 H = TypeVar("H", bound=Handle)
 
 
@@ -47,22 +56,22 @@ class Dispatcher(Protocol[H]):
         """Let tokens [N, D] set off to their experts [N, K], whose outputs will count by weights [N, K]."""
         ...
 
-    def receive(self, handle: H) -> tuple[Tensor, Tensor]:
-        """What has arrived for the experts of this device: (rows sorted by expert [M, D], rows of each [E_local])."""
+    def receive(self, handle: H) -> Arrived:
+        """What has arrived for the experts of this device."""
         ...
 
     def combine(self, expert_output: Tensor, handle: H) -> Tensor:
-        """Expert outputs [M, D] in the order of `receive` → weighted sum of each token's experts [N, D]."""
+        """What the experts made of each row that arrived, summed over its pairs, [N', D] → of each token [N, D]."""
         ...
 
 
 class MoE(nn.Module):
     """Shared experts plus the routed ones. `forward` also reports the layer's `LayerStats`."""
 
-    def __init__(self, config: ModelConfig, grouped_mm: GroupedMM):
+    def __init__(self, config: ModelConfig, experts: ExpertsBackend):
         super().__init__()
         self.gate = Router(config)
-        self.experts = Experts(config, grouped_mm)
+        self.experts = Experts(config, experts)
         self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
         self.dispatcher: Dispatcher[Any] = LocalDispatcher(config.n_routed_experts)
 
@@ -72,8 +81,8 @@ class MoE(nn.Module):
         routing = self.gate(x)
         handle = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
         shared = self.shared_experts(x)  # while tokens travel
-        rows, counts = self.dispatcher.receive(handle)
-        routed = self.dispatcher.combine(self.experts(rows, counts), handle)  # [N, D]
+        output = self.experts(*self.dispatcher.receive(handle))
+        routed = self.dispatcher.combine(output, handle)  # [N, D]
         return routed.view_as(x) + shared, LayerStats(handle.counts, routing.balance)
 
 
@@ -82,33 +91,30 @@ class Experts(nn.Module):
 
     fp8: Fp8 | None = None
 
-    def __init__(self, config: ModelConfig, grouped_mm: GroupedMM):
+    def __init__(self, config: ModelConfig, backend: ExpertsBackend):
         super().__init__()
         experts, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.grouped_mm = grouped_mm
+        self.backend = backend
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [M, D] sorted by expert, counts [E] rows of each → [M, D]."""
+    def forward(self, rows: Tensor, index: Tensor, place: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
+        """What has `Arrived` → [N', D]."""
         if self.fp8:
-            return self.fp8.experts(rows, counts, self.gate_up_proj, self.down_proj)
-        gate, up = self.grouped_mm(rows, self.gate_up_proj.to(rows.dtype), counts).chunk(2, dim=-1)  # [M, F] each
-        return self.grouped_mm(swiglu(gate, up), self.down_proj.to(rows.dtype), counts)
+            pairs = self.fp8.experts(spread_rows(rows, place), counts, self.gate_up_proj, self.down_proj)  # [M, D]
+            return sum_rows(pairs, place, weights)
+        gate_up, down = self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype)
+        return self.backend(rows, index, place, counts, weights, gate_up, down)
 
 
 class LocalDispatcher:
-    """Every expert on this device: sort the (token, expert) pairs by expert, and put the results back.
-
-    Both moves are permutations, so forward and backward only gather: no scatter-add, and the same bits in every run. Where the
-    K rows of a token are summed, gather and sum are one kernel (`_sum_rows`), and the [N, K, D] in between does not exist.
-    """
+    """Every expert on this device: tokens stay where they are, and the (token, expert) pairs are sorted by expert."""
 
     class Handle(NamedTuple):
         tokens: Tensor  # [N, D]
-        place: Tensor  # [N, K] row of each (token, expert) pair in the sorted order
-        order: Tensor  # [N·K] pair of each row: its inverse
-        weights: Tensor  # [N, K]
+        order: Tensor  # [M] pair n·K + k of each place in the sorted order
+        place: Tensor  # [N, K] its inverse
+        weights: Tensor  # [N, K] fp32
         counts: Tensor  # [E]
 
     def __init__(self, experts: int):
@@ -116,46 +122,12 @@ class LocalDispatcher:
 
     def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Handle:
         order, place, counts = sort_by_expert(expert_ids, self.experts)
-        return self.Handle(tokens, place, order, weights, counts)
+        return self.Handle(tokens, order, place, weights, counts)
 
-    def receive(self, handle: Handle) -> tuple[Tensor, Tensor]:
-        return _ToExperts.apply(handle.tokens, handle.place, handle.order), handle.counts
+    def receive(self, handle: Handle) -> Arrived:
+        tokens, order, place, weights, counts = handle
+        index = order // place.shape[1]
+        return Arrived(tokens, index, place, counts, permute(weights.flatten(), order, place.flatten()))
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
-        weights = handle.weights.to(expert_output.dtype)
-        return _FromExperts.apply(expert_output, weights, handle.place, handle.order)
-
-
-class _ToExperts(torch.autograd.Function):
-    """rows[m] = tokens[order[m] // K]; the gradient of a token is the sum over its K rows."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, place: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return tokens.index_select(0, order // place.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (place,) = ctx.saved_tensors
-        return _sum_rows(grad, place), None, None
-
-
-class _FromExperts(torch.autograd.Function):
-    """tokens[n] = Σ_k weights[n, k] · rows[place[n, k]]"""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, place: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, place, order)
-        return _sum_rows(rows, place, weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        rows, weights, place, order = ctx.saved_tensors
-        of_rows = grad.index_select(0, order // place.shape[1])  # [M, D] gradient of each row's token
-        d_weights = torch.linalg.vecdot(rows, of_rows)[place]  # [N, K]
-        return of_rows.mul_(weights.flatten()[order].unsqueeze(-1)), d_weights, None, None
-
-
-def _sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ_k weights[n, k] · rows[place[n, k]]; weights of 1 where there are none. rows [M, D], place [N, K] → [N, D]."""
-    return F.embedding_bag(place, rows, mode="sum", per_sample_weights=weights)
+        return expert_output

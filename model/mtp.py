@@ -19,15 +19,15 @@ from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.moe import LayerStats
 from model.ops.attention import AttentionBackend
-from model.ops.grouped_mm import GroupedMM
+from model.ops.experts import ExpertsBackend
 from model.rope import Rotation
 
 
 class MTPBlock(Block):
     """One prediction depth: a block with its entry (`enorm`, `hnorm`, `eh_proj`) and its own final norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionBackend, grouped_mm: GroupedMM):
-        super().__init__(config, layer, attention, grouped_mm)
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionBackend, experts: ExpertsBackend):
+        super().__init__(config, layer, attention, experts)
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)

@@ -18,12 +18,12 @@ from model.loss import Losses, count_targets, targets_at
 from model.moe import Experts, LayerStats
 from model.mtp import MTPBlock
 from model.ops import attention as attention_ops
-from model.ops import grouped_mm as grouped_mm_ops
+from model.ops import experts as experts_ops
 from model.ops.attention import AttentionBackend
 from model.ops.cross_entropy import count_hits, linear_cross_entropy
+from model.ops.experts import ExpertsBackend
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.fp8.kernels import Kernels
-from model.ops.grouped_mm import GroupedMM
 from model.rope import Rotation, rotation
 
 
@@ -66,13 +66,11 @@ class Transformer(nn.Module):
         fp8: Kernels | None = None,
     ):
         super().__init__()
-        if experts == "grouped_mm":
-            grouped_mm_ops.check_widths(config.hidden_size, config.moe_intermediate_size, compute_dtype)
         self.config = config
         self.compute_dtype = compute_dtype
         self.mask_documents = mask_documents
         backend = attention_ops.BACKENDS[attention] if isinstance(attention, str) else attention
-        self.model = Decoder(config, backend, grouped_mm_ops.BACKENDS[experts])
+        self.model = Decoder(config, backend, experts_ops.BACKENDS[experts])
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.fp8: dict[str, Fp8] = compute_in_fp8(self.model.layers, fp8) if fp8 else {}
 
@@ -173,12 +171,12 @@ class Transformer(nn.Module):
 class Decoder(nn.Module):
     """Everything below the output head, under the name `model` as in transformers: main layers, then the MTP modules."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionBackend, grouped_mm: GroupedMM):
+    def __init__(self, config: ModelConfig, attention: AttentionBackend, experts: ExpertsBackend):
         super().__init__()
         main, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, attention, grouped_mm) for layer in range(main))
-        self.layers.extend(MTPBlock(config, main + depth, attention, grouped_mm) for depth in range(depths))
+        self.layers = nn.ModuleList(Block(config, layer, attention, experts) for layer in range(main))
+        self.layers.extend(MTPBlock(config, main + depth, attention, experts) for depth in range(depths))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 

@@ -237,8 +237,9 @@ def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
     register(model, head)  # in `forward`, once for each prediction depth
     model.score = _within(partial(gathered, [head]), model.score)  # type: ignore[method-assign]
     for module in model.modules():
-        if isinstance(module, MLP) and module.fp8:
-            for linear in (module.gate_proj, module.up_proj, module.down_proj):
+        if isinstance(module, MLP):
+            read = (module.gate_proj, module.up_proj, module.down_proj) if module.fp8 else (module.down_proj,)
+            for linear in read:
                 register(module, linear.weight)
         elif isinstance(module, MultiHeadLatentAttention):
             maps = [child for name, child in module.named_children() if name in READ_TOGETHER]

@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from model.moe import LocalDispatcher, MoE
+from model.moe import Arrived, LocalDispatcher, MoE
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.quantize import Quantized, dequantize
 from model.ops.operation import operation
+from model.ops.rows import spread_rows, sum_rows
 from model.transformer import Transformer
 
 
@@ -61,7 +62,7 @@ class AllToAllDispatcher:
     """
 
     class Handle(NamedTuple):
-        local: LocalDispatcher.Handle  # this rank's rows, sorted by expert
+        local: Arrived  # this rank's rows, were its experts all here
         counts: Tensor  # [E] of this rank's tokens
         arriving: Tensor  # [E_local] rows for each of this rank's experts
         order: Tensor  # [M] the row to take for each place, from (source rank, expert) to (expert, source rank)
@@ -75,26 +76,26 @@ class AllToAllDispatcher:
         self.fp8 = fp8
 
     def dispatch(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Handle:
-        local = self.local.dispatch(tokens, expert_ids, weights)
+        sorted_here = self.local.dispatch(tokens, expert_ids, weights)
+        local = self.local.receive(sorted_here)
         ranks = self.group.size()
         leaving = local.counts.view(ranks, -1)  # [ranks, E_local]
         arriving = _wait(_exchange(leaving, [1] * ranks, [1] * ranks, self.group))
         send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()  # the one wait for the device
         outward = InFp8(self.fp8, tokens.shape[1], tokens.dtype) if self.fp8 else AsTheyAre()
         trip = Trip(self.group, send, receive, outward, AsTheyAre())
-        rows, _ = self.local.receive(local)  # [N·K, D]
-        on_their_way = _Depart.apply(rows, trip)
+        on_their_way = _Depart.apply(spread_rows(tokens, local.place), trip)  # N·K rows leave
         order, inverse = _orders(arriving, total=sum(receive))
         return self.Handle(local, local.counts, arriving.sum(0), order, inverse, on_their_way, trip)
 
-    def receive(self, handle: Handle) -> tuple[Tensor, Tensor]:
+    def receive(self, handle: Handle) -> Arrived:
         rows = _Arrive.apply(handle.on_their_way, handle.trip)  # (source rank, expert)
-        return _Permute.apply(rows, handle.order, handle.inverse), handle.arriving
+        return Arrived(rows, handle.order, handle.inverse.unsqueeze(1), handle.arriving, None)
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
         home = handle.trip.back()
-        rows = _Permute.apply(expert_output, handle.inverse, handle.order)  # (source rank, expert)
-        return self.local.combine(_Arrive.apply(_Depart.apply(rows, home), home), handle.local)
+        rows = _Arrive.apply(_Depart.apply(expert_output, home), home)  # [N·K, D]
+        return sum_rows(rows, handle.local.place, handle.local.weights)
 
 
 class Form(Protocol):
@@ -223,20 +224,6 @@ def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.Pro
 
 def _wait(on_their_way: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(on_their_way)
-
-
-class _Permute(torch.autograd.Function):
-    """rows[order]; its gradient is gathered too, by the inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
 
 
 TO_HOST = torch.ops.rorqual.to_host.default

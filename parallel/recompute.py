@@ -6,8 +6,10 @@
 | `selective` | outputs of attention and matrix products, rows that travel | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
 | `full`      | the block's input                                          | the block                                       |
 
-With expert parallelism `selective` keeps rows as they arrive, so that none travels twice: K·D elements a token and layer beyond
-what one device keeps. The outputs of the experts are kept where they come home. Under `full` rows travel again.
+Of a feed-forward network, routed experts included, the output of the last product is not kept: no gradient asks for it.
+
+With expert parallelism `selective` keeps rows as they arrive, so that none travels twice, and what experts hand out where it comes
+home, to be weighed: 2·K·D elements a token and layer beyond what one device keeps. Under `full` rows travel again.
 
 In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` is what it is
 without FP8: it keeps the outputs of products in the compute dtype, and quantises their inputs again. So it saves norms and
@@ -20,7 +22,6 @@ go backward through another expert than forward.
 
 import math
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,14 +33,17 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.flops import Recompute
-from model.ops.fp8 import products  # noqa: F401  # whose operations are named below
+from model.layers import MLP
+from model.ops import experts  # noqa: F401  # whose operations are named below, as are those of
+from model.ops.fp8 import products  # noqa: F401
 from model.transformer import Transformer
 from parallel.expert import TO_HOST
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {torch.ops.rorqual.route.default, TO_HOST}
 EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
-GROUPED_PRODUCTS = {aten._grouped_mm.default, torch.ops.rorqual.fp8_multiply_groups.default}
+GROUPED_PRODUCTS = {torch.ops.rorqual.multiply_groups.default, torch.ops.rorqual.fp8_multiply_groups.default}
+SUM = torch.ops.rorqual.sum_rows.default
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
     aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.rorqual.fp8_multiply.default,
 }  # fmt: skip
@@ -53,7 +57,7 @@ ATTENTION = {
 }
 UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
 
-IsKept = Callable[[Any, tuple[Any, ...]], bool]  # of an operation and its arguments
+Kept = deque[tuple[Any, Any]]  # operations of a forward pass, and what they gave out
 
 
 def apply_recompute(model: Transformer, mode: Recompute) -> None:
@@ -62,66 +66,82 @@ def apply_recompute(model: Transformer, mode: Recompute) -> None:
         return
     for module in model.modules():
         if isinstance(module, Block):
-            is_kept = _SelectivePolicy(module) if mode == "selective" else _is_routing
+            policy = _SelectivePolicy(module) if mode == "selective" else FullPolicy()
             module.forward = partial(  # type: ignore[method-assign]
                 checkpoint,
                 module.forward,
                 use_reentrant=False,
-                context_fn=partial(_contexts, is_kept),
+                context_fn=partial(contexts, policy),
                 preserve_rng_state=False,
             )
 
 
-def _contexts(is_kept: IsKept) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def contexts(policy: "FullPolicy") -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """The modes under which a block runs forward, and runs again.
 
     PyTorch's own selective checkpointing numbers all operations, and is put out by those that FSDP runs inside a block, which
     differ between the two passes. Here only what is kept is looked at.
     """
-    kept: deque[tuple[Any, Any]] = deque()
-    return _Keep(is_kept, kept), _Recall(is_kept, kept)
+    kept: Kept = deque()
+    return _Keep(policy, kept), _Recall(policy, kept)
 
 
 class _Keep(TorchDispatchMode):
     """Note the outputs of what is kept, in order."""
 
-    def __init__(self, is_kept: IsKept, kept: deque[tuple[Any, Any]]):
+    def __init__(self, policy: "FullPolicy", kept: Kept):
         super().__init__()
-        self.is_kept, self.kept = is_kept, kept
+        self.policy, self.kept = policy, kept
+
+    def __enter__(self) -> "_Keep":
+        self.policy.kept = self.kept
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.policy.kept = None
+        super().__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.is_kept(func, args):
-            if func is c10d.all_to_all_single.default and self.kept and self.kept[-1][0] in GROUPED_PRODUCTS:
-                # What experts hand out is kept where it comes home; here its shape will do.
-                product, output = self.kept[-1]
-                self.kept[-1] = (product, tree_map_only(Tensor, _hollow, output))
+        if self.policy.keeps(func, args):
             self.kept.append((func, tree_map_only(Tensor, Tensor.detach, out)))
+            self.policy.has_kept(self.kept)
         return out
 
 
-class _Recall(_Keep):
+class _Recall(TorchDispatchMode):
     """Give out what was kept in place of running it, in the same order."""
 
+    def __init__(self, policy: "FullPolicy", kept: Kept):
+        super().__init__()
+        self.policy, self.kept = policy, kept
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.is_kept(func, args):
+        if not self.policy.keeps(func, args):
             return func(*args, **(kwargs or {}))
         kept_of, out = self.kept.popleft()
         assert kept_of is func, f"the backward pass ran {func} where the forward pass ran {kept_of}"
         return out
 
 
-def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype without content: NaN, should anyone read it after all."""
-    return tensor.new_full((), math.nan).expand_as(tensor)
+class FullPolicy:
+    """Keeps routing decisions."""
+
+    kept: Kept | None = None  # of the forward pass that runs
+
+    def keeps(self, func: Any, args: tuple[Any, ...]) -> bool:
+        return func in ROUTING or (func in EXCHANGES and args[0].dtype is torch.int64)
+
+    def has_kept(self, kept: Kept) -> None:
+        """Look at the last of them."""
 
 
-def _is_routing(func: Any, args: tuple[Any, ...]) -> bool:
-    return func in ROUTING or (func in EXCHANGES and args[0].dtype is torch.int64)
+class _SelectivePolicy(FullPolicy):
+    """Keeps products, attention and what travels, except a product that runs inside one of the block's up-projections.
 
-
-class _SelectivePolicy:
-    """Keeps products, attention and what travels, except a product that runs inside one of the block's up-projections."""
+    Of the last product of a feed-forward network it keeps the shape: what is read of its output is at most where it has travelled.
+    """
 
     def __init__(self, block: Block):
         self.inside_up_projection = False
@@ -130,13 +150,34 @@ class _SelectivePolicy:
             if projection is not None:
                 projection.register_forward_pre_hook(self._enter)
                 projection.register_forward_hook(self._leave)
+        network = block.mlp if isinstance(block.mlp, MLP) else block.mlp.shared_experts
+        network.register_forward_hook(self._leave_feed_forward)
 
-    def __call__(self, func: Any, args: tuple[Any, ...]) -> bool:
+    def keeps(self, func: Any, args: tuple[Any, ...]) -> bool:
+        if func is SUM:
+            return args[2] is None  # outputs of experts that carry their weights; others are read to weigh them
         kept = func in ROUTING or func in ATTENTION or func in EXCHANGES
         return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
+
+    def has_kept(self, kept: Kept) -> None:
+        if kept[-1][0] is SUM:
+            _hollow(kept, -1)
+            if len(kept) > 1 and kept[-2][0] in GROUPED_PRODUCTS:
+                _hollow(kept, -2)
 
     def _enter(self, *_: Any) -> None:
         self.inside_up_projection = True
 
     def _leave(self, *_: Any) -> None:
         self.inside_up_projection = False
+
+    def _leave_feed_forward(self, *_: Any) -> None:
+        if self.kept is not None:
+            assert self.kept[-1][0] in MATRIX_PRODUCTS, self.kept[-1][0]
+            _hollow(self.kept, -1)
+
+
+def _hollow(kept: Kept, place: int) -> None:
+    """Leave of an output its shape and dtype: NaN without memory, should anyone read it after all."""
+    func, out = kept[place]
+    kept[place] = func, tree_map_only(Tensor, lambda t: t.new_full((), math.nan).expand_as(t), out)

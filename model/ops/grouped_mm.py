@@ -1,15 +1,23 @@
-"""One matrix product per expert over tokens sorted by expert.
+"""The products of rows, sorted by expert, with the matrices of their experts, as operations without a derivative.
 
-`grouped_mm` is PyTorch's fused kernel; `reference` is the loop it must agree with.
+    Fprop   y  = x Wᵀ       `multiply_groups(x, …, W)`
+    Dgrad   dx = dy W       `multiply_groups(dy, …, W.mT)`
+    Wgrad   dW = dyᵀ x      `multiply_within_groups(dy, …, x, …)`
+
+Rows may be taken by an index: row m of the experts is then x[index[m]], and those copies of x are made a few at a time on a CPU, in
+its cache, and never lie in memory. On a GPU the products are PyTorch's, which ask the host for nothing.
 """
 
 from collections.abc import Callable
+from ctypes import c_int64
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ConfigError
+from model.ops import cpu
+from model.ops.operation import operation
 
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,13 +37,52 @@ def reference_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([part @ w.T for part, w in zip(parts, weight.unbind())])
 
 
-def fused_grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`reference_grouped_mm` in one kernel; every row must be a multiple of 16 bytes."""
-    return F.grouped_mm(x, weight.transpose(-1, -2), offs=counts.cumsum(0).to(torch.int32))
+@operation(
+    "multiply_groups(Tensor x, Tensor? index, Tensor weight, Tensor counts) -> Tensor",
+    lambda x, index, weight, counts: x.new_empty(len(x) if index is None else len(index), weight.shape[1]),
+)
+def multiply_groups(x: Tensor, index: Tensor | None, weight: Tensor, counts: Tensor) -> Tensor:
+    """`reference_grouped_mm` of the rows x[index]."""
+    if x.is_cuda:
+        return F.grouped_mm(_take(x, index), weight.mT, offs=_ends(counts))
+    library = cpu.library("experts") if cpu.takes(x, weight) else None
+    if library is None:
+        return reference_grouped_mm(_take(x, index), weight, counts)
+    x = _unit_stride(x)
+    weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+    y = x.new_empty(len(x) if index is None else len(index), weight.shape[1])
+    library.multiply_groups(
+        *_numbers(len(counts), *y.shape, x.shape[1]), *_rows(x, index),
+        cpu.address(weight), *_numbers(*weight.stride()), cpu.address(counts), cpu.address(y), *_numbers(torch.get_num_threads()),
+    )  # fmt: skip
+    return y
+
+
+@operation(
+    "multiply_within_groups(Tensor dy, Tensor? dy_index, Tensor x, Tensor? x_index, Tensor counts) -> Tensor",
+    lambda dy, dy_index, x, x_index, counts: x.new_empty(len(counts), dy.shape[1], x.shape[1]),
+)
+def multiply_within_groups(
+    dy: Tensor, dy_index: Tensor | None, x: Tensor, x_index: Tensor | None, counts: Tensor
+) -> Tensor:
+    """dW[e] = Σ dy[m]ᵀ x[m] over the rows m of e; zero for an expert without rows. [M, out], [M, in] → [E, out, in]."""
+    if x.is_cuda:
+        return F.grouped_mm(_take(dy, dy_index).T, _take(x, x_index), offs=_ends(counts))
+    library = cpu.library("experts") if cpu.takes(dy, x) else None
+    if library is None:
+        parts = [_take(t, index).split(counts.tolist()) for t, index in ((dy, dy_index), (x, x_index))]
+        return torch.stack([a.T @ b for a, b in zip(*parts)])
+    dy, x = _unit_stride(dy), _unit_stride(x)
+    dw = x.new_empty(len(counts), dy.shape[1], x.shape[1])
+    library.multiply_within_groups(
+        *_numbers(*dw.shape), *_rows(dy, dy_index), *_rows(x, x_index), cpu.address(counts), cpu.address(dw),
+        *_numbers(torch.get_num_threads()),
+    )  # fmt: skip
+    return dw
 
 
 def check_widths(hidden_size: int, moe_intermediate_size: int, dtype: torch.dtype) -> None:
-    """Refuse widths whose rows are no multiple of the kernel's 16 bytes.
+    """Refuse widths whose rows are no multiple of the 16 bytes that PyTorch's grouped product reads at once.
 
     Raises:
         ConfigError: one of the widths is.
@@ -49,4 +96,22 @@ def check_widths(hidden_size: int, moe_intermediate_size: int, dtype: torch.dtyp
             )
 
 
-BACKENDS: dict[str, GroupedMM] = {"grouped_mm": fused_grouped_mm, "reference": reference_grouped_mm}
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rows(x: Tensor, index: Tensor | None) -> tuple[object, ...]:
+    """Where rows begin, how far apart they lie, and which are meant."""
+    return cpu.address(x), c_int64(x.stride(0)), cpu.address(index)
+
+
+def _numbers(*numbers: int) -> tuple[c_int64, ...]:
+    return tuple(c_int64(n) for n in numbers)

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from model.moe import LocalDispatcher, MoE
-from model.ops.grouped_mm import BACKENDS
+from model.ops.experts import BACKENDS
 from model.ops.routing import count_experts, limit_to_groups
+from model.ops.rows import sum_rows
 from model.router import Router
 
 INF = float("inf")
@@ -123,17 +124,18 @@ def test_dispatch_sorts_the_pairs_by_expert_and_keeps_their_order():
     tokens = torch.tensor([[10.0], [20.0], [30.0]])
     dispatcher = LocalDispatcher(4)
     handle = dispatcher.dispatch(tokens, torch.tensor([[2, 0], [2, 1], [0, 1]]), torch.ones(3, 2))
-    rows, counts = dispatcher.receive(handle)
-    assert rows.flatten().tolist() == [10, 30, 20, 30, 10, 20]  # expert 0: tokens 0, 2; expert 1: 1, 2; expert 2: 0, 1
+    rows, index, place, counts, _ = dispatcher.receive(handle)
+    assert rows[index].flatten().tolist() == [10, 30, 20, 30, 10, 20]  # expert 0: tokens 0, 2; 1: tokens 1, 2; 2: 0, 1
+    assert place.tolist() == [[4, 0], [5, 2], [1, 3]]
     assert counts.tolist() == [2, 2, 2, 0]
 
 
-def test_combine_undoes_dispatch():
-    tokens, weights = torch.randn(17, 5), torch.rand(17, 3)
+def test_every_pair_arrives_with_its_weight():
+    weights = torch.rand(17, 3)
     dispatcher = LocalDispatcher(8)
-    handle = dispatcher.dispatch(tokens, random_choice(17, 8, 3), weights)
-    rows, _ = dispatcher.receive(handle)
-    torch.testing.assert_close(dispatcher.combine(rows, handle), tokens * weights.sum(-1, keepdim=True))
+    arrived = dispatcher.receive(dispatcher.dispatch(torch.randn(17, 5), random_choice(17, 8, 3), weights))
+    assert torch.equal(arrived.weights[arrived.place], weights)
+    assert torch.equal(arrived.row_of[arrived.place], torch.arange(17).unsqueeze(1).expand(17, 3))
 
 
 def test_dispatch_and_combine_have_the_gradients_of_a_naive_loop():
@@ -143,9 +145,9 @@ def test_dispatch_and_combine_have_the_gradients_of_a_naive_loop():
     ids = random_choice(17, 8, 3)
     dispatcher = LocalDispatcher(8)
     handle = dispatcher.dispatch(tokens, ids, weights)
-    rows, counts = dispatcher.receive(handle)
-    parts = [part @ m for part, m in zip(rows.split(counts.tolist()), maps)]
-    ours = dispatcher.combine(torch.cat(parts), handle)
+    rows, index, place, counts, weigh = dispatcher.receive(handle)
+    parts = [part @ m for part, m in zip(rows[index].split(counts.tolist()), maps)]
+    ours = dispatcher.combine(sum_rows(torch.cat(parts), place, weigh), handle)
 
     naive = torch.stack([sum(weights[n, k] * (tokens[n] @ maps[ids[n, k]]) for k in range(3)) for n in range(17)])
     torch.testing.assert_close(ours, naive)

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model.moe import Dispatcher, LocalDispatcher
+from model.ops.rows import sum_rows
 from parallel.expert import TO_HOST, AllToAllDispatcher
-from parallel.recompute import _contexts, _is_routing
+from parallel.recompute import FullPolicy, contexts
 
 EXPERTS, K, DIM = 8, 3, 6
 
@@ -21,9 +22,9 @@ def routed(dispatcher: Dispatcher, tokens: Tensor, ids: Tensor, weights: Tensor,
     """Each token's weighted sum of what its experts, matrices [E_local, D, D], make of it."""
     handle = dispatcher.dispatch(tokens, ids, weights)
     meanwhile = tokens.sum()  # autograd must cope with work between departure and arrival
-    rows, counts = dispatcher.receive(handle)
-    parts = [part @ matrix for part, matrix in zip(rows.split(counts.tolist()), experts)]
-    return dispatcher.combine(torch.cat(parts), handle) + meanwhile
+    rows, index, place, counts, weigh = dispatcher.receive(handle)
+    parts = [part @ matrix for part, matrix in zip(rows[index].split(counts.tolist()), experts)]
+    return dispatcher.combine(sum_rows(torch.cat(parts), place, weigh), handle) + meanwhile
 
 
 def tokens_of(rank: int, lengths: list[int], used: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,12 +84,11 @@ def waits_of_a_recomputed_layer() -> tuple[int, int]:
 
     def layer(tokens: Tensor) -> Tensor:
         handle = dispatcher.dispatch(tokens, ids, weights)
-        rows, _ = dispatcher.receive(handle)
-        return dispatcher.combine(rows.sin(), handle)
+        return dispatcher.combine(dispatcher.receive(handle).rows.sin(), handle)
 
     with Waits() as waits:
-        contexts = partial(_contexts, _is_routing)
-        checkpoint(layer, tokens.requires_grad_(), use_reentrant=False, context_fn=contexts).sum().backward()
+        policy = partial(contexts, FullPolicy())
+        checkpoint(layer, tokens.requires_grad_(), use_reentrant=False, context_fn=policy).sum().backward()
     return waits.meant, waits.other
 
 

@@ -25,6 +25,10 @@ static inline __attribute__((always_inline)) void multiply_tile(
     Vector c[M][VECTORS];
     for (int i = 0; i < M; ++i)
         for (int j = 0; j < VECTORS; ++j) c[i][j] = Vector{};
+    for (int i = 0; i < M; ++i) {
+        __builtin_prefetch(C + i * ldc, 1);
+        __builtin_prefetch(C + i * ldc + LANES, 1);
+    }
     for (int64_t k = 0; k < K; ++k) {
         Vector b[VECTORS];
         for (int j = 0; j < VECTORS; ++j) {

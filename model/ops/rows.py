@@ -1,0 +1,168 @@
+"""Rows of tokens [N, D] and rows of (token, expert) pairs [M, D], M = N·K: row place[n, k] belongs to token n.
+
+`spread_rows` and `sum_rows` are each other's transposes, so neither direction adds where it scatters: the same bits in every run.
+"""
+
+from ctypes import c_int64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.ops import cpu
+from model.ops.operation import operation
+
+
+def spread_rows(tokens: Tensor, place: Tensor) -> Tensor:
+    """rows[place[n, k]] = tokens[n]. tokens [N, D], place [N, K], a permutation of all M → [M, D]."""
+    return _Spread.apply(tokens, place)
+
+
+def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+    """tokens[n] = Σ_k weights[place[n, k]] · rows[place[n, k]]. rows [M, D], place [N, K], weights [M] fp32 or 1 → [N, D]."""
+    return _WeightedSum.apply(rows, place, weights) if weights is not None else _Sum.apply(rows, place)
+
+
+def permute(numbers: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """numbers[order], all [M]; the gradient is gathered by the inverse."""
+    return _Permute.apply(numbers, order, inverse)
+
+
+def reference_spread_rows(tokens: Tensor, place: Tensor) -> Tensor:
+    """`spread_rows`."""
+    index = torch.empty_like(place).view(-1).scatter_(0, place.flatten(), _tokens_of_pairs(place))
+    return tokens[index]
+
+
+def reference_sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`sum_rows`."""
+    weighted = rows if weights is None else (rows * weights.unsqueeze(-1)).to(rows.dtype)
+    return weighted[place].sum(1)
+
+
+def _tokens_of_pairs(place: Tensor) -> Tensor:
+    n, k = place.shape
+    return torch.arange(n * k, device=place.device) // k
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return spread(tokens, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return weighted_sum(grad, place, None), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return weighted_sum(rows, place, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (place,) = ctx.saved_tensors
+        return spread(grad, place), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, place, weights)
+        return weighted_sum(rows, place, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        d_rows, d_weights = weighted_sum_backward(grad, *ctx.saved_tensors)
+        return d_rows, None, d_weights
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return numbers.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+@operation(
+    "spread_rows(Tensor tokens, Tensor place) -> Tensor",
+    lambda tokens, place: tokens.new_empty(place.numel(), tokens.shape[1]),
+)
+def spread(tokens: Tensor, place: Tensor) -> Tensor:
+    """`spread_rows` without a derivative."""
+    if tokens.is_cuda:
+        from model.ops.triton import rows as triton
+
+        return triton.spread(tokens, place)
+    library = cpu.library("rows") if cpu.takes(tokens) else None
+    if library is None:
+        return reference_spread_rows(tokens, place)
+    tokens, place = _unit_stride(tokens), place.contiguous()
+    rows = tokens.new_empty(place.numel(), tokens.shape[1])
+    sizes = (c_int64(n) for n in (*place.shape, tokens.shape[1]))
+    library.spread_rows(
+        *sizes, cpu.address(tokens), c_int64(tokens.stride(0)), cpu.address(place), cpu.address(rows), _threads()
+    )
+    return rows
+
+
+@operation(
+    "sum_rows(Tensor rows, Tensor place, Tensor? weights) -> Tensor",
+    lambda rows, place, weights: rows.new_empty(len(place), rows.shape[1]),
+)
+def weighted_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+    """`sum_rows` without a derivative."""
+    if rows.is_cuda:
+        from model.ops.triton import rows as triton
+
+        return triton.weighted_sum(rows, place, weights)
+    library = cpu.library("rows") if cpu.takes(rows, weights) else None
+    if library is None:
+        return reference_sum_rows(rows, place, weights)
+    rows, place = rows.contiguous(), place.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    tokens = rows.new_empty(len(place), rows.shape[1])
+    sizes = (c_int64(n) for n in (*place.shape, rows.shape[1]))
+    tensors = (cpu.address(t) for t in (rows, place, weights, tokens))
+    library.sum_rows(*sizes, *tensors, _threads())
+    return tokens
+
+
+@operation(
+    "sum_rows_backward(Tensor grad, Tensor rows, Tensor place, Tensor weights) -> (Tensor, Tensor)",
+    lambda grad, rows, place, weights: (torch.empty_like(rows), torch.empty_like(weights)),
+)
+def weighted_sum_backward(grad: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of `weighted_sum` [N, D]: those of rows [M, D] and of weights [M]."""
+    if rows.is_cuda:
+        from model.ops.triton import rows as triton
+
+        return triton.weighted_sum_backward(grad, rows, place, weights)
+    library = cpu.library("rows") if cpu.takes(grad, rows, weights) else None
+    if library is None:
+        of_rows = reference_spread_rows(grad, place)
+        d_weights = (rows.to(weights.dtype) * of_rows).sum(-1)
+        return (of_rows * weights.unsqueeze(-1)).to(rows.dtype), d_weights
+    grad, rows, place, weights = _unit_stride(grad), rows.contiguous(), place.contiguous(), weights.contiguous()
+    d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
+    sizes = (c_int64(n) for n in (*place.shape, rows.shape[1]))
+    tensors = (cpu.address(t) for t in (rows, place, weights, d_rows, d_weights))
+    library.sum_rows_backward(*sizes, cpu.address(grad), c_int64(grad.stride(0)), *tensors, _threads())
+    return d_rows, d_weights
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _threads() -> c_int64:
+    return c_int64(torch.get_num_threads())
