@@ -83,7 +83,10 @@ def build(case: Case) -> Engine:
         model,
         torch.device("cpu"),
         lambda model, write: initialize(model, 0, "cpu", write),
-        lambda named: torch.optim.AdamW([p for _, p in named], lr=0.0, betas=(0.9, 0.95), weight_decay=0.1),
+        # eps lies above the rounding of gradients: a smaller one would make whole steps of elements that happen to be near 0
+        lambda named: torch.optim.AdamW(
+            [p for _, p in named], lr=0.0, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1, fused=True
+        ),
         CLIP,
     )
 
@@ -105,9 +108,10 @@ def _train(case: Case) -> dict[str, Any]:
     }
     update, backward = engine.update, engine.backward
 
-    def note_gradients(lr: float) -> None:
-        history["gradients"].append(full_gradients(engine, case))
-        update(lr)
+    def note_gradients(lr: float, divisor: Tensor, skip: Tensor) -> None:
+        if not skip:
+            history["gradients"].append({name: g / divisor for name, g in full_gradients(engine, case).items()})
+        update(lr, divisor, skip)
 
     engine.update = note_gradients
     for step in range(STEPS):
@@ -165,7 +169,7 @@ def _part(tensor: Tensor) -> tuple[torch.Size, Box, Tensor]:
 
 
 def full_gradients(engine: Engine, case: Case) -> dict[str, Tensor]:
-    """The gradients that the optimizer is about to see, whole, on rank 0. Collective."""
+    """The gradients before they are clipped, whole, on rank 0. Collective."""
     named = engine.model.named_parameters()
     if case.parallel.engine == "fsdp" or case.parallel.expert > 1:
         return whole(engine.gather(engine.gradients()))
