@@ -97,7 +97,7 @@ def fastest(
     best = min(trials, key=lambda name: trials[name].seconds)
     if trials[best].why:
         reasons = "; ".join(f"{name}: {trial.why}" for name, trial in trials.items())
-        raise ConfigError(f"nothing here computes {describe(work)} by run.attention: {reasons}")
+        raise ConfigError(f"run.attention: nothing here computes {describe(work)}: {reasons}")
     told = (f"{n} – ({t.why})" if t.why else f"{n} {1e3 * t.seconds:.3g}" for n, t in trials.items())
     return best, f"{describe(work)}, forward and backward: {', '.join(told)} ms → {best}"
 

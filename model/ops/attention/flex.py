@@ -9,7 +9,7 @@ since starts never fall within a sequence. So blocks are known from a few number
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from model.ops.attention.once import once_per_batch
 
 BLOCK = 128
+_causal: dict[tuple[int, torch.device], Any] = {}  # masks, by length
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
@@ -42,10 +43,16 @@ def compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-@lru_cache(maxsize=4)
 def causal_blocks(length: int, device: torch.device) -> Any:
-    """The `BlockMask` of causal attention, which all sequences and heads share."""
-    return make_blocks(torch.zeros(1, length, dtype=torch.int32, device=device), BLOCK, lambda b, h, q, k: k <= q)
+    """The `BlockMask` of causal attention, which all sequences, heads and layers share."""
+    key = (length, device)
+    if torch.compiler.is_compiling() or key not in _causal:
+        starts = torch.zeros(1, length, dtype=torch.int32, device=device)
+        made = make_blocks(starts, BLOCK, lambda b, h, q, k: k <= q)
+        if torch.compiler.is_compiling():
+            return made
+        _causal[key] = made
+    return _causal[key]
 
 
 @once_per_batch
