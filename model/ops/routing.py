@@ -133,6 +133,10 @@ def _route(
     """Chosen experts [N, K], their weights [N, K], f of the balance loss [B, E], the loss []."""
     rule = Rule(n_group, topk_group, top_k, normalise, scale)
     logits = logits.contiguous()
+    if logits.is_cuda:
+        from model.ops.triton import routing as kernels
+
+        return kernels.route(logits, bias, rule)
     if cpu.takes(logits, bias) and (library := cpu.library("routing")):
         results = _shapes(logits, bias, *rule)
         library.route(
@@ -156,6 +160,10 @@ def _route_backward(
     """With g the gradient of a softmax's input, the gradient of the logit is g · (1 − sigmoid(logit))."""
     logits = logits.contiguous()
     d_weights = None if d_weights is None else d_weights.contiguous()
+    if logits.is_cuda:
+        from model.ops.triton import routing as kernels
+
+        return kernels.route_backward(logits, ids, weights, frequency, d_weights, d_loss, normalise, scale)
     if cpu.takes(logits, weights, frequency, d_weights, d_loss) and (library := cpu.library("routing")):
         d_logits = torch.empty_like(logits)
         library.route_backward(

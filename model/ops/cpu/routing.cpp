@@ -51,8 +51,7 @@ static void shares(int64_t E, const Vector* x, Vector* share) {
         share[e] = (x[e] > 0.0f ? all(1.0f) : exp(x[e] - top)) / (decay(x[e]) + 1.0f);
         total += share[e];
     }
-    const Vector inverse = 1.0f / total;
-    for (int64_t e = 0; e < E; ++e) share[e] *= inverse;
+    for (int64_t e = 0; e < E; ++e) share[e] /= total;
 }
 
 // Rows of E numbers to columns, and back; lanes beyond `rows` are 0.
