@@ -66,6 +66,10 @@ class Shape:
     def tokens(self) -> int:
         return self.batch * self.sequence_length
 
+    @property
+    def micro_tokens(self) -> int:
+        return self.micro_batch * self.sequence_length
+
     def draw(self) -> "Batch":
         """The tokens of every step: the same random ones in every process, with MTP and without."""
         generator, widths = (

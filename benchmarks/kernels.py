@@ -1,101 +1,89 @@
-"""Each kernel of FP8 training alone: its error against float64, its time, and its share of what bounds it.
+"""Each kernel of a training step alone, forward and backward: its error against float64, its time, its share of what bounds it.
 
-    python benchmarks/kernels.py --shapes v3 --json FILE
+    python benchmarks/kernels.py --shape benchmarks/shapes/reference.json --json FILE
 
-Quantisation and SwiGLU move bytes: what bounds them is a plain copy, measured in the same run. Products are held against the
-device's FP8 peak; every implementation at hand runs, and the product in bf16 ("plain") beside them. All that compute the same thing
-take turns, so that what disturbs one disturbs all; times are medians. On a CPU the reference runs, which shows that this program
-works and nothing else.
+Ours stands beside its plain PyTorch twin ("plain") and beside what a user of PyTorch would take. Kernels that move bytes are held
+against a plain copy measured in the same run, by the bytes that they must read and write; products against the peak of the matrix
+product. All that compute the same thing take turns, so that what disturbs one disturbs all; times are medians. Sizes are those of
+the shape's model and micro-batch; errors are found on a few of its tokens. Kernels of FP8: `fp8_kernels.py`.
 """
 
 import argparse
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from contestants import OPTIMIZER, Shape
+from fp8_kernels import copy_bandwidth, relative_error
+from sides import compute_dtype
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from data.files import replace_file
-from model.ops.fp8.choose import CANDIDATES, kernels_for, of
-from model.ops.fp8.kernels import Kernels
-from model.ops.fp8.products import COLUMNS, EMULATION, GROUPS, ROWS, WITHIN_GROUPS
-from model.ops.fp8.quantize import E4M3, TILE, Quantized, dequantize, padded_ends
+from model.ops import attention, experts, rms_norm, routing, rows, swiglu
+from model.ops.attention.reference import assemble, visible
+from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 from model.ops.measure import timed
+from model.rope import Rotation, rotation, softmax_scale
+from train.optimizer import build_optimizer
 from train.planning.devices import peak_flops
 
-UNTRIED = ("triton specialized",)  # may hang; no candidate before a GPU has run it
+EPS = 1e-6
+FEW = 64  # positions on which errors are found
+PARAMETERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # elements that the optimizers move, more than a cache holds
 
-
-class Shapes(NamedTuple):
-    """The sizes of a run."""
-
-    rows: int  # M of quantisation and SwiGLU, so many that nothing fits into a cache
-    hidden: int
-    width: int  # of an expert
-    weight: tuple[int, int]
-    maps: tuple[tuple[int, int, int], ...]  # M, N, K of single products
-    experts: int
-    of_experts: int  # rows of all of them
-
-
-V3 = Shapes(
-    rows=16384,
-    hidden=7168,
-    width=2048,
-    weight=(18432, 7168),
-    maps=((4096, 7168, 16384), (4096, 24576, 1536), (4096, 18432, 7168), (4096, 7168, 18432)),
-    experts=8,
-    of_experts=32768,
-)
-SMALL = Shapes(64, 256, 144, (272, 256), ((48, 144, 272),), 3, 96)
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 class Contest(NamedTuple):
-    """One kernel on one shape, by whoever computes it."""
+    """One kernel on one size, by whoever computes it; all take the same inputs."""
 
     kernel: str
     size: str
-    flops: float  # 0 where bytes are what bounds it
-    inputs: tuple[Tensor, ...]
-    contestants: dict[str, Callable[[], Any]]
-    errors: Callable[[str, Any], dict[str, float]]  # by a contestant's name and output
+    contestants: Mapping[str, Callable[..., Outputs]]
+    exact: Callable[..., Outputs]  # in the dtype of its inputs
+    inputs: tuple[Tensor, ...]  # those of floating point have gradients
+    flops: float = 0  # of both passes; 0 where bytes are what bounds it
+    bytes: float = 0  # read and written at least, in both passes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=["v3", "small"], default="v3", help="DeepSeek-V3's, or some of a few rows")
+    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--only", help="kernels with this in their names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="timed groups of calls of each")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
-    result = measure({"v3": V3, "small": SMALL}[arguments.shapes], torch.device(arguments.device), arguments.rounds)
+    shape, device = Shape.read(arguments.shape), torch.device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    result = measure(shape, device, arguments.rounds, arguments.only or "")
     if arguments.json:
         with replace_file(arguments.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n".join(as_table(result)))
 
 
-@torch.no_grad()
-def measure(shapes: Shapes, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Run all contests and print a line for each contestant."""
-    gpu = device.type == "cuda"
-    kernels = kernels_for(device)
-    bandwidth = copy_bandwidth(device, rounds)
-    peak = peak_flops(device, E4M3 if gpu else torch.float32)
-    print(f"copy {bandwidth / 1e9:.4g} GB/s, peak {peak / 1e12:.4g} TFLOP/s")
+def measure(shape: Shape, device: torch.device, rounds: int, only: str) -> dict[str, Any]:
+    dtype = compute_dtype(device.type)
+    bandwidth, peak = copy_bandwidth(device, rounds), peak_flops(device, dtype)
+    fewer_words = shape.config.override({"vocab_size": min(shape.config.vocab_size, 1024)})
+    few = replace(shape, config=fewer_words, micro_batch=1, sequence_length=min(FEW, shape.sequence_length))
+    elements = PARAMETERS[device.type]
     found = []
-    for contest in (*movers(kernels, shapes, device), *products(kernels, shapes, device)):
-        for row in run(contest, bandwidth, peak, device, rounds):
-            print(in_words(row))
-            found.append(row)
+    for contest, small in zip(contests(shape, device, dtype, elements), contests(few, device, dtype, 1 << 12)):
+        if only in contest.kernel:
+            found += run(contest, small, bandwidth, peak, device, rounds)
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "shape": shape.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one thread",
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "copy_bytes_per_second": bandwidth,
         "peak_flops": peak,
@@ -103,127 +91,227 @@ def measure(shapes: Shapes, device: torch.device, rounds: int) -> dict[str, Any]
     }
 
 
-def movers(kernels: Kernels, shapes: Shapes, device: torch.device) -> Iterator[Contest]:
-    """Quantisation and SwiGLU."""
-    m, d, f = shapes.rows, shapes.hidden, shapes.width
-    x, w = draw(device, m, d), torch.randn(shapes.weight, device=device)
-    counts = equal_groups(m, shapes.experts, device)
-    rows = kernels.quantize_rows(x, True)
-    gate, up = draw(device, m, 2 * f).chunk(2, dim=1)
-    grad, kept_gate, kept_up = draw(device, m, f), kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
-
-    def mover(
-        kernel: str, call: Callable[[], Any], inputs: Any, exact: Callable[[], Tensor], pick: Any = None
-    ) -> Contest:
-        def errors(name: str, out: Any) -> dict[str, float]:
-            quantized = pick(out) if pick else out
-            return {"error": relative_error(dequantize(quantized)[..., : exact().shape[-1]], exact())}
-
-        leaves = tuple(tree_leaves(inputs))
-        return Contest(kernel, "×".join(map(str, leaves[0].shape)), 0, leaves, {"ours": call}, errors)
-
-    both = partial(kernels.quantize_rows_and_columns, x)
-    grouped = partial(kernels.requantize_columns, rows, counts)
-    yield mover("rows", partial(kernels.quantize_rows, x, True), x, lambda: x)
-    yield mover("columns", partial(kernels.quantize_columns, x), x, lambda: x.T)
-    yield mover("rows and columns", both, x, lambda: x.T, lambda out: out[1])
-    yield mover("columns of rows, grouped", grouped, rows, lambda: spread(dequantize(rows), counts).T)
-    yield mover("blocks", partial(kernels.quantize_blocks, w, torch.bfloat16, False), w, lambda: w)
-    yield mover("blocks, transposed", partial(kernels.quantize_blocks, w, torch.bfloat16, True), w, lambda: w.T)
-    yield mover("swiglu", partial(kernels.swiglu, gate, up), (gate, up), lambda: swiglu(gate, up))
-    inputs, gradients = (grad, kept_gate, kept_up), partial(kernels.swiglu_backward, grad, kept_gate, kept_up, counts)
-    of_gate = partial(gradient_of_gate, grad, dequantize(kept_gate), dequantize(kept_up))
-    yield mover("swiglu backward, grouped", gradients, inputs, of_gate, lambda out: out.gate)
+def contests(shape: Shape, device: torch.device, dtype: torch.dtype, elements: int) -> Iterator[Contest]:
+    for make in (norms, attentions, gates, sorts, gathers, combines, swiglus, networks, heads):
+        yield make(shape, device, dtype)
+    yield optimizers(device, elements)
 
 
-def products(kernels: Kernels, shapes: Shapes, device: torch.device) -> Iterator[Contest]:
-    """The three products of linear maps and of experts; in bf16 too."""
-    for m, n, k in shapes.maps:
-        x, w, dy = draw(device, m, k), draw(device, n, k), draw(device, m, n)
-        rows, blocks = kernels.quantize_rows(x, False), kernels.quantize_blocks(w, torch.bfloat16, False)
-        yield product(ROWS, (m, n, k), (rows, blocks), (x, w), partial(torch.mm, x, w.T))
-        columns = kernels.quantize_columns(dy), kernels.quantize_columns(x)
-        yield product(COLUMNS, (m, n, k), columns, (dy.T, x.T), partial(torch.mm, dy.T, x))
-    m, e = shapes.of_experts, shapes.experts
-    counts = equal_groups(m, e, device)
-    ends = counts.cumsum(0).to(torch.int32)
-    for n, k in ((shapes.width, shapes.hidden), (shapes.hidden, shapes.width)):
-        x, w, dy = draw(device, m, k), draw(device, e, n, k), draw(device, m, n)
-        rows, blocks = kernels.quantize_rows(x, True), kernels.quantize_blocks(w, torch.bfloat16, False)
-        plain = partial(F.grouped_mm, x, w.mT, offs=ends)
-        yield product(GROUPS, (m, n, k), (rows, blocks), (x, w), plain, counts)
-        a, b = (kernels.requantize_columns(kernels.quantize_rows(t, True), counts) for t in (dy, x))
-        plain = partial(F.grouped_mm, dy.T, x, offs=ends)
-        yield product(WITHIN_GROUPS, (m, n, k), (a, b), (dy.T, x.T), plain, counts)
+def norms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    n, d = shape.micro_tokens, shape.config.hidden_size
+    x, weight = draw(device, dtype, n, d), draw(device, torch.float32, d)
+    contestants = {
+        "ours": lambda x, w: rms_norm.rms_norm(x, w, EPS),
+        "plain": lambda x, w: rms_norm.reference_rms_norm(x, w, EPS),
+        "F.rms_norm": lambda x, w: F.rms_norm(x, (d,), w.to(x.dtype), EPS),
+    }
+    exact = lambda x, w: x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * w  # noqa: E731
+    return Contest("RMSNorm", f"{n}×{d}", contestants, exact, (x, weight), bytes=5 * x.nbytes)
 
 
-def product(
-    kind: str,
-    size: tuple[int, int, int],
-    factors: tuple[Quantized, Quantized],
-    plain_factors: tuple[Tensor, Tensor],
-    plain: Callable[[], Tensor],
-    counts: Tensor | None = None,
-) -> Contest:
-    """A contest over a product.
+def attentions(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """From what the linear maps hand out, rotation and putting together included."""
+    c, b, t = shape.config, shape.micro_batch, shape.sequence_length
+    heads = c.num_attention_heads
+    turned, scale = rotation(c, torch.arange(t, device=device)), softmax_scale(c)
 
-    Args:
-        factors: quantised.
-        plain_factors: what they were made of, in the same order of dimensions.
-        plain: the product in the compute dtype.
-    """
-    operands = (*factors, counts) if counts is not None else factors
-    dtype = plain_factors[0].dtype
-    names = (EMULATION,) if plain_factors[0].device.type == "cpu" else (*CANDIDATES, *UNTRIED)
-    contestants = {name: partial(run, *operands, dtype) for name in names if (run := of(name, kind))}
+    def exact(q: Tensor, kv: Tensor, k_rope: Tensor) -> Tensor:
+        q, k, v = assemble(q, kv, k_rope, Rotation(*(part.to(q.dtype) for part in turned)))  # [B, H, T, …]
+        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible(None, q), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    def errors(name: str, out: Tensor) -> dict[str, float]:
-        in_all = {"error_in_all": relative_error(out, exact(kind, *plain_factors, counts))}
-        if name == "plain":
-            return in_all
-        a, b = (dequantize(factor) for factor in factors)
-        return in_all | {"error": relative_error(out, exact(kind, a, b, counts, padded=kind == WITHIN_GROUPS))}
+    def by(backend: attention.AttentionBackend) -> Callable[..., Tensor]:
+        return lambda q, kv, k_rope: backend(q, kv, k_rope, turned, scale, None)
+
+    contestants: dict[str, Callable[..., Outputs]] = {name: by(run) for name, run in attention.BACKENDS.items()}
+    inputs = (
+        draw(device, dtype, b, t, heads, c.qk_head_dim),
+        draw(device, dtype, b, t, heads, c.qk_nope_head_dim + c.v_head_dim),
+        draw(device, dtype, b, t, c.qk_rope_head_dim),
+    )
+    flops = 3 * 2 * b * t * t / 2 * heads * (c.qk_head_dim + c.v_head_dim)
+    return Contest("attention", f"{b}×{t}×{heads}×{c.qk_head_dim}/{c.v_head_dim}", contestants, exact, inputs, flops)
+
+
+def gates(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """Choice, weights and balance loss, from logits. The chosen experts stand in no order: weights are sorted here."""
+    c, b, t = shape.config, shape.micro_batch, shape.sequence_length
+    logits, bias = draw(device, torch.float32, b, t, c.n_routed_experts), torch.zeros(c.n_routed_experts, device=device)
+    rule = routing.Rule(c.n_group, c.topk_group, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor)
+
+    def by(route: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Outputs]:
+        def run(logits: Tensor) -> Outputs:
+            _, weights, loss = route(logits, bias.to(logits.dtype), rule)
+            return weights.sort(-1).values, loss
+
+        return run
+
+    contestants = {"ours": by(routing.route), "plain": by(routing.reference_route)}
+    size = f"{b * t}×{c.n_routed_experts}, top {c.num_experts_per_tok}"
+    return Contest("gate", size, contestants, by(routing.reference_route), (logits,), bytes=3 * logits.nbytes)
+
+
+def sorts(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """The order of (token, expert) pairs by their experts; nothing has a gradient."""
+    ids, experts = choice(shape, device), shape.config.n_routed_experts
+
+    def plain(ids: Tensor) -> Outputs:
+        order = ids.flatten().argsort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        return order.double(), place.double()
+
+    def ours(ids: Tensor) -> Outputs:
+        found = routing.sort_by_expert(ids, experts)
+        return found.order.double(), found.place.flatten().double()
 
     return Contest(
-        kind, "×".join(map(str, size)), 2.0 * math.prod(size), plain_factors, contestants | {"plain": plain}, errors
+        "sort by expert",
+        "×".join(map(str, ids.shape)),
+        {"ours": ours, "plain": plain},
+        plain,
+        (ids,),
+        bytes=3 * ids.nbytes,
     )
 
 
-def exact(kind: str, a: Tensor, b: Tensor, counts: Tensor | None, padded: bool = False) -> Tensor:
-    """The product in float64. padded: each group of columns fills tiles."""
-    if counts is None:
-        return a.double() @ b.double().T
-    if kind == GROUPS:
-        parts = zip(a.split(counts.tolist()), b)
-        return torch.cat([rows.double() @ matrix.double().T for rows, matrix in parts])
-    ends = padded_ends(counts) if padded else counts.cumsum(0)
-    spans = zip([0, *ends.tolist()], ends.tolist())
-    return torch.stack([a[:, i:j].double() @ b[:, i:j].double().T for i, j in spans])
+def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """Tokens to rows of experts; backward, rows to tokens."""
+    place, x = pairs(shape, device).place, draw(device, dtype, shape.micro_tokens, shape.config.hidden_size)
+    contestants = {"ours": rows.spread_rows, "plain": rows.reference_spread_rows}
+    moved = 2 * x.nbytes * (1 + place.shape[1])
+    return Contest(
+        "gather",
+        f"{len(x)}×{place.shape[1]}×{x.shape[1]}",
+        contestants,
+        rows.reference_spread_rows,
+        (x, place),
+        bytes=moved,
+    )
 
 
-def run(contest: Contest, bandwidth: float, peak: float, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def combines(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """Weighted rows of experts to tokens; backward, to rows and weights."""
+    place, d = pairs(shape, device).place, shape.config.hidden_size
+    x, weights = draw(device, dtype, place.numel(), d), torch.rand(place.numel(), device=device)
+    contestants = {"ours": rows.sum_rows, "plain": rows.reference_sum_rows}
+    moved = 3 * x.nbytes + 2 * x.nbytes / place.shape[1]
+    size = f"{len(place)}×{place.shape[1]}×{d}"
+    return Contest("combine", size, contestants, rows.reference_sum_rows, (x, place, weights), bytes=moved)
+
+
+def swiglus(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    m, f = shape.micro_tokens * shape.config.num_experts_per_tok, shape.config.moe_intermediate_size
+    gate_up = draw(device, dtype, m, 2 * f)
+    contestants = {"ours": swiglu.swiglu, "plain": swiglu.reference_swiglu}
+    return Contest("swiglu", f"{m}×{f}", contestants, swiglu.reference_swiglu, (gate_up,), bytes=4 * gate_up.nbytes)
+
+
+def networks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    """The routed experts of a layer, from tokens to tokens."""
+    c, found = shape.config, pairs(shape, device)
+    n, d, f, k = shape.micro_tokens, c.hidden_size, c.moe_intermediate_size, c.num_experts_per_tok
+    fixed = (found.order // k, found.place, found.counts)
+
+    def by(backend: Callable[..., Tensor]) -> Callable[..., Outputs]:
+        return lambda x, weights, gate_up, down: backend(x, *fixed, weights, gate_up, down)
+
+    def grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight.mT, offs=counts.cumsum(0).to(torch.int32))
+
+    contestants = {
+        "ours": by(experts.experts),
+        "plain": by(experts.reference_experts),
+        "F.grouped_mm": by(partial(experts.reference_experts, grouped_mm=grouped_mm)),
+    }
+    inputs = (
+        draw(device, dtype, n, d),
+        torch.rand(n * k, device=device),
+        draw(device, dtype, c.n_routed_experts, 2 * f, d) / d**0.5,
+        draw(device, dtype, c.n_routed_experts, d, f) / f**0.5,
+    )
+    size = f"{n}×{k}×{d}×{f}, {c.n_routed_experts} experts"
+    return Contest("experts", size, contestants, by(experts.reference_experts), inputs, flops=3 * 2 * n * k * 3 * d * f)
+
+
+def heads(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
+    n, d, v = shape.micro_tokens, shape.config.hidden_size, shape.config.vocab_size
+    labels = torch.randint(v, (n,), device=device)
+    contestants = {
+        "ours": lambda h, w: linear_cross_entropy(h, w, labels),
+        "F.cross_entropy": lambda h, w: reference_cross_entropy(h, w, labels),
+    }
+    exact = lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum")  # noqa: E731
+    inputs = (draw(device, dtype, n, d), draw(device, torch.float32, v, d) / d**0.5)
+    return Contest("head and loss", f"{n}×{d}×{v}", contestants, exact, inputs, flops=3 * 2 * n * d * v)
+
+
+def optimizers(device: torch.device, elements: int) -> Contest:
+    """A step of AdamW over fp32 parameters of several sizes. Not a function: each call steps on from the last."""
+    sizes = (elements // 2, elements // 4, *4 * [elements // 16])
+
+    def stepping(
+        make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype = torch.float32
+    ) -> Callable[..., Outputs]:
+        parameters = [torch.nn.Parameter(draw(device, dtype, size)) for size in sizes]
+        for p in parameters:
+            p.grad = wave(p.detach())
+        optimizer = make([(str(i), p) for i, p in enumerate(parameters)])
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+
+        def step(_: Tensor) -> Outputs:
+            optimizer.step()
+            return tuple(p.detach() for p in parameters)
+
+        return step
+
+    o = OPTIMIZER
+
+    def torchs(**how: bool) -> Callable[..., torch.optim.Optimizer]:
+        return lambda named: torch.optim.AdamW(
+            [p for _, p in named], betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, **how
+        )
+
+    contestants = {
+        "ours": stepping(partial(build_optimizer, settings=OPTIMIZER)),
+        "plain": stepping(torchs(foreach=False)),
+        "torch fused": stepping(torchs(fused=True)),
+        "torch foreach": stepping(torchs(foreach=True)),
+    }
+    exact = stepping(torchs(foreach=False), torch.float64)
+    nothing = torch.zeros((), dtype=torch.int64, device=device)
+    return Contest("AdamW", f"{elements}", contestants, exact, (nothing,), bytes=7 * 4 * elements)
+
+
+def run(
+    contest: Contest, small: Contest, bandwidth: float, peak: float, device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
     """Errors and times of all contestants, which take turns."""
-    found, calls = [], {}
+    exact = Passes(small.exact, tuple(t.double() if t.is_floating_point() else t for t in small.inputs))()
+    found: list[dict[str, Any]] = []
+    calls: dict[str, Passes] = {}
     for name, call in contest.contestants.items():
         row: dict[str, Any] = {"kernel": contest.kernel, "size": contest.size, "by": name}
         found.append(row)
         try:
-            out = call()
-            row |= contest.errors(name, out)
-        except Exception as failure:  # a library that refuses a shape is a result too
-            row["failed"] = str(failure).strip().split("\n")[0]
+            outputs = Passes(small.contestants[name], small.inputs)()
+            row["error"] = max(relative_error(a, b) for a, b in zip(outputs, exact))
+            both = Passes(call, contest.inputs)
+            both()
+        except Exception as failure:  # a device that a library does not know is a result too
+            row["failed"] = (
+                f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}" if str(failure) else repr(failure)
+            )
             continue
-        row["bytes"] = sum(t.nbytes for t in (*contest.inputs, *tree_leaves(out)))
-        calls[name] = call
-        del out
+        calls[name] = both
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call, device))
+        for name, both in calls.items():
+            seconds[name].append(timed(both, device))
     for row in found:
         if row["by"] in calls:
             values = seconds[row["by"]]
-            rate = (contest.flops or row["bytes"]) / statistics.median(values)
+            rate = (contest.flops or contest.bytes) / statistics.median(values)
             row |= {"seconds": statistics.median(values), "spread": [min(values), max(values)], "rate": rate}
             row |= {
                 "unit": "FLOP/s" if contest.flops else "B/s",
@@ -232,53 +320,66 @@ def run(contest: Contest, bandwidth: float, peak: float, device: torch.device, r
     return found
 
 
-def in_words(row: dict[str, Any]) -> str:
-    head = f"{row['kernel']} [{row['size']}] {row['by']}: "
-    if "failed" in row:
-        return head + f"failed: {row['failed']}"
-    scale, unit = (1e12, "TFLOP/s") if row["unit"] == "FLOP/s" else (1e9, "GB/s")
-    errors = ", ".join(f"{name.replace('_', ' ')} {row[name]:.2e}" for name in ("error", "error_in_all") if name in row)
-    low, high = (s * 1e6 for s in row["spread"])
-    times = f"{row['seconds'] * 1e6:.4g} µs ({low:.4g} … {high:.4g})"
-    return head + f"{times}, {row['rate'] / scale:.4g} {unit}, {row['share']:.1%}, {errors}"
+class Passes:
+    """A kernel forward and, where inputs are of floating point, backward. Outputs have the same gradients in every call.
+
+    Called, it returns the outputs and the gradients of the inputs.
+    """
+
+    def __init__(self, call: Callable[..., Outputs], inputs: tuple[Tensor, ...]):
+        self.call = call
+        self.leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+        self.wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
+        self.gradients = [wave(out) for out in self._forward()] if self.wanted else []
+
+    def __call__(self) -> list[Tensor]:
+        outputs = self._forward()
+        gradients = torch.autograd.grad(outputs, self.wanted, self.gradients) if self.wanted else ()
+        return [t.detach() for t in (*outputs, *gradients)]
+
+    def _forward(self) -> tuple[Tensor, ...]:
+        outputs = self.call(*self.leaves)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def copy_bandwidth(device: torch.device, rounds: int) -> float:
-    """Bytes/s of a copy that no cache holds, read and written bytes together."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(timed(partial(target.copy_, source), device) for _ in range(rounds))
+def wave(like: Tensor) -> Tensor:
+    """Numbers between 0.5 and 1.5 in no pattern that a kernel knows; the loss of a head has 1."""
+    if like.dim() == 0:
+        return torch.ones_like(like)
+    return (torch.arange(like.numel(), device=like.device).view(like.shape) % 8191 / 8191 + 0.5).to(like.dtype)
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖ in float64."""
-    exact = exact.double()
-    return float((found.double() - exact).norm() / exact.norm())
+def choice(shape: Shape, device: torch.device) -> Tensor:
+    """Different experts for each token, at random. [N, K]"""
+    scores = torch.rand(shape.micro_tokens, shape.config.n_routed_experts, generator=torch.Generator().manual_seed(0))
+    return scores.topk(shape.config.num_experts_per_tok, dim=-1).indices.to(device)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate.double()) * up.double()
+def pairs(shape: Shape, device: torch.device) -> routing.Sorted:
+    return routing.sort_by_expert(choice(shape, device), shape.config.n_routed_experts)
 
 
-def gradient_of_gate(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    g, s = gate.double(), gate.double().sigmoid()
-    return grad.double() * up.double() * s * (1 + g * (1 - s))
+def draw(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
 
 
-def draw(device: torch.device, *shape: int) -> Tensor:
-    """Normal numbers in the compute dtype of the device."""
-    return torch.randn(shape, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def equal_groups(rows: int, groups: int, device: torch.device) -> Tensor:
-    counts = torch.full((groups,), rows // groups, device=device)
-    counts[: rows % groups] += 1
-    return counts
-
-
-def spread(x: Tensor, counts: Tensor) -> Tensor:
-    """x with zeros behind each group, up to whole tiles."""
-    return torch.cat([F.pad(part, (0, 0, 0, -len(part) % TILE)) for part in x.split(counts.tolist())])
+def as_table(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{result['shape']}, {result['device']}, {result['dtype']}; copy {result['copy_bytes_per_second'] / 1e9:.4g} GB/s, peak "
+        f"{result['peak_flops'] / 1e12:.4g} TFLOP/s; forward and backward",
+        "| kernel | size | by | error | µs | rate | share of the bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["kernels"]:
+        head = f"| {row['kernel']} | {row['size']} | {row['by']} | "
+        if "failed" in row:
+            lines.append(f"{head}failed: {row['failed'][:80]} | | | |")
+            continue
+        scale, unit = (1e9, "GFLOP/s") if row["unit"] == "FLOP/s" else (1e9, "GB/s")
+        lines.append(
+            f"{head}{row['error']:.1e} | {row['seconds'] * 1e6:,.0f} | {row['rate'] / scale:,.0f} {unit} | {row['share']:.0%} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":
