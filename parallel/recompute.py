@@ -55,6 +55,10 @@ ATTENTION = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 }
+ATTENTION_ELSEWHERE = {  # in packages that may be missing, by name
+    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward", "flash_attn_3::_flash_attn_forward",
+    "torch_attn::_varlen_attn",
+}  # fmt: skip
 UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
 
 Kept = deque[tuple[Any, Any]]  # operations of a forward pass, and what they gave out
@@ -156,7 +160,7 @@ class _SelectivePolicy(FullPolicy):
     def keeps(self, func: Any, args: tuple[Any, ...]) -> bool:
         if func is SUM:
             return args[2] is None  # outputs of experts that carry their weights; others are read to weigh them
-        kept = func in ROUTING or func in ATTENTION or func in EXCHANGES
+        kept = func in ROUTING or func in ATTENTION or func in EXCHANGES or func.name() in ATTENTION_ELSEWHERE
         return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
 
     def has_kept(self, kept: Kept) -> None:
