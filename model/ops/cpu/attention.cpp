@@ -8,6 +8,7 @@
 // queries, a strip, the keys from the first visible one to the last.
 #include <limits>
 #include <memory>
+#include <utility>
 
 #include "gemm.h"
 
@@ -34,15 +35,16 @@ static int64_t line(int64_t width) { return up(width, LANES) % (4 * LANES) ? up(
 static Vector get(const float* p, int64_t n) { return n >= LANES ? load(p) : load(p, n); }
 static void put(float* p, Vector v, int64_t n) { n >= LANES ? store(p, v) : store(p, v, n); }
 
+// Memory of a thread, handed out piece by piece to each head that it takes.
+struct Memory {
+    std::unique_ptr<float, decltype(&std::free)> numbers;
+    explicit Memory(int64_t n) : numbers((float*)std::aligned_alloc(64, up(n + 16 * LANES, 16) * sizeof(float)), &std::free) {}
+    float* get() const { return numbers.get(); }
+};
 struct Scratch {
-    std::unique_ptr<float, decltype(&std::free)> memory;
     float* free;
-    explicit Scratch(int64_t numbers) : memory((float*)std::aligned_alloc(64, up(numbers + 1024, 16) * 4), &std::free), free(memory.get()) {}
-    float* take(int64_t numbers) {
-        float* taken = free;
-        free += up(numbers, 16);
-        return taken;
-    }
+    Scratch(float* memory) : free(memory) {}
+    float* take(int64_t n) { return std::exchange(free, free + up(n, 16)); }
 };
 
 // Cosine and sine of every number of a rotary part: turned x = x cos + (x with its pairs swapped) sin.
@@ -69,6 +71,11 @@ struct Angles {
     }
 };
 
+// Rows of one head lie far apart: what is read a few rows later is asked for now.
+static void ask(const float* row, int64_t step, int64_t width) {
+    for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(row + 16 * step + i);
+}
+
 static void copy(const float* from, float* to, int64_t n, float factor) {
     for (int64_t i = 0; i < n; i += LANES) put(to + i, get(from + i, n - i) * factor, n - i);
 }
@@ -80,10 +87,16 @@ static float dot(const float* a, const float* b, int64_t n) {
 }
 
 // Rows as panels of COLUMNS tokens, [panel][width][COLUMNS]: the right side of a product with their transpose.
-static void transpose(const Shape& s, const float* rows, int64_t line, int64_t width, float* panels) {
-    for (int64_t n = 0; n < s.panels() * COLUMNS; n += COLUMNS, panels += width * COLUMNS)
-        for (int64_t j = 0; j < COLUMNS; ++j)
-            for (int64_t d = 0; d < width; ++d) panels[d * COLUMNS + j] = n + j < s.tokens ? rows[(n + j) * line + d] : 0.0f;
+static void pack_panels(const Shape& s, const float* rows, int64_t width, float* panels) {
+    const int64_t row = line(width);
+    for (int64_t t = 0; t < s.panels() * COLUMNS; t += LANES)
+        for (int64_t d = 0; d < width; d += LANES) {
+            Vector square[LANES];
+            for (int64_t j = 0; j < LANES; ++j) square[j] = t + j < s.tokens ? get(rows + (t + j) * row + d, width - d) : Vector{};
+            transpose(square);
+            float* to = panels + down(t, COLUMNS) * width + d * COLUMNS + t % COLUMNS;
+            for (int64_t i = 0; i < std::min<int64_t>(LANES, width - d); ++i) store(to + i * COLUMNS, square[i]);
+        }
 }
 
 // What the queries of a block see -------------------------------------------------------------------------------------------------
@@ -161,18 +174,21 @@ struct Keys {
     float *rows, *panels;  // [T][line(qk)], [panel][qk][COLUMNS]
     Keys(const Shape& s, Scratch& scratch) : rows(scratch.take(s.tokens * line(s.qk()))), panels(scratch.take(s.panels() * s.qk() * COLUMNS)) {}
 
-    void pack(const Shape& s, const Angles& angles, const float* kv, const float* k_rope) {
+    void pack(const Shape& s, const Angles& angles, const float* kv, const float* k_rope, float* values) {
         for (int64_t t = 0; t < s.tokens; ++t) {
+            ask(kv + t * s.kv_token, s.kv_token, s.nope + s.v);
             copy(kv + t * s.kv_token, rows + t * line(s.qk()), s.nope, 1);
+            copy(kv + t * s.kv_token + s.nope, values + t * line(s.v), s.v, 1);
             angles.turn(t, k_rope + t * s.k_token, rows + t * line(s.qk()) + s.nope, 1, 1);
         }
-        transpose(s, rows, line(s.qk()), s.qk(), panels);
+        pack_panels(s, rows, s.qk(), panels);
     }
 };
 
 static void pack_queries(const Shape& s, const Angles& angles, const Block& block, const float* q, float scale, float* to) {
     for (int64_t r = 0; r < block.queries; ++r, to += line(s.qk())) {
         const float* from = q + (block.q + r) * s.q_token;
+        ask(from, s.q_token, s.qk());
         copy(from, to, s.nope, scale);
         angles.turn(block.q + r, from + s.nope, to + s.nope, scale, 1);
     }
@@ -187,17 +203,19 @@ static void multiply_seen(const Block& block, int64_t k, int64_t end, const floa
     });
 }
 
+static int64_t forward_scratch(const Shape& s) {
+    return s.tokens * (line(s.qk()) + line(s.v)) + s.panels() * s.qk() * COLUMNS + QUERIES * (line(s.qk()) + line(s.v) + LINE + 2);
+}
+
 static void forward(
-    const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
+    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
     float* out, float* lse
 ) {
     const int64_t row = line(s.v);
-    Scratch scratch(s.tokens * (line(s.qk()) + row) + s.panels() * s.qk() * COLUMNS + QUERIES * (line(s.qk()) + row + LINE + 2));
     Keys keys(s, scratch);
     float *values = scratch.take(s.tokens * row), *queries = scratch.take(QUERIES * line(s.qk())), *scores = scratch.take(QUERIES * LINE);
     float *sums = scratch.take(QUERIES * row), *best = scratch.take(QUERIES), *total = scratch.take(QUERIES);
-    keys.pack(s, angles, kv, k_rope);
-    for (int64_t t = 0; t < s.tokens; ++t) copy(kv + t * s.kv_token + s.nope, values + t * row, s.v, 1);
+    keys.pack(s, angles, kv, k_rope, values);
 
     for (int64_t at = 0; at < s.tokens; at += QUERIES) {
         const Block block(s, at, starts);
@@ -242,31 +260,39 @@ extern "C" void attention(
 ) {
     const Shape& s = *shape;
     const Angles angles(s, cosines, sines);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
-        const int64_t b = i / s.heads, h = i % s.heads;
-        forward(
-            s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head, k_rope + b * s.k_sequence,
-            starts ? starts + b * s.tokens : nullptr, scale, out + (b * s.tokens * s.heads + h) * s.v, lse + i * s.tokens
-        );
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Memory memory(forward_scratch(s));
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
+            const int64_t b = i / s.heads, h = i % s.heads;
+            forward(
+                memory.get(), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
+                k_rope + b * s.k_sequence, starts ? starts + b * s.tokens : nullptr, scale,
+                out + (b * s.tokens * s.heads + h) * s.v, lse + i * s.tokens
+            );
+        }
     }
 }
 
 // Backward ------------------------------------------------------------------------------------------------------------------------
 
+static int64_t backward_scratch(const Shape& s) {
+    const int64_t row = line(s.v), wide = line(s.qk());
+    return s.tokens * (2 * wide + row) + s.panels() * (s.qk() + s.v) * COLUMNS + QUERIES * (2 * wide + row + 2 * LINE + 1);
+}
+
 static void backward(
-    const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
+    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
     const float* out, const float* lse, const float* d_out, float* dq, float* dkv, float* dk_rope
 ) {
     const int64_t row = line(s.v), wide = line(s.qk());
-    Scratch scratch(s.tokens * (2 * wide + 2 * row) + s.panels() * (s.qk() + s.v) * COLUMNS + QUERIES * (2 * wide + row + 2 * LINE + 1));
     Keys keys(s, scratch);
     float *values = scratch.take(s.panels() * s.v * COLUMNS), *dk = scratch.take(s.tokens * wide), *dv = scratch.take(s.tokens * row);
     float *queries = scratch.take(QUERIES * wide), *d_queries = scratch.take(QUERIES * wide), *above = scratch.take(QUERIES * row);
     float *p = scratch.take(QUERIES * LINE), *ds = scratch.take(QUERIES * LINE), *d = scratch.take(QUERIES);
-    keys.pack(s, angles, kv, k_rope);
-    for (int64_t t = 0; t < s.tokens; ++t) copy(kv + t * s.kv_token + s.nope, dv + t * row, s.v, 1);
-    transpose(s, dv, row, s.v, values);
+    keys.pack(s, angles, kv, k_rope, dv);
+    pack_panels(s, dv, s.v, values);
     std::fill(dk, dk + s.tokens * wide, 0.0f);
     std::fill(dv, dv + s.tokens * row, 0.0f);
 
@@ -275,6 +301,8 @@ static void backward(
         pack_queries(s, angles, block, q, scale, queries);
         std::fill(d_queries, d_queries + block.queries * wide, 0.0f);
         for (int64_t r = 0; r < block.queries; ++r) {
+            ask(d_out + (at + r) * s.out_token, s.out_token, s.v);
+            ask(out + (at + r) * s.heads * s.v, s.heads * s.v, s.v);
             copy(d_out + (at + r) * s.out_token, above + r * row, s.v, 1);
             d[r] = dot(above + r * row, out + (at + r) * s.heads * s.v, s.v);
         }
@@ -322,11 +350,12 @@ extern "C" void attention_backward(
     std::unique_ptr<float[]> shares(new float[s.sequences * s.heads * s.tokens * s.rope]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        const Memory memory(backward_scratch(s));
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
             const int64_t b = i / s.heads, h = i % s.heads, head = b * s.tokens * s.heads + h;
             backward(
-                s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head, k_rope + b * s.k_sequence,
+                memory.get(), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head, k_rope + b * s.k_sequence,
                 starts ? starts + b * s.tokens : nullptr, scale, out + head * s.v, lse + i * s.tokens,
                 d_out + b * s.out_sequence + h * s.out_head, dq + head * s.qk(), dkv + head * (s.nope + s.v),
                 shares.get() + i * s.tokens * s.rope
