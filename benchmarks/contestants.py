@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from data.samples import Phase, Samples, StoreEntry
 from model.config import ModelConfig, load_preset
 from model.flops import Recompute
 from model.init import initialize
+from model.ops.attention import AttentionBackend
+from model.ops.attention.choose import Workload, choose
 from model.transformer import Transformer
 from parallel.ddp import DDPEngine
 from parallel.engine import StepResult, StepSettings
@@ -122,7 +124,9 @@ class Ours:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.shape = shape
-        self.model = without_weights(shape.config, compute_dtype)
+        attends = Workload(shape.config, shape.micro_batch, shape.sequence_length, False, compute_dtype)
+        attention, self.who_attends = choose("auto", attends, device, lambda measure: measure())
+        self.model = without_weights(shape.config, compute_dtype, attention)
         apply_recompute(self.model, recompute)
         optimizer = partial(build_optimizer, settings=OPTIMIZER)
         self.engine = DDPEngine(self.model, device, lambda m, write: initialize(m, 0, device, write), optimizer, CLIP)
@@ -191,7 +195,9 @@ def fresh(config: ModelConfig, device: torch.device, compute_dtype: torch.dtype)
     return model
 
 
-def without_weights(config: ModelConfig, compute_dtype: torch.dtype) -> Transformer:
+def without_weights(
+    config: ModelConfig, compute_dtype: torch.dtype, attention: AttentionBackend | Literal["fused"] = "fused"
+) -> Transformer:
     """Our model on the meta device."""
     with torch.device("meta"):
-        return Transformer(config, compute_dtype=compute_dtype)
+        return Transformer(config, compute_dtype=compute_dtype, attention=attention)

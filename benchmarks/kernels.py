@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data.files import replace_file
 from model.ops import attention, experts, rms_norm, routing, rows, swiglu
+from model.ops.attention.choose import CANDIDATES
 from model.ops.attention.reference import assemble, visible
 from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
 from model.ops.measure import timed
@@ -124,6 +125,8 @@ def attentions(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contes
         return lambda q, kv, k_rope: backend(q, kv, k_rope, turned, scale, None)
 
     contestants: dict[str, Callable[..., Outputs]] = {name: by(run) for name, run in attention.BACKENDS.items()}
+    if device.type == "cuda":
+        contestants |= {name: by(make()) for name, make in CANDIDATES.items()}
     inputs = (
         draw(device, dtype, b, t, heads, c.qk_head_dim),
         draw(device, dtype, b, t, heads, c.qk_nope_head_dim + c.v_head_dim),
