@@ -16,6 +16,9 @@ TRAINING = 3 * 2  # forward, gradient of the input, gradient of the weight; a mu
 Recompute = Literal["none", "selective", "full"]
 Device = Literal["cpu", "cuda"]
 
+CHUNK_BYTES = 16 << 20  # of logits, or those of so many tokens if they are more: as `model.ops.cross_entropy`
+CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
+
 
 @dataclass(frozen=True)
 class ParameterCounts:
@@ -197,7 +200,7 @@ def activation_parts(
     fp8: bool = False,
     fp8_dispatch: bool = False,
 ) -> dict[str, int]:
-    """`activation_bytes`, by the part of the model that keeps them; norms belong to the part that they stand before."""
+    """`activation_bytes`, by the part of the model that keeps them. Norms and residual stream of a block are attention's."""
     c, a = config, element_size
     sizes = _Sizes(a, device, fp8, spreads_experts)
     depths = c.num_nextn_predict_layers
@@ -232,6 +235,41 @@ def activation_parts(
         "embedding and head": tokens * per_token + once,  # and what MTP modules add to a block
         "weights in the compute dtype": casts,
     }
+
+
+def working_bytes(
+    config: ModelConfig,
+    micro_batch: int,
+    sequence_length: int,
+    element_size: int,
+    recompute: Recompute = "none",
+    device: Device = "cpu",
+    casts_weights: bool = True,
+    fp8: bool = False,
+) -> int:
+    """Bytes that live beside `activation_bytes` for a while: an estimate of the most, while one block goes backward or a loss is
+    made. Arguments as there.
+
+    Those of a block are what it computes again, its weights in the compute dtype with their gradients, and gradients on their way
+    through it: of its input, output and residual stream, and of the rows, outputs, gate and up of its experts. Those of a loss are
+    the logits of a chunk of tokens, and the head in the compute dtype.
+    """
+    c, a = config, element_size
+    sizes, tokens = _Sizes(a, device, fp8), micro_batch * sequence_length
+    chunk = max(CHUNK_BYTES, 4 * c.vocab_size * CHUNK_ROWS[device])
+    head = 0 if a == 4 else a * c.vocab_size * (c.hidden_size + CHUNK_ROWS[device])
+    most = min(chunk, 4 * c.vocab_size * tokens) + head
+    for layer in {0, c.num_hidden_layers - 1}:
+        rows = [*_attention(c, sizes), *_feed_forward(c, layer, sizes)]
+        again = sum(row.bytes for row in rows if "none" in row.kept and recompute not in row.kept)
+        k, width = (c.num_experts_per_tok, c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
+        gradients = a * (3 * c.hidden_size + k * (c.hidden_size + 3 * width))
+        weights = 0
+        if a != 4 and casts_weights and not fp8:
+            matrices = _layer_matrices(c, layer).all
+            weights = a * (matrices if recompute != "none" else 0) + a * matrices
+        most = max(most, tokens * (again + gradients) + weights)
+    return most
 
 
 class _Sizes(NamedTuple):

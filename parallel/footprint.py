@@ -75,6 +75,26 @@ def footprint(
     return held._replace(parameters=held.parameters + biases)
 
 
+def peak_bytes(
+    layout: Layout, config: ModelConfig, held: Footprint, activations: int, working: int, micro_batches: int = 1
+) -> int:
+    """Most bytes that live on the device of the fullest rank at once.
+
+    Args:
+        held: what it holds throughout.
+        activations, working: of one micro-batch (`model.flops.activation_bytes`, `working_bytes`).
+
+    A single process whose step is one micro-batch has no gradients while it goes forward, and in the backward pass they take
+    the place of activations: then the peak is where the backward pass begins, with the gradient of the head, which is among the
+    activations, and those of one block, or where it ends, with all of them. Otherwise gradients lie there throughout.
+    """
+    if layout.config.engine != "ddp" or layout.world_size > 1 or micro_batches > 1:
+        return held.device + activations + working
+    units = gathered_units(layout, parameter_shapes(config), 4)
+    first = 4 * max(unit.elements for key, unit in units.items() if key.isdigit())
+    return held.device - held.gradients + max(activations + first, held.gradients) + working
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Shapes of the parameters, without the buffers."""
     return {name: tensor.shape for name, tensor in state_shapes(config).items() if not name.endswith(BIAS)}

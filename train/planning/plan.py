@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts
+from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts, working_bytes
 from parallel.ds_config import ds_config
-from parallel.footprint import footprint
+from parallel.footprint import footprint, peak_bytes
 from parallel.layout import Layout
 from train.config import Recipe
 from train.planning.advice import law_advice
@@ -19,9 +19,9 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     """Numbers of a run on `world_size` processes, those of memory for the fullest of them in its largest steps.
 
     The device is the one that the recipe names, or else this machine's. On it lie the parts of parameters, gradients and moments
-    that the layout gives a process, what it gathers of others (`parallel.footprint`), and what one micro-batch keeps for its
-    backward pass; not counted are the allocator's slack and buffers of single operations and of the communication. On the host
-    lie what is offloaded and the average of the weights.
+    that the layout gives a process, what it gathers of others (`parallel.footprint`), what one micro-batch keeps for its
+    backward pass, and what a block needs at work; not counted are the allocator's slack and buffers of the communication. On the
+    host lie what is offloaded and the average of the weights.
 
     Raises:
         LayoutError: the layout does not fit the number of processes, the model, or a batch of the schedule, or the user's ds_config
@@ -73,18 +73,19 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
     moment = {"fp32": 4, "bf16": 2}[recipe.precision.moments]
     micro_batches = -(-sequences // (layout.world_size * micro_batch))
     held = footprint(layout, config, compute.itemsize, moment, micro_batches)
+    common: dict[str, Any] = {
+        "micro_batch": min(micro_batch, sequences // layout.world_size),
+        "sequence_length": span.sequence_length,
+        "element_size": compute.itemsize,
+        "recompute": layout.config.recompute,
+        "device": "cuda" if recipe.on_gpu else "cpu",
+        "casts_weights": layout.config.engine != "fsdp",  # which gathers them in the compute dtype
+        "fp8": layout.config.fp8,
+    }
     activations = activation_bytes(
-        config,
-        min(micro_batch, sequences // layout.world_size),
-        span.sequence_length,
-        compute.itemsize,
-        layout.config.recompute,
-        "cuda" if recipe.on_gpu else "cpu",
-        casts_weights=layout.config.engine != "fsdp",  # which gathers them in the compute dtype
-        spreads_experts=layout.config.expert > 1,
-        fp8=layout.config.fp8,
-        fp8_dispatch=layout.config.fp8_dispatch,
+        config, **common, spreads_experts=layout.config.expert > 1, fp8_dispatch=layout.config.fp8_dispatch
     )
+    working = working_bytes(config, **common)
     holders = layout.world_size if layout.config.engine == "ddp" else layout.shard  # of one average of the weights
     average = 4 * -(-parameter_counts(config).trainable // holders) if recipe.optimizer.ema else 0
     return {
@@ -93,6 +94,7 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
         "bytes_of_moments": held.moments,
         "bytes_of_gathered_modules": held.gathered,
         "bytes_of_activations": activations,
-        "peak_bytes_per_rank": held.device + activations,
+        "bytes_of_a_block_at_work": working,
+        "peak_bytes_per_rank": peak_bytes(layout, config, held, activations, working, micro_batches),
         "host_bytes_per_rank": held.host + average * (2 if recipe.on_gpu else 1),
     }
