@@ -124,7 +124,8 @@ class Ours:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.shape = shape
-        attends = Workload(shape.config, shape.micro_batch, shape.sequence_length, False, compute_dtype)
+        sizes = (shape.config, shape.micro_batch, shape.sequence_length)
+        attends = Workload(*sizes, documents=False, dtype=compute_dtype, keeps_outputs=recompute == "selective")
         attention, self.who_attends = choose("auto", attends, device, lambda measure: measure())
         self.model = without_weights(shape.config, compute_dtype, attention)
         apply_recompute(self.model, recompute)

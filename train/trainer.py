@@ -146,7 +146,7 @@ class Trainer:
         compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
         masked, length = recipe.data.mask_documents, recipe.data.sequence_length
-        attends = Workload(config, recipe.micro_batch(0), length, masked, compute)
+        attends = Workload(config, recipe.micro_batch(0), length, masked, compute, recompute == "selective")
         self.attention, who_attends = choose_attention(
             recipe.run.attention, attends, self.process.device, self.ranks.first
         )

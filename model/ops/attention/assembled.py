@@ -31,10 +31,11 @@ class Assembled:
     Args:
         attend: the kernel.
         pads: it wants values as wide as keys.
+        is_kept: `parallel.recompute` sees its operation, and can keep what it gives out.
     """
 
-    def __init__(self, attend: Attend, pads: bool = False):
-        self.attend, self.pads = attend, pads
+    def __init__(self, attend: Attend, pads: bool = False, is_kept: bool = True):
+        self.attend, self.pads, self.is_kept = attend, pads, is_kept
 
     def __call__(
         self, q: Tensor, kv: Tensor, k_rope: Tensor, rotation: Rotation, scale: float, starts: Tensor | None = None

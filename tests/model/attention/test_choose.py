@@ -9,6 +9,7 @@ import torch
 from model.config import ConfigError
 from model.ops import measure
 from model.ops.attention import BACKENDS, choose, reference_attention
+from model.ops.attention.assembled import Assembled
 from model.ops.attention.choose import CANDIDATES, Workload, agrees, both_ways, by_reference, draw, fastest
 from model.rope import Rotation
 from tests.small_model import small_config
@@ -64,6 +65,17 @@ def test_the_fastest_of_those_that_are_right_is_chosen_and_the_log_says_why():
         assert f"{wrong} – (wrong)" in line
     assert "fails – (ValueError: no such shape)" in line
     assert "flash-attn – (flash_attn is not installed: pip install 'rorqual[flash]')" in line
+
+
+def test_what_recomputation_cannot_keep_is_timed_with_its_second_run(monkeypatch):
+    runs = []
+    unseen = Assembled(lambda q, k, v, *_: runs.append(1) or v, is_kept=False)
+    monkeypatch.setattr(choose, "agrees", lambda *_: True)
+    monkeypatch.setattr(choose, "times", lambda given, device: {name: run() and 1.0 for name, run in given.items()})
+    for keeps_outputs, forward in ((False, 3), (True, 5)):  # compared, tried, timed
+        runs.clear()
+        choose.try_all(work()._replace(keeps_outputs=keeps_outputs), {"unseen": unseen}, CPU)
+        assert len(runs) == forward
 
 
 def test_attention_that_nobody_computes_is_refused_with_every_reason():
