@@ -42,27 +42,26 @@ static inline void store(float* p, Vector v, int64_t n) {
 
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
-// Lanes 1, 0, 3, 2, …
-static inline Vector swap_pairs(Vector v) {
+// Every lane's neighbour at that distance, a power of 2: lane i becomes lane i ^ DISTANCE.
+template <int DISTANCE> static inline Vector exchange(Vector v) {
     Integers order;
-    for (int i = 0; i < LANES; ++i) order[i] = i ^ 1;
+    for (int i = 0; i < LANES; ++i) order[i] = i ^ DISTANCE;
 #if defined(__clang__)
-    Vector swapped;
-    for (int i = 0; i < LANES; ++i) swapped[i] = v[order[i]];
-    return swapped;
+    Vector exchanged;
+    for (int i = 0; i < LANES; ++i) exchanged[i] = v[order[i]];
+    return exchanged;
 #else
     return __builtin_shuffle(v, order);
 #endif
 }
-static inline float sum(Vector v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
+static inline Vector swap_pairs(Vector v) { return exchange<1>(v); }
+template <int DISTANCE = LANES / 2> static inline float sum(Vector v) {
+    if constexpr (DISTANCE == 0) return v[0];
+    else return sum<DISTANCE / 2>(v + exchange<DISTANCE>(v));
 }
-static inline float largest(Vector v) {
-    float best = v[0];
-    for (int i = 1; i < LANES; ++i) best = std::max(best, v[i]);
-    return best;
+template <int DISTANCE = LANES / 2> static inline float largest(Vector v) {
+    if constexpr (DISTANCE == 0) return v[0];
+    else return largest<DISTANCE / 2>(larger(v, exchange<DISTANCE>(v)));
 }
 
 // A square of numbers turned over its diagonal: lane j of v[i] becomes lane i of v[j].
