@@ -218,7 +218,7 @@ def activation_parts(
     per_token += _norm(c.hidden_size, a)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
-    once = (1 + depths) * 4 * c.vocab_size * c.hidden_size  # gradient of the output head, one for each loss
+    once = 4 * c.vocab_size * c.hidden_size  # gradient of the output head, one for all losses
     once += sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
     if depths:
         once += micro_batch * depths * a * c.hidden_size  # embeddings of the tokens beyond T
@@ -252,13 +252,14 @@ def working_bytes(
 
     Those of a block are what it computes again, its weights in the compute dtype with their gradients, and gradients on their way
     through it: of its input, output and residual stream, and of the rows, outputs, gate and up of its experts. Those of a loss are
-    the logits of a chunk of tokens, and the head in the compute dtype.
+    the logits of a chunk of tokens, on a CPU in fp32 beside them, and the head in the compute dtype.
     """
     c, a = config, element_size
     sizes, tokens = _Sizes(a, device, fp8), micro_batch * sequence_length
-    chunk = max(CHUNK_BYTES, 4 * c.vocab_size * CHUNK_ROWS[device])
-    head = 0 if a == 4 else a * c.vocab_size * (c.hidden_size + CHUNK_ROWS[device])
-    most = min(chunk, 4 * c.vocab_size * tokens) + head
+    chunk = min(tokens, max(CHUNK_BYTES // (4 * c.vocab_size), CHUNK_ROWS[device]))
+    most = a * c.vocab_size * chunk
+    if a != 4:
+        most += a * c.vocab_size * c.hidden_size + (4 * c.vocab_size * chunk if device == "cpu" else 0)
     for layer in {0, c.num_hidden_layers - 1}:
         rows = [*_attention(c, sizes), *_feed_forward(c, layer, sizes)]
         again = sum(row.bytes for row in rows if "none" in row.kept and recompute not in row.kept)

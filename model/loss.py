@@ -14,6 +14,13 @@ from torch import Tensor
 from model.ops.cross_entropy import IGNORE
 
 
+def head_coefficients(targets: Tensor, lambda_: float) -> Tensor:
+    """[1 + D_mtp] fp32 ∂L / ∂ sum of each head, known before the forward pass; arguments as of `Losses.objective`."""
+    coefficients = 1 / targets.clamp_min(1)
+    coefficients[1:] *= lambda_ / max(1, len(targets) - 1)
+    return coefficients
+
+
 class Losses(NamedTuple):
     """Sums over one micro-batch, all fp32 but the counts."""
 

@@ -20,7 +20,7 @@ from model.mtp import MTPBlock
 from model.ops import attention as attention_ops
 from model.ops import experts as experts_ops
 from model.ops.attention import AttentionBackend
-from model.ops.cross_entropy import count_hits, linear_cross_entropy
+from model.ops.cross_entropy import count_hits, heads_cross_entropy, linear_cross_entropy
 from model.ops.experts import ExpertsBackend
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.fp8.kernels import Kernels
@@ -87,20 +87,22 @@ class Transformer(nn.Module):
     def mtp_layers(self) -> list[MTPBlock]:
         return cast(list[MTPBlock], list(self.model.layers)[self.config.num_hidden_layers :])
 
-    def forward(self, tokens: Tensor, documents: Tensor) -> Output:
+    def forward(self, tokens: Tensor, documents: Tensor, coefficients: Tensor | None = None) -> Output:
         """Summed losses of one micro-batch.
 
         Args:
             tokens, documents: [B, T + 1 + D_mtp]; every position of every depth has a real target.
+            coefficients: [1 + D_mtp] what each head's sum counts in the objective (`model.loss.head_coefficients`), so that they
+                share one gradient of the output head; None: not known yet, each has its own.
         """
         depths = self.config.num_nextn_predict_layers
         hidden, stats = self.hidden_states(tokens, documents)
         labels = self._labels(tokens, documents)
-        sums = [linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, y) for h, y in zip(hidden, labels)]
+        sums = self._sum_losses([h.flatten(0, 1) for h in hidden], labels, coefficients)
         losses = Losses(
             main=sums[0],
-            mtp=torch.stack(sums[1:]) if depths else sums[0].new_zeros(0),
-            balance=sum((s.balance for s in stats), sums[0].new_zeros(())),
+            mtp=sums[1:],
+            balance=sum((s.balance for s in stats), sums.new_zeros(())),
             counts=count_targets(tokens, documents, depths, self.mask_documents),
         )
         return Output(losses, self._stack_counts(stats, tokens))
@@ -162,6 +164,13 @@ class Transformer(nn.Module):
         """[B·T] targets of the main head and of each MTP depth."""
         depths = self.config.num_nextn_predict_layers
         return [targets_at(tokens, documents, k, depths, self.mask_documents).flatten() for k in range(1 + depths)]
+
+    def _sum_losses(self, hidden: list[Tensor], labels: list[Tensor], coefficients: Tensor | None) -> Tensor:
+        """[1 + D_mtp] summed cross-entropy of each head."""
+        head = self.lm_head.weight
+        if coefficients is not None:
+            return heads_cross_entropy(hidden, head, labels, coefficients)
+        return torch.stack([linear_cross_entropy(h, head, y) for h, y in zip(hidden, labels)])
 
     def _stack_counts(self, stats: list[LayerStats], tokens: Tensor) -> Tensor:
         counts = [s.expert_counts for s in stats]

@@ -2,6 +2,8 @@
 
 PyTorch's DistributedDataParallel reduces gradients in buckets while the backward pass still runs. It would average them over the
 ranks; here each micro-batch's loss is already divided by the targets of the global batch, so they are summed instead.
+
+A single rank has nothing to sum: it calls the model without the wrapper, whose buckets would cost every gradient a copy.
 """
 
 import warnings
@@ -14,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.init import write_whole
 from model.transformer import Output, Transformer
-from parallel.engine import Fill, MakeOptimizer, MicroBatch, State, StepResult, StepSettings
+from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
 from parallel.moments import moments, restore
-from parallel.step import GlobalStep
+from parallel.step import GlobalStep, step_optimizer
 
 
 class DDPEngine(GlobalStep):
@@ -40,24 +42,22 @@ class DDPEngine(GlobalStep):
     ):
         model.to_empty(device=device)
         fill(model, write_whole)
-        super().__init__(model, clip)
+        super().__init__(model, device, clip)
         self.gradient_copies = dist.get_world_size()
-        with warnings.catch_warnings():
-            # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.replicas.register_comm_hook(None, _sum_over_ranks)
+        self.replicas = _replicas(model) if dist.get_world_size() > 1 else None
         self.optimizer = make_optimizer(model.named_parameters())
         self.buckets_are_final = dist.get_world_size() < 3
 
-    def step(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepResult:
+    def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         if not self.buckets_are_final:
             self._rehearse(micro_batches[0])
-        return super().step(micro_batches, settings)
+        return super().launch(micro_batches, settings)
 
-    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+    def forward(self, batch: MicroBatch, coefficients: Tensor, is_last: bool) -> Output:
+        if self.replicas is None:
+            return self.model(batch.tokens, batch.documents, coefficients)
         self.replicas.require_backward_grad_sync = is_last
-        return self.replicas(batch.tokens, batch.documents)
+        return self.replicas(batch.tokens, batch.documents, coefficients)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
@@ -65,10 +65,8 @@ class DDPEngine(GlobalStep):
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
 
-    def update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+    def update(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
+        step_optimizer(self.optimizer, lr, divisor, skip)
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -107,10 +105,20 @@ class DDPEngine(GlobalStep):
         From three ranks on, the order of a sum over ranks depends on the place in the bucket. Without this pass the first step of a
         run that continues would differ in its last bits from the same step of a run that was never interrupted.
         """
-        losses = self.forward(batch, is_last=True).losses
-        losses.objective(losses.counts, len(batch.tokens), lambda_=1.0, alpha=1.0).backward()
+        coefficients = torch.ones(1 + self.model.config.num_nextn_predict_layers, device=self.device)
+        losses = self.forward(batch, coefficients, is_last=True).losses
+        (losses.main + losses.mtp.sum() + losses.balance).backward()
         self.drop_gradients()
         self.buckets_are_final = True
+
+
+def _replicas(model: Transformer) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers, and 2.11 does not know the new name.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replicas.register_comm_hook(None, _sum_over_ranks)
+    return replicas
 
 
 def _sum_over_ranks(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

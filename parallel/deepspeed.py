@@ -82,7 +82,7 @@ class ZeroEngine(GlobalStep):
                 spread_experts(model, self.meshes.expert, layout.config.fp8_dispatch)
             model.to_empty(device=device)
             fill(model, partial(write_own_experts, self._experts(model)))
-        super().__init__(model, clip)
+        super().__init__(model, device, clip)
         optimizer = make_optimizer(model.named_parameters())
         if self.meshes:
             announce_experts(model, optimizer, self.meshes)
@@ -97,9 +97,9 @@ class ZeroEngine(GlobalStep):
         self.copied = frozenset({"exp_avg", "exp_avg_sq"} | ({"parameters"} if self.is_sharded else set()))
         self.has_gradients = False
 
-    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+    def forward(self, batch: MicroBatch, coefficients: Tensor, is_last: bool) -> Output:
         self.engine.set_gradient_accumulation_boundary(is_last)
-        return self.engine(batch.tokens, batch.documents)
+        return self.engine(batch.tokens, batch.documents, coefficients)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         self.engine.backward(loss)
@@ -110,7 +110,11 @@ class ZeroEngine(GlobalStep):
     def gradients(self) -> dict[str, Tensor]:
         return self.partitions.gradients()
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
+        if bool(skip):  # the host waits: DeepSpeed's step takes no condition
+            return
+        if (factor := 1 / float(divisor)) != 1:
+            torch._foreach_mul_(list(self.gradients().values()), factor)
         self.engine.optimizer.set_lr(lr)
         self.engine.step()
         self.has_gradients = False

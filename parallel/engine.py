@@ -15,9 +15,8 @@ from model.init import Write
 from model.transformer import Transformer
 
 Fill = Callable[[Transformer, Write], None]  # gives a model its first weights, by way of the engine's `write`
-MakeOptimizer = Callable[
-    [Iterable[tuple[str, Tensor]]], torch.optim.Optimizer
-]  # of named parameters, or this rank's parts
+# Of named parameters, or this rank's parts. It takes `grad_scale` and `found_inf`, as PyTorch's fused optimizers do.
+MakeOptimizer = Callable[[Iterable[tuple[str, Tensor]]], torch.optim.Optimizer]
 State = dict[str, Any]
 
 
@@ -64,8 +63,10 @@ class StepResult:
     losses: MeanLosses
     grad_norm: float  # before clipping
     expert_counts: Tensor  # [MoE layers, E] int64 on the host, of the global batch
-    non_finite: tuple[str, ...] = ()  # parameters whose gradient is not finite
+    expert_biases: Tensor  # [MoE layers, E] fp32 on the host, as the step left them
+    non_finite: tuple[str, ...] = ()  # parameters whose gradient, or its norm, is not finite
     scales: FP8Scales | None = None  # with FP8 only
+    loss_scale: float = 1.0  # of the next step: the factor that keeps fp16 gradients from vanishing
 
     @property
     def exploded(self) -> tuple[str, ...]:
@@ -78,19 +79,57 @@ class StepResult:
         return bool(self.non_finite or self.exploded)
 
 
+class Pending:
+    """The result of a step that the device may still be at work on.
+
+    Its numbers are on their way to the host, in one piece and into page-locked memory; `result` waits for them and for no more.
+
+    Args:
+        numbers: of any shapes, all exact in fp64.
+        read: makes the result of them, once they are on the host.
+    """
+
+    def __init__(self, numbers: Mapping[str, Tensor], read: Callable[[dict[str, Tensor]], StepResult]):
+        self._shapes = {name: part.shape for name, part in numbers.items()}
+        self._packed = torch.cat([part.detach().double().flatten() for part in numbers.values()])
+        self._read = read
+        self._result: StepResult | None = None
+        self._arrived: torch.cuda.Event | None = None
+        if self._packed.is_cuda:
+            on_host = torch.empty(self._packed.shape, dtype=torch.float64, pin_memory=True)
+            self._packed = on_host.copy_(self._packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nobody would have to wait: on a CPU always, of a GPU not until somebody has."""
+        return self._arrived is None or self._result is not None
+
+    def result(self) -> StepResult:
+        """May be called from several threads, and again."""
+        if self._result is None:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            parts = self._packed.split([shape.numel() for shape in self._shapes.values()])
+            self._result = self._read(
+                {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts)}
+            )
+        return self._result
+
+
 class Engine(Protocol):
     """A model, its optimizer, and the way both are spread over ranks."""
 
     model: Transformer  # its methods may be called between steps, by all ranks together
     fp8_max_scale: float  # of inputs and weights in FP8; beyond it a step is skipped
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor that keeps fp16 gradients from vanishing; 1 in other precisions."""
+    def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
+        """One optimizer step over this rank's micro-batches of the global batch, left to the device. Collective."""
         ...
 
     def step(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepResult:
-        """One optimizer step over this rank's micro-batches of the global batch. Collective."""
+        """`launch`, and its result at once."""
         ...
 
     def state(self) -> State:

@@ -6,11 +6,12 @@ Otherwise the step is skipped, like one whose gradient is not finite. The smalle
 scale above 512 has none left between 0 and 1, while what follows a norm, and the weights that it meets, are of order 1 or smaller.
 Gradients have no such measure, since their size is that of the batch and of the loss scale.
 
-The largest scale of every tensor, of all ranks, travels in one reduction and reaches the host at once.
+The largest scale of every tensor, of all ranks, travels in one reduction. The device decides by it; the host may read it later.
 """
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,26 @@ def forget_scales(arithmetic: Mapping[str, Fp8]) -> None:
         fp8.gradient_scales.clear()
 
 
-def read_scales(arithmetic: Mapping[str, Fp8], limit: float) -> FP8Scales | None:
-    """What the scales of all ranks say of the step that has just gone forward and backward. Collective; None without FP8.
+class StepScales(NamedTuple):
+    """The scales of the step that has just gone forward and backward, of all ranks."""
+
+    names: list[str]  # tensors, in the order of the forward and the backward pass
+    watched: int  # so many of them, the first ones, are bounded by the limit; the others must be finite
+    limit: float
+    largest: Tensor  # [names] fp32 on the device, infinite in place of NaN
+    exploded: Tensor  # [] bool: whether one of them is too large
+
+    def read(self, largest: Tensor) -> FP8Scales:
+        """In words, given `largest` on the host."""
+        scales = dict(zip(self.names, largest.tolist(), strict=True))
+        at = max(self.names[: self.watched], key=scales.__getitem__)  # of equal ones the first
+        limits = dict.fromkeys(self.names, math.inf) | dict.fromkeys(self.names[: self.watched], self.limit)
+        exploded = tuple(_told(name, s, limits[name]) for name, s in scales.items() if not _fits(s, limits[name]))
+        return FP8Scales(scales[at], at, exploded)
+
+
+def scales_of_step(arithmetic: Mapping[str, Fp8], limit: float) -> StepScales | None:
+    """Collective; None without FP8.
 
     Args:
         arithmetic: of each module in the order of the forward pass, by its name.
@@ -38,17 +57,11 @@ def read_scales(arithmetic: Mapping[str, Fp8], limit: float) -> FP8Scales | None
     backward = list(_named((name, fp8.gradient_scales) for name, fp8 in reversed(list(arithmetic.items()))))
     if not forward:
         return None
-    names = [name for group, _ in forward + backward for name in group]
-    found = torch.cat([scales for _, scales in forward + backward]).nan_to_num(nan=math.inf, posinf=math.inf)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    largest = dict(zip(names, found.tolist(), strict=True))
-    watched = {name: largest[name] for group, _ in forward for name in group}
-    at = max(watched, key=watched.__getitem__)  # of equal ones the first
-    limits = dict.fromkeys(names, math.inf) | dict.fromkeys(watched, limit)
-    exploded = tuple(
-        _told(name, scale, limits[name]) for name, scale in largest.items() if not _fits(scale, limits[name])
-    )
-    return FP8Scales(watched[at], at, exploded)
+    largest = torch.cat([scales for _, scales in forward + backward]).nan_to_num(nan=math.inf, posinf=math.inf)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    watched = sum(len(names) for names, _ in forward)
+    exploded = ~largest.isfinite().all() | (largest[:watched] > limit).any()
+    return StepScales([n for names, _ in forward + backward for n in names], watched, limit, largest, exploded)
 
 
 def _named(scales: Iterator[tuple[str, Scales]]) -> Iterator[tuple[list[str], Tensor]]:

@@ -39,7 +39,7 @@ from parallel.layout import Layout, cut_of
 from parallel.meshes import Meshes
 from parallel.moments import moments, restore
 from parallel.shards import Shard
-from parallel.step import GlobalStep
+from parallel.step import GlobalStep, step_optimizer
 
 
 class FSDPEngine(GlobalStep):
@@ -54,14 +54,15 @@ class FSDPEngine(GlobalStep):
         make_optimizer: MakeOptimizer,
         clip: float | None,
     ):
-        super().__init__(model, clip)
+        super().__init__(model, device, clip)
         self.gradient_copies = layout.config.replicate
         self.reshards = layout.config.reshard_after_forward
+        self.offloads = layout.config.offload == "all"
         meshes = Meshes(layout, device.type)
         if layout.config.expert > 1:
             spread_experts(model, meshes.expert, layout.config.fp8_dispatch)
         self.units = _shard(model, meshes, layout)
-        _materialize(model, device, offload=layout.config.offload == "all")
+        _materialize(model, device, offload=self.offloads)
         self.units[-1].unshard()  # FSDP settles where its shards lie when it first gathers
         self._reshard()
         self.parameters = dict(model.named_parameters())
@@ -70,13 +71,13 @@ class FSDPEngine(GlobalStep):
             fill(model, lambda name, parameter, expert, draw: self.shards[name].write(expert, draw))
         self.optimizer = make_optimizer((name, shard.local) for name, shard in self.shards.items())
 
-    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+    def forward(self, batch: MicroBatch, coefficients: Tensor, is_last: bool) -> Output:
         root = self.units[-1]
         root.set_requires_all_reduce(is_last)
         if not self.reshards:
             root.set_requires_gradient_sync(is_last)
             root.set_reshard_after_backward(is_last)
-        return self.model(batch.tokens, batch.documents)
+        return self.model(batch.tokens, batch.documents, coefficients)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
@@ -84,12 +85,12 @@ class FSDPEngine(GlobalStep):
     def gradients(self) -> dict[str, Tensor]:
         return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
         for name, gradient in self.gradients().items():
             self.shards[name].local.grad = gradient
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        if self.offloads:  # the optimizer works on the host, which must wait for the gradients anyway
+            divisor, skip = divisor.cpu(), skip.cpu()
+        step_optimizer(self.optimizer, lr, divisor, skip)
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad()

@@ -3,28 +3,31 @@
     1. n_k ← valid targets of head k in the global batch            (one reduction of 1 + D integers)
     2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n
     3. losses and expert counts of the global batch                  (one reduction for all layers, MTP included)
-    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   a non-finite ‖g‖ ends the step here: nothing is updated;
-                                              so does an FP8 scale that is out of bounds (`parallel.fp8_scales`)
+    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   with a non-finite ‖g‖ nothing is updated; nor with an FP8 scale that is out
+                                              of bounds (`parallel.fp8_scales`)
     5. optimizer step at the given learning rate
     6. b   ← balance.update(b, counts, γ) for every router, MTP included
+
+All of it is decided where the numbers are: the host launches the step and need not wait for it. What it wants to know follows in
+one copy (`Pending`).
 
 An engine says how a micro-batch goes forward and backward, where the summed gradients lie, and how the optimizer takes them.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model import balance
-from model.loss import count_targets
+from model.loss import count_targets, head_coefficients
 from model.router import Router
 from model.transformer import Output, Transformer
-from parallel.engine import MeanLosses, MicroBatch, State, StepResult, StepSettings
-from parallel.fp8_scales import forget_scales, read_scales
+from parallel.engine import MeanLosses, MicroBatch, Pending, State, StepResult, StepSettings
+from parallel.fp8_scales import StepScales, forget_scales, scales_of_step
 from parallel.loss_scale import LossScale
 
 
@@ -33,6 +36,7 @@ class GlobalStep(ABC):
 
     Args:
         model: parameters fp32; under fp16 compute its loss is scaled dynamically.
+        device: where it computes.
         clip: largest global gradient norm; None does not clip.
     """
 
@@ -40,14 +44,15 @@ class GlobalStep(ABC):
     copied: frozenset[str] = frozenset()
     fp8_max_scale: float = 512.0
 
-    def __init__(self, model: Transformer, clip: float | None):
+    def __init__(self, model: Transformer, device: torch.device, clip: float | None):
         self.model = model
+        self.device = device
         self.clip = clip
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
-        self.scaling = LossScale(enabled=model.compute_dtype is torch.float16)
+        self.scaling = LossScale(model.compute_dtype is torch.float16, device)
 
     @abstractmethod
-    def forward(self, batch: MicroBatch, is_last: bool) -> Output:
+    def forward(self, batch: MicroBatch, coefficients: Tensor, is_last: bool) -> Output:
         """The model on one micro-batch; `is_last` of the step, after which gradients must be summed."""
 
     @abstractmethod
@@ -59,8 +64,8 @@ class GlobalStep(ABC):
         """This rank's parts of the summed gradients, fp32 and live: what is done to them is done to the step."""
 
     @abstractmethod
-    def update(self, lr: float) -> None:
-        """The optimizer's step with the gradients as they are now."""
+    def update(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
+        """The optimizer's step with gradients / divisor ([] fp32); none where skip ([] fp32) is 1. Gradients may change."""
 
     @abstractmethod
     def drop_gradients(self) -> None:
@@ -81,30 +86,30 @@ class GlobalStep(ABC):
     @abstractmethod
     def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None: ...
 
-    @property
-    def loss_scale(self) -> float:
-        return self.scaling.scale
-
     def step(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> StepResult:
+        return self.launch(micro_batches, settings).result()
+
+    def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         targets = self._targets_of_global_batch(micro_batches)
+        coefficients = head_coefficients(targets, settings.lambda_)
         forget_scales(self.model.fp8)
         outputs = []
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            output = self.forward(batch, is_last)
+            output = self.forward(batch, coefficients, is_last)
             loss = output.losses.objective(targets, settings.batch, settings.lambda_, settings.alpha)
-            self.backward(loss * self.loss_scale, is_last)
+            self.backward(loss * self.scaling.scale, is_last)
             outputs.append(output)
-        losses, counts = _sum_of_global_batch(outputs, targets, settings.batch)
-        host_counts = counts.cpu()  # before the optimizer starts, or the host would wait for it
-        scales = read_scales(self.model.fp8, self.fp8_max_scale)
-        grad_norm, non_finite = self._update(settings.lr, is_allowed=not (scales and scales.exploded))
-        result = StepResult(losses, grad_norm, host_counts, non_finite, scales)
-        if not result.skipped:
-            for router, layer_counts in zip(self.routers, counts):
-                bias = router.e_score_correction_bias
-                bias.copy_(balance.update(bias, layer_counts, settings.gamma))
-        return result
+        with torch.no_grad():
+            means, counts = _sum_of_global_batch(outputs, targets, settings.batch)
+            scales = scales_of_step(self.model.fp8, self.fp8_max_scale)
+            squares, grad_norm, skip = self._update(settings.lr, scales)
+            biases = self._balance(counts, settings.gamma, skip)
+            numbers = {"means": means, "counts": counts, "biases": biases, "squares": squares, "norm": grad_norm}
+            numbers["loss scale"] = self.scaling.scale
+            if scales:
+                numbers["scales"] = scales.largest
+        return Pending(numbers, partial(_read, self._names, scales))
 
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
@@ -114,53 +119,78 @@ class GlobalStep(ABC):
         dist.all_reduce(targets)
         return targets
 
-    @torch.no_grad()
-    def _update(self, lr: float, is_allowed: bool) -> tuple[float, tuple[str, ...]]:
-        """Clip and step, if allowed. Returns the gradient norm before clipping, and the parameters whose gradients forbade it."""
-        gradients = self.gradients()
-        grad_norm = self._norm(list(gradients.values())) / self.loss_scale
-        finite = math.isfinite(grad_norm)
-        non_finite: tuple[str, ...] = ()
-        if finite and is_allowed:
-            factor = 1.0 if self.clip is None else min(1.0, self.clip / (grad_norm + 1e-6))
-            if factor != self.loss_scale:
-                torch._foreach_mul_(list(gradients.values()), factor / self.loss_scale)
-            self.update(lr)
-        elif not finite:
-            non_finite = self._non_finite(gradients) or ("the norm of all gradients",)
+    def _update(self, lr: float, scales: StepScales | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip and step, if nothing forbids it. Returns `_squares`, the norm before clipping, and whether the step is skipped."""
+        squares = self._squares(self.gradients())
+        norm = squares.sum().sqrt() / self.scaling.scale
+        finite = norm.isfinite()
+        skip = ~finite if scales is None else ~finite | scales.exploded
+        divisor = self.scaling.scale
+        if self.clip is not None:
+            divisor = divisor * ((norm + 1e-6) / self.clip).clamp_min(1)
+        self.update(lr, divisor.float(), skip.float())
         self.drop_gradients()
         self.scaling.update(finite)
-        return grad_norm, non_finite
+        return squares, norm, skip
 
-    def _norm(self, parts: Sequence[Tensor]) -> float:
-        """‖g‖ over all ranks; from one reduction, so that it has the same bits on each of them."""
-        filled = [part for part in parts if part.numel()] or [torch.zeros(1, device=self.model.device)]
-        square = torch.stack(torch._foreach_norm(filled)).double().square().sum().to(self.model.device)
+    def _squares(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """[parameters] fp64 ‖g‖² of each over all ranks; from one reduction, so that it has the same bits on each of them."""
+        filled = {name: part for name, part in gradients.items() if part.numel()}
+        norms = dict(zip(filled, torch._foreach_norm(list(filled.values())))) if filled else {}
+        zero = next(iter(norms.values())).new_zeros(()) if norms else torch.zeros((), device=self.device)
+        squares = torch.stack([norms.get(name, zero) for name in self._names]).to(self.device).double().square()
         if self.gradient_copies < dist.get_world_size():
-            dist.all_reduce(square)
-            square = square / self.gradient_copies
-        return math.sqrt(float(square))
+            dist.all_reduce(squares)
+            squares = squares / self.gradient_copies
+        return squares
 
-    def _non_finite(self, gradients: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Names of the parameters whose gradients are not finite on any rank."""
-        found: list[list[str]] = [[name for name, part in gradients.items() if not part.isfinite().all()]]
-        if self.gradient_copies < dist.get_world_size():
-            mine, found = found[0], [[]] * dist.get_world_size()
-            dist.all_gather_object(found, mine)
-        bad = {name for names in found for name in names}
-        return tuple(name for name, _ in self.model.named_parameters() if name in bad)
+    def _balance(self, counts: Tensor, gamma: float, skip: Tensor) -> Tensor:
+        """Move every router's bias, unless the step is skipped. Returns them all, [MoE layers, E]."""
+        if not self.routers:
+            return counts.new_zeros(counts.shape, dtype=torch.float32)
+        biases = [router.e_score_correction_bias for router in self.routers]
+        before = torch.stack(biases)
+        after = torch.where(skip, before, balance.update(before, counts, gamma))
+        torch._foreach_copy_(biases, list(after.unbind()))
+        return after
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.model.named_parameters()]
 
 
-def _sum_of_global_batch(outputs: Sequence[Output], targets: Tensor, sequences: int) -> tuple[MeanLosses, Tensor]:
-    """Losses, and expert counts [MoE layers, E], over all ranks and micro-batches, in one reduction.
+def step_optimizer(optimizer: torch.optim.Optimizer, lr: float, divisor: Tensor, skip: Tensor) -> None:
+    """A fused optimizer's step: it divides each gradient as it reads it, and does nothing where it shall skip."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = divisor, skip  # type: ignore[attr-defined]
+    optimizer.step()
 
-    They travel as fp64, which holds every integer up to 2⁵³ exactly.
+
+def _read(names: Sequence[str], scales: StepScales | None, numbers: dict[str, Tensor]) -> StepResult:
+    """A step's numbers, once they are on the host."""
+    main, *mtp, balance_loss = numbers["means"].tolist()
+    is_finite = numbers["squares"].isfinite().tolist()
+    return StepResult(
+        MeanLosses(main, mtp, balance_loss),
+        float(numbers["norm"]),
+        numbers["counts"].to(torch.int64),
+        numbers["biases"].float(),
+        tuple(name for name, finite in zip(names, is_finite) if not finite),
+        scales.read(numbers["scales"]) if scales else None,
+        float(numbers["loss scale"]),
+    )
+
+
+def _sum_of_global_batch(outputs: Sequence[Output], targets: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+    """Means of the losses [main, MTP depths, balance] and expert counts [MoE layers, E], over all ranks and micro-batches.
+
+    They travel in one reduction as fp64, which holds every integer up to 2⁵³ exactly.
     """
     sums = torch.stack([torch.cat([o.losses.main[None], o.losses.mtp, o.losses.balance[None]]) for o in outputs])
     counts = torch.stack([o.expert_counts for o in outputs]).sum(0)
     packed = torch.cat([sums.detach().double().sum(0), counts.double().flatten()])
     dist.all_reduce(packed)
     n_sums = sums.shape[1]
-    means = packed[:n_sums] / torch.cat([targets.clamp_min(1), targets.new_tensor([sequences])])
-    main, *mtp, balance_loss = means.tolist()
-    return MeanLosses(main, mtp, balance_loss), packed[n_sums:].to(torch.int64).view_as(counts)
+    means = packed[:n_sums] / torch.cat([targets.clamp_min(1), targets.new_full((1,), sequences)])
+    return means, packed[n_sums:].to(torch.int64).view_as(counts)

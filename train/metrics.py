@@ -19,12 +19,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -155,12 +154,12 @@ class TerminalLine:
         self.close()
 
 
-def balance_metrics(counts: Tensor, biases: Sequence[Tensor]) -> dict[str, Any]:
+def balance_metrics(counts: Tensor, biases: Tensor) -> dict[str, Any]:
     """The keys of a step that tell how evenly the experts are used.
 
     Args:
         counts: [L, E] tokens routed to each expert over the global batch, of each MoE layer, then of each MTP depth.
-        biases: the balancing bias [E] of each of them.
+        biases: [L, E] balancing bias of each expert.
 
     Returns:
         max_vio, max_vio_mean, max_vio_worst, max_vio_worst_layer: MaxVio_batch of each layer, and over the layers; the
@@ -169,14 +168,13 @@ def balance_metrics(counts: Tensor, biases: Sequence[Tensor]) -> dict[str, Any]:
     """
     violation = max_violation(counts)
     worst = int(violation.argmax())
-    bias = torch.stack([bias.detach() for bias in biases])  # [L, E]
     return {
         "max_vio": violation.tolist(),
         "max_vio_mean": float(violation.mean()),
         "max_vio_worst": float(violation[worst]),
         "max_vio_worst_layer": worst,
-        "bias_min": float(bias.min()),
-        "bias_max": float(bias.max()),
+        "bias_min": float(biases.min()),
+        "bias_max": float(biases.max()),
     }
 
 

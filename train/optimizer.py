@@ -10,7 +10,7 @@ sets `group["lr"]` of every step from the schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -81,8 +81,13 @@ class AdamWBf16Moments(torch.optim.Optimizer):
     averages, where it decays by β. State per parameter as in `torch.optim.AdamW`: `step` (fp32 scalar), `exp_avg` and
     `exp_avg_sq` (bf16, the parameter's shape).
 
-    Moments take 4 bytes a parameter in place of 8. The fp32 values exist for one bucket of parameters at a time.
+    Moments take 4 bytes a parameter in place of 8. On a GPU one kernel makes the step of a parameter; elsewhere, where PyTorch's
+    operations make it, fp32 values exist for one bucket of parameters at a time.
     """
+
+    # As of PyTorch's fused optimizers: [] fp32, what the gradients are divided by, and 1 where the step is to be skipped.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -94,7 +99,8 @@ class AdamWBf16Moments(torch.optim.Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments_dtype": torch.bfloat16},
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            | {"moments_dtype": torch.bfloat16, "fused": True},  # fused: steps are counted where the parameters are
         )
 
     @torch.no_grad()
@@ -103,10 +109,31 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         assert closure is None, "AdamW evaluates the loss once, before the step"
         for group in self.param_groups:
             stepping = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in stepping:
-                start_state(self, group, parameter)["step"] += 1
-            for bucket in _buckets(piece for parameter in stepping for piece in self._pieces(parameter)):
-                self._update(group, bucket)
+            if not stepping:
+                continue
+            steps = [start_state(self, group, parameter)["step"] for parameter in stepping]
+            if stepping[0].is_cuda:
+                torch._foreach_add_(steps, 1 if self.found_inf is None else 1 - self.found_inf)
+                self._step_on_gpu(group, stepping, steps[0])
+            elif self.found_inf is None or not self.found_inf:
+                torch._foreach_add_(steps, 1)
+                for bucket in _buckets(piece for parameter in stepping for piece in self._pieces(parameter)):
+                    self._update(group, bucket)
+
+    def _step_on_gpu(self, group: dict[str, Any], parameters: list[Tensor], step: Tensor) -> None:
+        """No number comes to the host: not the count of steps, which is the same for all, nor whether this one is skipped."""
+        from model.ops.triton.adamw import adamw_
+
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        t = step.double()
+        factors = torch.stack([-lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).float()
+        divisor = step.new_ones(()) if self.grad_scale is None else self.grad_scale
+        skip = step.new_zeros(()) if self.found_inf is None else self.found_inf
+        for parameter in parameters:
+            state = self.state[parameter]
+            assert parameter.grad is not None
+            tensors = (parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
+            adamw_(*tensors, factors, divisor, skip, group["betas"], group["eps"], 1 - lr * group["weight_decay"])
 
     def _pieces(self, parameter: Tensor) -> Iterator[_Piece]:
         """A parameter, flat, in pieces that fit a bucket. A rank's part of a whole model may be one parameter (ZeRO)."""
@@ -120,6 +147,8 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         (beta1, beta2), lr = group["betas"], group["lr"]
         weights = [piece.weight for piece in pieces]
         gradients = [piece.gradient.float() for piece in pieces]
+        if self.grad_scale is not None:
+            gradients = list(torch._foreach_div(gradients, self.grad_scale))
         m = [piece.exp_avg.float() for piece in pieces]
         v = [piece.exp_avg_sq.float() for piece in pieces]
 
@@ -195,17 +224,17 @@ class HostEMA:
         self._pending: Future[None] | None = None
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights as they are now into the average."""
+    def update(self, skipped: Callable[[], bool] = lambda: False) -> None:
+        """Take the weights as they are now into the average, unless the step before was skipped, which may be known later only."""
         self._finish()
         if self._thread is None:
-            self._blend(self._weights)
+            self._blend(self._weights, skipped)
             return
         for name, buffer in self._buffers.items():
             buffer.copy_(self._weights[name], non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._pending = self._thread.submit(self._blend, self._buffers, copied)
+        self._pending = self._thread.submit(self._blend, self._buffers, skipped, copied)
 
     def parts(self) -> dict[str, Tensor]:
         """{parameter name: fp32 average}, laid out as the weights: the tensors themselves, to be saved, or read into in place."""
@@ -213,7 +242,11 @@ class HostEMA:
         return self._average
 
     @torch.no_grad()
-    def _blend(self, weights: Mapping[str, Tensor], copied: torch.cuda.Event | None = None) -> None:
+    def _blend(
+        self, weights: Mapping[str, Tensor], skipped: Callable[[], bool], copied: torch.cuda.Event | None = None
+    ) -> None:
+        if skipped():
+            return
         if copied is not None:
             copied.synchronize()
         for name, weight in weights.items():

@@ -57,19 +57,22 @@ class RunLog:
         self._open.enter_context(self.terminal)
 
     def start_step(self) -> None:
-        """The clock of a step starts with the wait for its data and ends with its result."""
+        """A step's clock starts with the wait for its data, or with the result of the step before; it ends with its own result."""
         self._started = time.perf_counter()
 
     def end_step(
         self, number: int, step: Step, result: StepResult, skipped: int, waited: float, consumed: dict[str, int]
     ) -> dict[str, Any]:
-        """The metrics of a step that has just been made. Its `number`, the `skipped` steps and the tokens `consumed` count it in.
+        """The metrics of a step whose result has just come; the clock of the next one starts.
+
+        `number`, the `skipped` steps and the tokens `consumed` count it in.
 
         Args:
             waited: seconds of the step in which it had no data.
             consumed: tokens of every source.
         """
         seconds = time.perf_counter() - self._started
+        self.start_step()
         if not self.is_first:
             return {}
         settings = step.settings
@@ -97,8 +100,7 @@ class RunLog:
         if result.scales:
             metrics |= {"fp8_max_scale": result.scales.largest, "fp8_max_scale_at": result.scales.at}
         if result.expert_counts.numel():
-            biases = [bias for _, bias in self.model.named_buffers()]
-            metrics |= balance_metrics(result.expert_counts, biases)
+            metrics |= balance_metrics(result.expert_counts, result.expert_biases)
         return metrics
 
     def write(self, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> None:

@@ -41,6 +41,7 @@ from train.continued import continued
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
 from train.generate import continue_texts
+from train.late import Late, Launched
 from train.launch import Process
 from train.optimizer import HostEMA, build_optimizer
 from train.ranks import Ranks
@@ -102,30 +103,30 @@ class Trainer:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
+            late = Late()
             for step, batches, waited in [] if self._is_over else self._steps():
-                result = self._train_step(step, batches)
-                consumed = self.corpus.samples.tokens_by_source(self.samples)
-                metrics = run_log.end_step(self.step, step, result, self.skipped, waited, consumed)
-                if result.exploded:
-                    run_log.say(f"step {self.step} is skipped: {result.exploded[0]}")
-                validates = self._is_finished or _is_multiple(self.step, self.recipe.evaluate.every_steps)
-                run_log.write(metrics, self._evaluate() if validates else None)
-                if self._is_diverged(result):
-                    self._save()
-                    self.ranks.all(partial(self._save_evidence, step, batches, result))
-                    self.checkpoints.wait()
-                    run_log.say(self._divergence(result))
-                    return DIVERGED
+                late.add(self._launch(step, batches, waited))
+                for launched in late.due(lambda: asked_to_stop() or self._needs_result()):
+                    result = self._end_step(launched, run_log)
+                    if self._is_diverged:
+                        self._save()
+                        self.ranks.all(partial(self._save_evidence, launched, result))
+                        self.checkpoints.wait()
+                        run_log.say(self._divergence(result))
+                        return DIVERGED
                 cannot_write = self.checkpoints.failed or run_log.failed
                 stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), cannot_write)
                 if failed:  # what went wrong is raised on every rank
                     self.checkpoints.wait()
                     self.ranks.all(run_log.raise_failure)
                 if save or stop or self._is_over:
+                    for launched in late.due(lambda: True):  # another rank asked for it
+                        self._end_step(launched, run_log)
                     self._save()
+                    run_log.start_step()
                 if stop or self._is_over:
                     break
-                run_log.start_step()
+            self.ranks.all(run_log.raise_failure)
             self.checkpoints.wait()
             run_log.say(self._ending())
         return FINISHED
@@ -201,25 +202,50 @@ class Trainer:
             batches = next(self.batches)
             yield step, batches, time.perf_counter() - asked
 
-    def _train_step(self, step: Step, batches: list[Batch]) -> StepResult:
+    def _launch(self, step: Step, batches: list[Batch], waited: float) -> Launched:
         device = self.process.device
         for batch in batches:
             expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
-        result = self.engine.step(on_device, step.settings)
-        if self.ema and not result.skipped:
-            self.ema.update()
+        pending = self.engine.launch(on_device, step.settings)
+        if self.ema:
+            self.ema.update(lambda: pending.result().skipped)
         self.step += 1
-        self.skipped += result.skipped
         self.tokens += step.tokens
         self.samples += step.settings.batch
+        consumed = self.corpus.samples.tokens_by_source(self.samples)
+        return Launched(self.step, step, batches, pending, waited, consumed)
+
+    def _needs_result(self) -> bool:
+        """Whether the result of the last step must be known before another one may be launched."""
+        could_end_the_run = self.skipped_in_a_row + 1 >= self.recipe.run.max_skipped
+        return could_end_the_run or self._validates(self.step) or self._is_time_to_save() or self._is_over
+
+    def _end_step(self, launched: Launched, run_log: RunLog) -> StepResult:
+        """Count a step and write down what is known of it, with a validation where it is due."""
+        result = launched.pending.result()
+        self.skipped += result.skipped
+        # While fp16's loss scale still falls, a skip is no sign of divergence.
+        counts = result.skipped and result.loss_scale <= 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if counts else 0
+        metrics = run_log.end_step(
+            launched.number, launched.step, result, self.skipped, launched.waited, launched.consumed
+        )
+        if result.exploded:
+            run_log.say(f"step {launched.number} is skipped: {result.exploded[0]}")
+        validates = self._validates(launched.number)
+        run_log.write(metrics, self._evaluate() if validates else None)
+        if validates:
+            run_log.start_step()
         return result
 
-    def _is_diverged(self, result: StepResult) -> bool:
-        """Whether too many steps in a row were skipped. While fp16's loss scale still falls, a skip is no sign of it."""
-        still_scaling = self.engine.loss_scale > 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped and not still_scaling else 0
+    @property
+    def _is_diverged(self) -> bool:
+        """Whether too many steps in a row were skipped."""
         return self.skipped_in_a_row >= self.recipe.run.max_skipped
+
+    def _validates(self, number: int) -> bool:
+        return (self._is_finished and number == self.step) or _is_multiple(number, self.recipe.evaluate.every_steps)
 
     def _evaluate(self) -> Evaluation:
         """Validate, and let the model write samples, on all ranks together."""
@@ -319,8 +345,9 @@ class Trainer:
                 path.write_text(self.recipe.to_yaml(), encoding="utf-8")
         return run_log
 
-    def _save_evidence(self, step: Step, batches: list[Batch], result: StepResult) -> None:
+    def _save_evidence(self, launched: Launched, result: StepResult) -> None:
         """What is needed to look at a step that was skipped: its batches, its settings, where it went wrong."""
+        step, batches = launched.step, launched.batches
         folder = self.folder / "non_finite" / f"step-{self.step:08d}"
         tensors = {f"{name}.{i}": part for i, b in enumerate(batches) for name, part in b._asdict().items()}
         report = {

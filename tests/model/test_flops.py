@@ -85,8 +85,11 @@ def test_the_flops_are_those_that_pytorch_counts(make_model, depths, q_lora_rank
     )
     rows, length = 2, 16
     tokens = torch.randint(0, 96, (rows, length + 1 + depths))
-    # the head's gradient is added in place, by an operation that the counter does not know
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
+    # the head's gradient is added in place, by operations that the counter does not know
+    in_place = {
+        torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
+        torch.ops.rorqual.head_with_loss: lambda h, w, *_, out_shape=None, **__: TRAINING * h[0] * w[0] * w[1],
+    }
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         losses = model(tokens, torch.zeros_like(tokens)).losses
         losses.objective(losses.counts, rows, 0.3, 1e-4).backward()
@@ -154,10 +157,11 @@ def bytes_that_live_after_forward(config, dtype, rows, length, recompute, fp8=No
     initialize(model, seed=0)
     tokens = torch.randint(0, config.vocab_size, (rows, length + 1 + config.num_nextn_predict_layers))
     documents = torch.zeros_like(tokens)
-    model(tokens, documents)  # one-time allocations
+    coefficients = torch.ones(1 + config.num_nextn_predict_layers)
+    model(tokens, documents, coefficients)  # one-time allocations
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        output = model(tokens, documents)
+        output = model(tokens, documents, coefficients)
     events = profiler.profiler.kineto_results.events()
     del output
     return sum(event.nbytes() for event in events if event.name() == "[memory]")

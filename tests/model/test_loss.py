@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.loss import Losses, count_targets, targets_at
+from model.loss import Losses, count_targets, head_coefficients, targets_at
 
 # T = 4, D_mtp = 2. Documents: 1 1 1 | 2 2 | −1 −1 (padding)
 TOKENS = torch.tensor([[10, 11, 12, 13, 14, 15, 16]])
@@ -80,3 +80,13 @@ def test_without_mtp_only_the_main_loss_and_the_balance_remain():
 def test_a_head_without_any_target_contributes_zero_and_no_nan():
     total = losses(12.0, [0.0], 0.0, [6, 0]).objective(torch.tensor([6, 0]), 1, lambda_=0.3, alpha=0.0)
     assert total.item() == 2.0
+
+
+def test_what_a_head_counts_is_known_before_the_losses_are():
+    targets = torch.tensor([6, 4, 0])
+    found = losses(12.0, [8.0, 3.0], 10.0, [6, 4, 1])
+    main, mtp = found.main.requires_grad_(), found.mtp.requires_grad_()
+    total = found._replace(main=main, mtp=mtp).objective(targets, 5, lambda_=0.3, alpha=0.01)
+    gradients = torch.autograd.grad(total, (main, mtp))
+    torch.testing.assert_close(head_coefficients(targets, 0.3), torch.cat([gradients[0][None], gradients[1]]))
+    assert head_coefficients(torch.tensor([4]), 0.3).tolist() == [0.25]

@@ -159,11 +159,11 @@ def measure(case: Case) -> dict[str, int]:
         if not is_last:
             held["accumulated"] = bytes_of(parameter.grad for parameter in model.parameters())
 
-    def note_and_update(lr: float) -> None:
+    def note_and_update(*step: Any) -> None:
         held["gradients"] = bytes_of([*engine.gradients().values(), *(p.grad for p in model.parameters())])
         if case.parallel.deepspeed:
             held["host"] = bytes_of(on_host(engine, case.parallel.offload))
-        update(lr)
+        update(*step)
 
     def note_whole(*_: Any) -> None:
         whole = sum(p.numel() * p.element_size() for p in model.parameters() if not isinstance(p, DTensor))

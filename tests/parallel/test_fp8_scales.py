@@ -35,7 +35,7 @@ def build(parallel: ParallelConfig) -> Engine:
         model,
         torch.device("cpu"),
         lambda model, write: initialize(model, 0, "cpu", write),
-        lambda named: torch.optim.AdamW([p for _, p in named], lr=0.0),
+        lambda named: torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True),
         clip=1.0,
     )
 

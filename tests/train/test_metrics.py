@@ -47,7 +47,7 @@ BALANCE = {
 
 def test_balance_metrics_name_the_worst_layer_and_the_range_of_the_bias() -> None:
     counts = torch.tensor([[2, 2], [4, 0], [3, 1]])
-    biases = [torch.tensor([0.0, 0.002]), torch.tensor([-0.003, 0.0]), torch.zeros(2)]
+    biases = torch.tensor([[0.0, 0.002], [-0.003, 0.0], [0.0, 0.0]])
     metrics = balance_metrics(counts, biases)
     assert metrics["max_vio"] == [0.0, 1.0, 0.5] and metrics["max_vio_mean"] == 0.5
     assert metrics["max_vio_worst"] == 1.0 and metrics["max_vio_worst_layer"] == 1

@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,34 @@ def test_bf16_moments_stay_within_their_rounding_of_fp32_moments() -> None:
         torch.testing.assert_close(v.float(), v_fp32, rtol=0.08, atol=0)
         assert (ours - theirs).abs().max() < 0.08 * 0.045
         assert not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_the_optimizer_divides_gradients_and_skips_a_step(kind: str) -> None:
+    """As `parallel.step` asks it to: nothing is touched, nothing counted, in a step that is skipped."""
+    ours, expected = Toy(), Toy()
+    optimizer, plain = build(ours, kind), build(expected, kind)
+    train(ours, optimizer, 0, 2)
+    train(expected, plain, 0, 2)
+    before = {name: t.clone() for name, t in flat(moments(optimizer, ours.named_parameters()))}
+    weights = [p.detach().clone() for p in ours.parameters()]
+    for group in [*optimizer.param_groups, *plain.param_groups]:
+        group["lr"] = 0.01
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(torch.equal(t, before[name]) for name, t in flat(moments(optimizer, ours.named_parameters())))
+    assert all(torch.equal(p, w) for p, w in zip(ours.parameters(), weights))
+    for p, q in zip(ours.parameters(), expected.parameters()):
+        p.grad, q.grad = 4 * torch.ones_like(p), torch.ones_like(q)
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), expected.parameters()))
+
+
+def flat(state: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    pairs = [(f"{kind} {name}", t) for kind in ("exp_avg", "exp_avg_sq") for name, t in state[kind].items()]
+    return [*pairs, ("steps", state["steps"])]
 
 
 def test_bf16_moments_refuse_a_decay_that_bf16_rounds_away() -> None:
