@@ -75,6 +75,7 @@ def content(run: Run) -> dict[str, bytes]:
         ("model.vocab_size=500", "model.vocab_size = 500: the tokenizer of"),
         ("data.train=nowhere", "nowhere: no such folder; a token store is needed; make one with `rorqual data prepare"),
         ("run.initialize_from=nowhere", "weights nowhere: no such folder; give a run folder, a checkpoint"),
+        ("run.attention=flex", "run.attention = flex: runs on a GPU only; leave it at auto"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_recipe_is_one_line(run: Run, refuse: Refuse, change: str, line: str) -> None:
