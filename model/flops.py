@@ -214,7 +214,7 @@ def activation_parts(
     if spreads_experts:
         arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
         feed_forward += c.n_moe_layers * kept(_travel(c, sizes, arrived))
-    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, a)])
+    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, sizes)])
     per_token += _norm(c.hidden_size, a)  # the final norm
     per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
@@ -385,8 +385,13 @@ def _mtp_entry(c: ModelConfig, a: int) -> list[_Row]:
     ]
 
 
-def _mtp_exit(c: ModelConfig, a: int) -> list[_Row]:
-    return [_Row("final norm of the depth", _norm(c.hidden_size, a), NONE)]
+def _mtp_exit(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
+    output = sizes.element * c.hidden_size
+    return [
+        _Row("final norm of the depth", _norm(c.hidden_size, sizes.element), NONE),
+        _Row("for it: output of the shared experts", output, SELECTIVE),
+        _Row("sums of the experts' outputs", 0 if sizes.fp8 or sizes.travel else output, SELECTIVE),
+    ]
 
 
 def _norm(width: int, a: int) -> int:

@@ -6,7 +6,8 @@
 | `selective` | outputs of attention and matrix products, rows that travel | RMSNorm, MLA up-projections, SwiGLU (V3 §3.2.3) |
 | `full`      | the block's input                                          | the block                                       |
 
-Of a feed-forward network, routed experts included, the output of the last product is not kept: no gradient asks for it.
+Of a feed-forward network, routed experts included, the output of the last product is not kept: no gradient asks for it. In an MTP
+module one does, that of the norm behind the block; there what the experts make of a token is kept, summed.
 
 With expert parallelism `selective` keeps rows as they arrive, so that none travels twice, and what experts hand out where it comes
 home, to be weighed: 2·K·D elements a token and layer beyond what one device keeps. Under `full` rows travel again.
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from model.block import Block
 from model.flops import Recompute
 from model.layers import MLP
+from model.mtp import MTPBlock
 from model.ops import experts  # noqa: F401  # whose operations are named below, as are those of
 from model.ops.fp8 import products  # noqa: F401
 from model.transformer import Transformer
@@ -144,11 +146,12 @@ class FullPolicy:
 class _SelectivePolicy(FullPolicy):
     """Keeps products, attention and what travels, except a product that runs inside one of the block's up-projections.
 
-    Of the last product of a feed-forward network it keeps the shape: what is read of its output is at most where it has travelled.
+    Of what the last product of a feed-forward network gave out it keeps the shape, unless it is read in the block.
     """
 
     def __init__(self, block: Block):
         self.inside_up_projection = False
+        self.reads_output = isinstance(block, MTPBlock)
         for name in UP_PROJECTIONS:
             projection = getattr(block.self_attn, name, None)
             if projection is not None:
@@ -164,10 +167,14 @@ class _SelectivePolicy(FullPolicy):
         return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
 
     def has_kept(self, kept: Kept) -> None:
-        if kept[-1][0] is SUM:
-            _hollow(kept, -1)
-            if len(kept) > 1 and kept[-2][0] in GROUPED_PRODUCTS:
+        last, before = kept[-1][0], kept[-2][0] if len(kept) > 1 else None
+        if last is SUM:
+            if before in GROUPED_PRODUCTS:
                 _hollow(kept, -2)
+            if not self.reads_output:
+                _hollow(kept, -1)
+        elif last is c10d.all_to_all_single.default and before is SUM:
+            _hollow(kept, -2)  # it is kept where it comes home
 
     def _enter(self, *_: Any) -> None:
         self.inside_up_projection = True
@@ -176,7 +183,7 @@ class _SelectivePolicy(FullPolicy):
         self.inside_up_projection = False
 
     def _leave_feed_forward(self, *_: Any) -> None:
-        if self.kept is not None:
+        if self.kept is not None and not self.reads_output:
             assert self.kept[-1][0] in MATRIX_PRODUCTS, self.kept[-1][0]
             _hollow(self.kept, -1)
 

@@ -100,9 +100,9 @@ class _Permute(torch.autograd.Function):
 def spread(tokens: Tensor, place: Tensor) -> Tensor:
     """`spread_rows` without a derivative."""
     if tokens.is_cuda:
-        from model.ops.triton import rows as triton
+        from model.ops.triton import rows as kernels
 
-        return triton.spread(tokens, place)
+        return kernels.spread(tokens, place)
     library = cpu.library("rows") if cpu.takes(tokens) else None
     if library is None:
         return reference_spread_rows(tokens, place)
@@ -122,9 +122,9 @@ def spread(tokens: Tensor, place: Tensor) -> Tensor:
 def weighted_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     """`sum_rows` without a derivative."""
     if rows.is_cuda:
-        from model.ops.triton import rows as triton
+        from model.ops.triton import rows as kernels
 
-        return triton.weighted_sum(rows, place, weights)
+        return kernels.weighted_sum(rows, place, weights)
     library = cpu.library("rows") if cpu.takes(rows, weights) else None
     if library is None:
         return reference_sum_rows(rows, place, weights)
@@ -144,9 +144,9 @@ def weighted_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
 def weighted_sum_backward(grad: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of `weighted_sum` [N, D]: those of rows [M, D] and of weights [M]."""
     if rows.is_cuda:
-        from model.ops.triton import rows as triton
+        from model.ops.triton import rows as kernels
 
-        return triton.weighted_sum_backward(grad, rows, place, weights)
+        return kernels.weighted_sum_backward(grad, rows, place, weights)
     library = cpu.library("rows") if cpu.takes(grad, rows, weights) else None
     if library is None:
         of_rows = reference_spread_rows(grad, place)

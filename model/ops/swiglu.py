@@ -78,9 +78,9 @@ class _SwiGLULinear(torch.autograd.Function):
 def multiply(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
     """`swiglu` without a derivative, of rows [M, F] that may lie apart."""
     if gate.is_cuda:
-        from model.ops.triton import swiglu as triton
+        from model.ops.triton import swiglu as kernels
 
-        return triton.swiglu(gate, up, weights)
+        return kernels.swiglu(gate, up, weights)
     library = cpu.library("swiglu") if cpu.takes(gate, up, weights) else None
     if library is None:
         return reference_swiglu(gate, up, weights)
@@ -101,9 +101,9 @@ def multiply(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
 def multiply_backward(grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of `multiply`: those of gate and up as one [M, 2F], what it gave [M, F], and that of weights [M], or [0]."""
     if gate.is_cuda:
-        from model.ops.triton import swiglu as triton
+        from model.ops.triton import swiglu as kernels
 
-        return triton.swiglu_backward(grad, gate, up, weights)
+        return kernels.swiglu_backward(grad, gate, up, weights)
     library = cpu.library("swiglu") if cpu.takes(grad, gate, up, weights) else None
     if library is None:
         return _reference_backward(grad, gate, up, weights)
