@@ -6,7 +6,8 @@ How many there are is known on the device; the host, which launches the kernels,
 as the host was told (`expect`), and what is left of it are empty sequences at the end, which cost little as long as they are few:
 kernels launch programs for the longest possible sequence of each, and keep buffers with 128 rows more for each.
 
-Version 2 and PyTorch's copy want values as wide as keys. Version 3 takes 192 / 128 forward, and some builds backward.
+Version 2 and PyTorch's copy want values as wide as keys. Version 3 takes 192 and 128 forward; backward not every build does
+(flash-attention issue 1487).
 """
 
 from importlib import import_module

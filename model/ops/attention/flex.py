@@ -22,7 +22,7 @@ _causal: dict[tuple[int, torch.device], Any] = {}  # masks, by length
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
-    """`Attend`. No pass over the whole model compiles it: a recomputing block watches operations, and that hinders the compiler."""
+    """`Attend`. It is compiled by itself where the model is not, unseen by what watches operations: the compiler stops at such."""
     mask = causal_blocks(q.shape[1], q.device) if starts is None else document_blocks(starts, BLOCK)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if torch.compiler.is_compiling():
@@ -37,10 +37,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -
 
 @cache
 def compiled() -> Any:
-    """`flex_attention` for each shape anew. Not compiled, it would hold all T × T scores."""
+    """`flex_attention` for each shape anew, or an error: not compiled, it would hold all T × T scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def causal_blocks(length: int, device: torch.device) -> Any:

@@ -87,6 +87,24 @@ def test_an_assembled_backend_equals_the_reference_in_values_and_gradients(start
         torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("starts", [None, starts_of([5, 1, 7, 4], [17])], ids=["causal", "documents"])
+def test_the_compiler_takes_an_assembled_backend_whole(starts, pads):
+    *inputs, rotation = make_inputs()
+    backend = Assembled(lambda *given: sdpa([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], *given), pads)
+    compiled = torch.compile(
+        lambda q, kv, k_rope, *angles: backend(q, kv, k_rope, Rotation(*angles), 0.3, starts),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    found, expected = compiled(*inputs, *rotation), backend(*inputs, rotation, 0.3, starts)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(gradients(found, inputs, upstream), gradients(expected, inputs, upstream)):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", ["cudnn", "cudnn-padded", "sdpa-flash", "sdpa-efficient"])
 def test_shapes_hold_on_a_gpu_at_the_sizes_of_v3(name):
     """By PyTorch's check of shapes, without a GPU: neither which kernel it would take there, nor gradients."""
