@@ -238,7 +238,7 @@ def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
     """Let parameters be whole where they are read without a call of the module that has them."""
     register, gathered = deepspeed.zero.register_external_parameter, deepspeed.zero.GatheredParameters
     head = model.lm_head.weight
-    register(model, head)  # in `forward`, once for each prediction depth
+    register(model, head)  # in `forward`
     model.score = _within(partial(gathered, [head]), model.score)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, MLP):
@@ -247,10 +247,10 @@ def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
                 register(module, linear.weight)
         elif isinstance(module, MultiHeadLatentAttention):
             maps = [child for name, child in module.named_children() if name in READ_TOGETHER]
-            read = [child.weight for child in maps if isinstance(child, Linear) and child.fp8]
-            for weight in read:
+            weights = [child.weight for child in maps if isinstance(child, Linear) and child.fp8]
+            for weight in weights:
                 register(module, weight)
-            weights = [*read, module.kv_b_proj.weight]
+            weights.append(module.kv_b_proj.weight)
             module.decode = _within(partial(gathered, weights), module.decode)  # type: ignore[method-assign]
 
 
