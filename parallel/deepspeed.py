@@ -242,8 +242,7 @@ def _gather_what_is_read_directly(deepspeed: Any, model: Transformer) -> None:
     model.score = _within(partial(gathered, [head]), model.score)  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, MLP):
-            read = (module.gate_proj, module.up_proj, module.down_proj) if module.fp8 else (module.down_proj,)
-            for linear in read:
+            for linear in (module.gate_proj, module.up_proj, module.down_proj) if module.fp8 else (module.down_proj,):
                 register(module, linear.weight)
         elif isinstance(module, MultiHeadLatentAttention):
             maps = [child for name, child in module.named_children() if name in READ_TOGETHER]

@@ -99,7 +99,7 @@ def multiply(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
     ),
 )
 def multiply_backward(grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of `multiply`: those of gate and up as one [M, 2F], what it gave [M, F], and that of weights [M], or [0]."""
+    """From the gradient of `multiply`: those of gate and up as one [M, 2F], what it gave [M, F], that of weights [M], or [0]."""
     if gate.is_cuda:
         from model.ops.triton import swiglu as kernels
 
