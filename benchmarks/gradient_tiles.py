@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,11 @@ from torch import Tensor
 from data.files import replace_file
 from data.store import Store
 from data.validation import validation_batches
-from model.layers import Linear
+from model.layers import MLP, Linear
 from model.moe import Experts
+from model.ops.experts import reference_experts
 from model.ops.fp8.quantize import TILE, dequantize, quantize_blocks, quantize_rows
+from model.ops.grouped_mm import reference_grouped_mm
 from model.transformer import Transformer
 from train.generate import load_model
 
@@ -79,7 +82,10 @@ def products(model: Transformer, store: Path, tokens: int, length: int) -> Itera
     found: list[Product] = []
     for name, module in model.model.layers.named_modules(prefix="layers"):
         if isinstance(module, Experts):
-            module.grouped_mm = _noting_groups(module.grouped_mm, name, found)
+            # The experts term by term: their one kernel shows nobody the gradients of its products.
+            module.backend = partial(reference_experts, grouped_mm=_noting_groups(reference_grouped_mm, name, found))
+        elif isinstance(module, MLP):  # whose last map is one function with SwiGLU
+            module.register_forward_hook(_noting_last(f"{name}.down_proj", found))
         elif isinstance(module, Linear) and not name.endswith("eh_proj"):
             module.register_forward_hook(_noting(name, found))
     depths, sequences = model.config.num_nextn_predict_layers, max(tokens // length, 1)
@@ -100,6 +106,11 @@ def _noting(name: str, found: list[Product]) -> Callable[..., None]:
         output.register_hook(lambda grad: found.append(Product(name, grad.flatten(0, -2), weight)))
 
     return hook
+
+
+def _noting_last(name: str, found: list[Product]) -> Callable[..., None]:
+    note = _noting(name, found)
+    return lambda network, inputs, output: note(network.down_proj, inputs, output)
 
 
 def _noting_groups(grouped_mm: Callable[..., Tensor], name: str, found: list[Product]) -> Callable[..., Tensor]:
