@@ -134,6 +134,7 @@ class Recipe(Section):
         except (ConfigError, OSError, ValueError) as error:
             raise _model_mistake(self.model, error) from None
         self._check_fp8()
+        self._check_compile()
         lengths = self.data.lengths
         names = ["data.sequence_length", *(f"data.stages.{i}.sequence_length" for i in range(len(self.data.stages)))]
         for name, (_, length) in zip(names, lengths):
@@ -166,6 +167,28 @@ class Recipe(Section):
                 )
         return self
 
+    def _check_compile(self) -> None:
+        """What compiled blocks go together with."""
+        parallel = self.parallel
+        problems = {
+            "what recomputes watches every operation of a block, and a compiled one shows none; write parallel.recompute=none": (
+                self.recompute != "none"
+            ),
+            "DeepSpeed's hooks are not for compiled blocks; write parallel.engine=ddp or fsdp": parallel.engine.startswith(
+                "zero"
+            ),
+            "where experts lie on several processes each layer asks the host how much will arrive; write parallel.expert=1": (
+                parallel.expert > 1
+            ),
+            "a CUDA graph wants its weights where they were, and fsdp gathers them anew; write parallel.engine=ddp": (
+                self.run.compile == "graphs" and parallel.engine == "fsdp"
+            ),
+        }
+        for problem, is_there in problems.items():
+            if is_there and self.run.compile not in (False, "auto"):
+                rule, fix = problem.split("; ")
+                raise mistake(rule, f"{fix}, or run.compile=false", field="run.compile", value=self.run.compile)
+
     def _check_fp8(self) -> None:
         """What FP8 goes together with."""
         precision = self.precision
@@ -176,12 +199,12 @@ class Recipe(Section):
                 field="precision.compute",
                 value="fp16",
             )
-        if precision.fp8 and self.run.compile is True:
+        if precision.fp8 and self.run.compile not in (False, "auto"):
             raise mistake(
                 "does not go with precision.fp8, whose functions have kernels of their own, which torch.compile cannot fuse",
                 "write run.compile=false, or precision.fp8=false",
                 field="run.compile",
-                value=True,
+                value=self.run.compile,
             )
         if precision.fp8_dispatch and not (precision.fp8 and self.parallel.expert > 1):
             has = f"precision.fp8 is {show(precision.fp8)} and parallel.expert {self.parallel.expert}"

@@ -102,9 +102,9 @@ def _batch_tokens(value: Any) -> Any:
 
 
 def _compile(value: Any) -> Any:
-    if value is True or value is False or value == "auto":
+    if value is True or value is False or value in ("auto", "graphs"):
         return value
-    raise mistake("must be auto, true or false", "write one of them")
+    raise mistake("must be auto, true, false or graphs", "write one of them")
 
 
 def _milestones(value: Any) -> Any:

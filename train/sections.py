@@ -381,5 +381,7 @@ class RunSection(Section):
         "auto", "fused", "sdpa", "reference", "cudnn", "cudnn-padded", "sdpa-flash", "sdpa-efficient", "varlen", "flex",
         "flash-attn", "flash-attn-3", "flash-attn-3-padded",
     ] = "auto"  # fmt: skip
-    compile: CompileMode = "auto"  # auto: off, until it has been measured to pay on a GPU
+    compile: CompileMode = (
+        "auto"  # blocks, by torch.compile; graphs: as CUDA graphs; auto: off, see parallel/compiled.py
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -33,6 +33,7 @@ from model.ops.attention.choose import choose as choose_attention
 from model.ops.fp8.choose import choose, kernels_for, workloads
 from model.transformer import Transformer
 from parallel.build import build_engine
+from parallel.compiled import compile_blocks
 from parallel.engine import Engine, State, StepResult
 from parallel.recompute import apply_recompute
 from train.checkpoint import CheckpointError, Checkpoints, read_run
@@ -158,16 +159,7 @@ class Trainer:
         who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
         self.who_computes = who_attends + who_multiplies
         apply_recompute(model, recompute)
-        if recipe.run.compile is True:
-            parallel = recipe.parallel
-            if (compute, recompute, parallel.engine) != (torch.bfloat16, "none", "ddp"):
-                raise RecipeError(
-                    "run.compile = true: torch compiles the grouped product in bf16 only, no block that recomputes, and blocks "
-                    f"that are whole (ddp); here the compute dtype is {compute}, parallel.recompute {recompute}, "
-                    f"parallel.engine {parallel.engine}; change them or run.compile"
-                )
-            for block in model.model.layers:
-                block.compile()
+        compile_blocks(model, recipe.run.compile)
         optimizer = partial(build_optimizer, settings=recipe.optimizer, moments=recipe.precision.moments)
         engine = build_engine(self.layout, model, self.process.device, self._fill, optimizer, recipe.optimizer.clip)
         engine.fp8_max_scale = recipe.precision.fp8_max_scale

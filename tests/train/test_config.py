@@ -176,7 +176,7 @@ def test_a_model_may_come_from_a_config_json(tmp_path):
         ("schedule.milestones=[[0.5, 1]]", "schedule.milestones = [[0.5, 1.0]]: belong to shape multistep, not to v3;"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 = 1: must be a number at least 0 and less than 1;"),
         ("logging.tensorboard=yes", "logging.tensorboard = 'yes': must be true or false; write one of them"),
-        ("run.compile=1", "run.compile = 1: must be auto, true or false;"),
+        ("run.compile=1", "run.compile = 1: must be auto, true, false or graphs;"),
         ("run.device=gpu", "run.device = 'gpu': must be 'auto', 'cpu' or 'cuda'; did you mean cpu?"),
         ("run.dir=", "run.dir = null: must be text;"),
         ("schedule=5", "schedule = 5: must be a map of keys;"),
@@ -429,6 +429,23 @@ def test_what_does_not_go_with_fp8_is_refused(changes, line):
     with pytest.raises(RecipeError) as refused:
         load_recipe("tiny", [*FIXED, *changes])
     assert str(refused.value) == line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["parallel.recompute=selective"], "write parallel.recompute=none"),
+        (["run.device=cuda"], "write parallel.recompute=none"),  # whose default is selective
+        (["parallel.engine=zero1"], "write parallel.engine=ddp or fsdp"),
+        (["parallel={engine: fsdp, expert: 2}"], "write parallel.expert=1"),
+        (["parallel.engine=fsdp", "run.compile=graphs"], "write parallel.engine=ddp, or run.compile=false"),
+    ],
+)
+def test_what_does_not_go_with_compiled_blocks_is_refused(changes, says):
+    with pytest.raises(RecipeError, match=r"run\.compile = ") as refused:
+        load_recipe("tiny", [*FIXED, "run.device=cpu", "run.compile=true", *changes])
+    assert says in str(refused.value)
+    load_recipe("tiny", [*FIXED, "run.device=cpu", "run.compile=true", "parallel.engine=fsdp"])
 
 
 def test_the_plan_knows_what_fp8_keeps():
