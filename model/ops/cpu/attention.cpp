@@ -4,8 +4,8 @@
 //     D = Σ dout · out,  dS = P ∘ (dout vᵀ - D),  dv = Pᵀ dout,  dk = dSᵀ q,  dq = scale dS k       (FlashAttention-2)
 //
 // A thread takes one head of one sequence. It writes its keys and values out as the products read them, rotated, and then goes
-// through blocks of QUERIES x KEYS scores, which stay in the second cache. Of a block it computes what queries may see: for every ROWS
-// queries, a strip, the keys from the first visible one to the last.
+// through blocks of QUERIES x KEYS scores, which stay in the second cache. Of a block it computes what queries may see: for every
+// ROWS queries, a strip, the keys from the first visible one to the last.
 #include <limits>
 #include <memory>
 #include <utility>
@@ -13,7 +13,7 @@
 #include "gemm.h"
 
 constexpr int64_t QUERIES = 8 * ROWS, KEYS = 4 * COLUMNS, STRIPS = QUERIES / ROWS;
-constexpr int64_t LINE = KEYS + LANES;  // from one row of scores to the next: no power of 2, which would fall into few sets of a cache
+constexpr int64_t LINE = KEYS + LANES;  // from one row of scores to the next; rows a power of 2 apart fall into few sets of a cache
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
@@ -35,16 +35,17 @@ static int64_t line(int64_t width) { return up(width, LANES) % (4 * LANES) ? up(
 static Vector get(const float* p, int64_t n) { return n >= LANES ? load(p) : load(p, n); }
 static void put(float* p, Vector v, int64_t n) { n >= LANES ? store(p, v) : store(p, v, n); }
 
-// Memory of a thread, handed out piece by piece to each head that it takes.
+// Memory of a thread, which each head that it takes cuts into pieces anew. A piece begins with a line of a cache.
+constexpr int64_t ALIGNED = 16, PIECES = 12;
 struct Memory {
     std::unique_ptr<float, decltype(&std::free)> numbers;
-    explicit Memory(int64_t n) : numbers((float*)std::aligned_alloc(64, up(n + 16 * LANES, 16) * sizeof(float)), &std::free) {}
-    float* get() const { return numbers.get(); }
+    explicit Memory(int64_t n)
+        : numbers((float*)std::aligned_alloc(4 * ALIGNED, 4 * up(n + PIECES * ALIGNED, ALIGNED)), &std::free) {}
 };
 struct Scratch {
-    float* free;
-    Scratch(float* memory) : free(memory) {}
-    float* take(int64_t n) { return std::exchange(free, free + up(n, 16)); }
+    float* left;
+    explicit Scratch(const Memory& memory) : left(memory.numbers.get()) {}
+    float* take(int64_t n) { return std::exchange(left, left + up(n, ALIGNED)); }
 };
 
 // Cosine and sine of every number of a rotary part: turned x = x cos + (x with its pairs swapped) sin.
@@ -102,11 +103,12 @@ static void pack_panels(const Shape& s, const float* rows, int64_t width, float*
 // What the queries of a block see -------------------------------------------------------------------------------------------------
 
 struct Block {
-    int64_t q, queries, strips;        // its first query, their number
-    int64_t first[STRIPS], last[STRIPS];  // keys that a strip of ROWS queries sees; neither decreases; first is a multiple of COLUMNS
-    const int32_t* starts;             // of the sequence; null: 0
+    int64_t q, queries, strips;           // its first query, and how many
+    int64_t first[STRIPS], last[STRIPS];  // keys that a strip sees, up to last; neither decreases, first is a multiple of COLUMNS
+    const int32_t* starts;                // of the sequence; null: 0
 
-    Block(const Shape& s, int64_t q, const int32_t* starts) : q(q), queries(std::min(QUERIES, s.tokens - q)), strips((queries + ROWS - 1) / ROWS), starts(starts) {
+    Block(const Shape& s, int64_t q, const int32_t* starts)
+        : q(q), queries(std::min(QUERIES, s.tokens - q)), strips((queries + ROWS - 1) / ROWS), starts(starts) {
         int64_t earliest = s.tokens;
         for (int64_t i = strips; i-- > 0;) {
             last[i] = std::min(q + (i + 1) * ROWS, s.tokens);
@@ -145,8 +147,8 @@ struct Block {
     }
 };
 
-// f(query in the block, its row of scores, numbers) for every query that sees some of the keys k to end. What it does not see is made
-// -inf within the numbers handed out, which begin and end with a vector, and 0 in the rest of what its strip sees.
+// f(query in the block, its row of scores, the same of `other`, numbers) for every query that sees some of the keys k to end.
+// Rows are handed out in whole vectors, with scores of -inf where the query does not see; 0 is the rest of what its strip sees.
 template <typename F> static void for_rows(const Block& block, int64_t k, int64_t end, float* scores, float* other, F f) {
     for (int64_t i = 0; i < block.strips; ++i) {
         const int64_t from = std::max(block.first[i], k) - k, to = std::min(up(block.last[i], COLUMNS), end) - k;
@@ -172,8 +174,10 @@ template <typename F> static void for_rows(const Block& block, int64_t k, int64_
 
 struct Keys {
     float *rows, *panels;  // [T][line(qk)], [panel][qk][COLUMNS]
-    Keys(const Shape& s, Scratch& scratch) : rows(scratch.take(s.tokens * line(s.qk()))), panels(scratch.take(s.panels() * s.qk() * COLUMNS)) {}
+    Keys(const Shape& s, Scratch& scratch)
+        : rows(scratch.take(s.tokens * line(s.qk()))), panels(scratch.take(s.panels() * s.qk() * COLUMNS)) {}
 
+    // values [T][line(v)] as well.
     void pack(const Shape& s, const Angles& angles, const float* kv, const float* k_rope, float* values) {
         for (int64_t t = 0; t < s.tokens; ++t) {
             ask(kv + t * s.kv_token, s.kv_token, s.nope + s.v);
@@ -194,12 +198,16 @@ static void pack_queries(const Shape& s, const Angles& angles, const Block& bloc
     }
 }
 
-// rows times the transpose of what lies in panels, for keys k to end of which something is seen. scores [QUERIES][LINE] begin at key k.
-static void multiply_seen(const Block& block, int64_t k, int64_t end, const float* rows, int64_t width, const float* panels, float* scores) {
+// Rows times the transpose of what lies in panels, where queries see keys k to end; scores [QUERIES][LINE] begin with key k.
+static void multiply_seen(
+    const Block& block, int64_t k, int64_t end, const float* rows, int64_t width, const float* panels, float* scores
+) {
     const int64_t row = line(width);
-    block.for_panels(k, end, [&](int64_t key, int64_t keys, int64_t r, int64_t queries) {
+    block.for_panels(k, end, [&](int64_t key, int64_t keys, int64_t r, int64_t count) {
         for (int64_t n = key; n < key + keys; n += COLUMNS)
-            multiply(queries, COLUMNS, width, rows + r * row, row, 1, panels + n * width, COLUMNS, scores + r * LINE + n - k, LINE, false);
+            multiply(
+                count, COLUMNS, width, rows + r * row, row, 1, panels + n * width, COLUMNS, scores + r * LINE + n - k, LINE, false
+            );
     });
 }
 
@@ -208,12 +216,13 @@ static int64_t forward_scratch(const Shape& s) {
 }
 
 static void forward(
-    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
-    float* out, float* lse
+    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope,
+    const int32_t* starts, float scale, float* out, float* lse
 ) {
     const int64_t row = line(s.v);
     Keys keys(s, scratch);
-    float *values = scratch.take(s.tokens * row), *queries = scratch.take(QUERIES * line(s.qk())), *scores = scratch.take(QUERIES * LINE);
+    float *values = scratch.take(s.tokens * row), *queries = scratch.take(QUERIES * line(s.qk()));
+    float *scores = scratch.take(QUERIES * LINE);  // and what exp makes of them
     float *sums = scratch.take(QUERIES * row), *best = scratch.take(QUERIES), *total = scratch.take(QUERIES);
     keys.pack(s, angles, kv, k_rope, values);
 
@@ -243,8 +252,8 @@ static void forward(
                 best[r] = now;
                 total[r] += sum(added);
             });
-            block.for_strips(k, end, [&](int64_t r, int64_t queries, int64_t key, int64_t keys) {
-                multiply(queries, s.v, keys, scores + r * LINE + key - k, LINE, 1, values + key * row, row, sums + r * row, row, true);
+            block.for_strips(k, end, [&](int64_t r, int64_t count, int64_t key, int64_t n) {
+                multiply(count, s.v, n, scores + r * LINE + key - k, LINE, 1, values + key * row, row, sums + r * row, row, true);
             });
         }
         for (int64_t r = 0; r < block.queries; ++r) {
@@ -255,8 +264,8 @@ static void forward(
 }
 
 extern "C" void attention(
-    const Shape* shape, const float* q, const float* kv, const float* k_rope, const float* cosines, const float* sines, const int32_t* starts,
-    float scale, float* out, float* lse, int64_t threads
+    const Shape* shape, const float* q, const float* kv, const float* k_rope, const float* cosines, const float* sines,
+    const int32_t* starts, float scale, float* out, float* lse, int64_t threads
 ) {
     const Shape& s = *shape;
     const Angles angles(s, cosines, sines);
@@ -267,7 +276,7 @@ extern "C" void attention(
         for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
             const int64_t b = i / s.heads, h = i % s.heads;
             forward(
-                memory.get(), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
+                Scratch(memory), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
                 k_rope + b * s.k_sequence, starts ? starts + b * s.tokens : nullptr, scale,
                 out + (b * s.tokens * s.heads + h) * s.v, lse + i * s.tokens
             );
@@ -283,15 +292,17 @@ static int64_t backward_scratch(const Shape& s) {
 }
 
 static void backward(
-    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope, const int32_t* starts, float scale,
-    const float* out, const float* lse, const float* d_out, float* dq, float* dkv, float* dk_rope
+    Scratch scratch, const Shape& s, const Angles& angles, const float* q, const float* kv, const float* k_rope,
+    const int32_t* starts, float scale, const float* out, const float* lse, const float* d_out, float* dq, float* dkv,
+    float* dk_rope
 ) {
     const int64_t row = line(s.v), wide = line(s.qk());
     Keys keys(s, scratch);
-    float *values = scratch.take(s.panels() * s.v * COLUMNS), *dk = scratch.take(s.tokens * wide), *dv = scratch.take(s.tokens * row);
+    float* values = scratch.take(s.panels() * s.v * COLUMNS);  // as panels
+    float *dk = scratch.take(s.tokens * wide), *dv = scratch.take(s.tokens * row);
     float *queries = scratch.take(QUERIES * wide), *d_queries = scratch.take(QUERIES * wide), *above = scratch.take(QUERIES * row);
     float *p = scratch.take(QUERIES * LINE), *ds = scratch.take(QUERIES * LINE), *d = scratch.take(QUERIES);
-    keys.pack(s, angles, kv, k_rope, dv);
+    keys.pack(s, angles, kv, k_rope, dv);  // which has the rows of values until they are panels
     pack_panels(s, dv, s.v, values);
     std::fill(dk, dk + s.tokens * wide, 0.0f);
     std::fill(dv, dv + s.tokens * row, 0.0f);
@@ -317,13 +328,14 @@ static void backward(
                     store(ds + i, e * (load(ds + i) - d[r]));
                 }
             });
-            block.for_panels(k, end, [&](int64_t key, int64_t keys, int64_t r, int64_t queries_) {
-                const int64_t n = std::min(keys, s.tokens - key);
-                multiply(n, s.v, queries_, p + r * LINE + key - k, 1, LINE, above + r * row, row, dv + key * row, row, true);
-                multiply(n, s.qk(), queries_, ds + r * LINE + key - k, 1, LINE, queries + r * wide, wide, dk + key * wide, wide, true);
+            block.for_panels(k, end, [&](int64_t key, int64_t seen, int64_t r, int64_t count) {
+                const int64_t n = std::min(seen, s.tokens - key), at = r * LINE + key - k;
+                multiply(n, s.v, count, p + at, 1, LINE, above + r * row, row, dv + key * row, row, true);
+                multiply(n, s.qk(), count, ds + at, 1, LINE, queries + r * wide, wide, dk + key * wide, wide, true);
             });
-            block.for_strips(k, end, [&](int64_t r, int64_t queries_, int64_t key, int64_t n) {
-                multiply(queries_, s.qk(), n, ds + r * LINE + key - k, LINE, 1, keys.rows + key * wide, wide, d_queries + r * wide, wide, true);
+            block.for_strips(k, end, [&](int64_t r, int64_t count, int64_t key, int64_t n) {
+                const float* of = ds + r * LINE + key - k;
+                multiply(count, s.qk(), n, of, LINE, 1, keys.rows + key * wide, wide, d_queries + r * wide, wide, true);
             });
         }
         for (int64_t r = 0; r < block.queries; ++r) {
@@ -341,8 +353,9 @@ static void backward(
 }
 
 extern "C" void attention_backward(
-    const Shape* shape, const float* q, const float* kv, const float* k_rope, const float* cosines, const float* sines, const int32_t* starts,
-    float scale, const float* out, const float* lse, const float* d_out, float* dq, float* dkv, float* dk_rope, int64_t threads
+    const Shape* shape, const float* q, const float* kv, const float* k_rope, const float* cosines, const float* sines,
+    const int32_t* starts, float scale, const float* out, const float* lse, const float* d_out, float* dq, float* dkv,
+    float* dk_rope, int64_t threads
 ) {
     const Shape& s = *shape;
     const Angles angles(s, cosines, sines);
@@ -355,10 +368,10 @@ extern "C" void attention_backward(
         for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
             const int64_t b = i / s.heads, h = i % s.heads, head = b * s.tokens * s.heads + h;
             backward(
-                memory.get(), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head, k_rope + b * s.k_sequence,
-                starts ? starts + b * s.tokens : nullptr, scale, out + head * s.v, lse + i * s.tokens,
-                d_out + b * s.out_sequence + h * s.out_head, dq + head * s.qk(), dkv + head * (s.nope + s.v),
-                shares.get() + i * s.tokens * s.rope
+                Scratch(memory), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
+                k_rope + b * s.k_sequence, starts ? starts + b * s.tokens : nullptr, scale, out + head * s.v,
+                lse + i * s.tokens, d_out + b * s.out_sequence + h * s.out_head, dq + head * s.qk(),
+                dkv + head * (s.nope + s.v), shares.get() + i * s.tokens * s.rope
             );
         }
 #pragma omp for schedule(static)
