@@ -147,11 +147,6 @@ def test_text_of_another_tokenizer_is_refused_by_a_run(half: Run, refuse: Refuse
     assert "its tokenizer is not the one that" in line and "set another run.dir" in line
 
 
-def test_a_compiled_block_must_be_bf16(run: Run, refuse: Refuse) -> None:
-    line = refuse("train", *run.arguments("run.compile=true"))
-    assert line.startswith("run.compile = true: ") and "the compute dtype is torch.float32" in line
-
-
 def test_another_length_in_the_same_folder_is_refused(half: Run, refuse: Refuse) -> None:
     line = refuse("train", *half.arguments("data.sequence_length=64"))
     assert line == (
