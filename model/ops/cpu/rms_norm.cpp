@@ -1,5 +1,5 @@
-// RMSNorm, y = x / rms * weight with rms = sqrt(mean(x^2) + eps), and its gradient: one pass each over the rows, which stay in the first
-// cache while they are read a second time. Rows of x may be a part of wider ones.
+// RMSNorm, y = x / rms * weight with rms = sqrt(mean(x^2) + eps), and its gradient: one pass each over the rows, which stay in the
+// first cache while they are read a second time. Rows of x may be a part of wider ones.
 #include <vector>
 
 #include "vector.h"
@@ -10,8 +10,10 @@ constexpr int64_t CHUNK = 64;  // rows whose share in the gradient of weight is 
 template <class F>
 static inline void along(int64_t D, F f) {
     int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) f(d, [](const float* p) { return load(p); }, [](float* p, Vector v) { store(p, v); });
-    if (const int64_t left = D - d) f(d, [left](const float* p) { return load(p, left); }, [left](float* p, Vector v) { store(p, v, left); });
+    for (; d + LANES <= D; d += LANES)
+        f(d, [](const float* p) { return load(p); }, [](float* p, Vector v) { store(p, v); });
+    if (const int64_t n = D - d)
+        f(d, [n](const float* p) { return load(p, n); }, [n](float* p, Vector v) { store(p, v, n); });
 }
 
 // x [rows, D] with rows `stride` apart, weight [D] -> y [rows, D], inverse [rows] = 1 / rms.
@@ -34,8 +36,8 @@ extern "C" void rms_norm(
 
 // grad [rows, D] -> dx [rows, D], d_weight [D]. With n = x / rms and g = grad * weight:  dx = (g - n mean(g n)) / rms.
 extern "C" void rms_norm_backward(
-    int64_t rows, int64_t D, int64_t stride, const float* x, const float* weight, const float* inverse, const float* grad, float* dx,
-    float* d_weight, int threads
+    int64_t rows, int64_t D, int64_t stride, const float* x, const float* weight, const float* inverse, const float* grad,
+    float* dx, float* d_weight, int threads
 ) {
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     std::vector<float> shares(chunks * D);

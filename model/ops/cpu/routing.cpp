@@ -1,8 +1,9 @@
-// The gate: which K experts a token goes to, how much each counts, and the sequence-wise balance loss; the gradient; the sort by expert.
+// The gate: which K experts a token goes to, how much each counts, and the sequence-wise balance loss; its gradient; and the sort
+// of (token, expert) pairs by expert.
 //
-// A lane is a token: LANES tokens are turned into columns, x[e] being the logits of expert e, and everything runs down the experts. So
-// no vector is ever summed or searched across, and a column of any length needs no tail. Sums over a sequence are made in chunks of
-// a fixed number of tokens, then over the chunks in order: the same bits on any number of threads.
+// A lane is a token: LANES tokens are turned into columns, x[e] being the logits of expert e, and everything runs down the experts.
+// So no vector is searched across, and a column of any length needs no tail. Sums over a sequence are made in chunks of a fixed
+// number of tokens, then over the chunks in order: the same bits on any number of threads.
 #include <vector>
 
 #include "vector.h"
@@ -42,7 +43,7 @@ static inline Vector sigmoid(Vector x) {
     return (x >= 0.0f ? all(1.0f) : small) / (small + 1.0f);
 }
 
-// sigmoid(x[e]) / sum of sigmoid(x[.]), which is softmax(log sigmoid(x)). Where all affinities are tiny, all are multiplied by e^-(largest x).
+// sigmoid(x[e]) / sum of sigmoid(x[.]), which is softmax(log sigmoid(x)). Where all are tiny, all are multiplied by e^-(largest x).
 static void shares(int64_t E, const Vector* x, Vector* share) {
     Vector top = x[0], total{};
     for (int64_t e = 1; e < E; ++e) top = larger(x[e], top);
