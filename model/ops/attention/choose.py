@@ -128,13 +128,13 @@ def try_all(work: Workload, backends: Mapping[str, AttentionBackend], device: to
     expected = by_reference(given, upstream)
     trials = {}
     for name, backend in backends.items():
-        why = missing(backend)
-        if not why:
-            tell(backend, given)
-            try:
+        try:
+            why = missing(backend)
+            if not why:
+                tell(backend, given)
                 why = "" if agrees(both_ways(backend, given, upstream), expected) else "wrong"
-            except Exception as error:
-                why = reason(error)
+        except Exception as error:
+            why = reason(error)
         trials[name] = Trial(why=why)
     del given, upstream, expected
     given, upstream = draw(work, device)

@@ -32,6 +32,7 @@ class Flash:
 
     def __init__(self, package: str = "flash_attn", hint: str = "pip install 'rorqual[flash]'"):
         self.package, self.hint = package, hint
+        self.module: Any = None  # the package, once imported
         self.room: int | None = None  # documents of a micro-batch that the host knows of, at most
 
     def expect(self, documents: Tensor) -> None:
@@ -61,13 +62,16 @@ class Flash:
         )
 
     def missing(self) -> str:
-        """What to do where it is not installed; else empty."""
-        return "" if find_spec(self.package) else f"{self.package} is not installed: {self.hint}"
+        """What to do where it is not installed; else empty, and it is imported."""
+        if not find_spec(self.package):
+            return f"{self.package} is not installed: {self.hint}"
+        self.module = import_module(self.package)
+        return ""
 
     def load(self) -> Any:
-        if why := self.missing():
+        if self.module is None and (why := self.missing()):
             raise ConfigError(why)
-        return import_module(self.package)
+        return self.module
 
 
 class Flash3(Flash):
