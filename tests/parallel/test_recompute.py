@@ -13,11 +13,11 @@ from tests.small_model import small_config
 
 def gradients(mode: Recompute, biases_after: float) -> dict[str, torch.Tensor]:
     """Of a step whose biases are moved, at random and far, after the forward pass: any choice made then is another one."""
-    model = Transformer(small_config(num_nextn_predict_layers=0))
+    model = Transformer(small_config())
     apply_recompute(model, mode)
     initialize(model, seed=0)
     torch.manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (2, 17))
+    tokens = torch.randint(0, model.config.vocab_size, (2, 18))
     losses = model(tokens, torch.zeros_like(tokens)).losses
     for module in model.modules():
         if isinstance(module, Router):
