@@ -262,7 +262,9 @@ def working_bytes(
         most += a * c.vocab_size * c.hidden_size + (4 * c.vocab_size * chunk if device == "cpu" else 0)
     for layer in {0, c.num_hidden_layers - 1}:
         rows = [*_attention(c, sizes), *_feed_forward(c, layer, sizes)]
-        again = sum(row.bytes for row in rows if "none" in row.kept and recompute not in row.kept)
+        # What is kept as the output of a product is, computed again, the same memory: only the difference comes anew.
+        everything, kept = (sum(row.bytes for row in rows if mode in row.kept) for mode in ("none", recompute))
+        again = max(0, everything - kept)
         k, width = (c.num_experts_per_tok, c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
         gradients = a * (3 * c.hidden_size + k * (c.hidden_size + 3 * width))
         weights = 0

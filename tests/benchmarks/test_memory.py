@@ -6,7 +6,7 @@ import pytest
 
 from model import flops
 from model.ops import cross_entropy
-from tests.benchmarks.commands import command, run
+from tests.benchmarks.commands import ROOT, command, run
 from tests.benchmarks.test_recompute import SHAPE
 
 
@@ -24,6 +24,15 @@ def test_the_peak_is_within_a_tenth_of_the_account(tmp_path, micro_batches):
         for state in ("parameters", "gradients", "moments"):
             assert measured[state] == pytest.approx(account[state], rel=0.01)
         assert f"| {mode} | peak | " in said
+
+
+@pytest.mark.parametrize("name", ["v2-lite", "v3-layers"])
+def test_the_shapes_for_one_gpu_fit_into_an_h200_with_their_optimizer(tmp_path, name):
+    values = {"--shape": str(ROOT / f"benchmarks/shapes/{name}.json"), "--json": str(tmp_path / "out.json")}
+    run(command("memory.py", values, "--account", "--device", "cuda", "--mtp", "1"))
+    modes = json.loads((tmp_path / "out.json").read_text())["modes"]
+    peak = modes["selective"]["account"]["peak"]
+    assert 0.7 < peak / (139 << 30) < 0.9  # what is left is the allocator's
 
 
 def test_the_account_knows_the_chunks_of_the_loss():
