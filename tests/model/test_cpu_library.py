@@ -34,7 +34,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "sources"
     shutil.copytree(cpu.HERE, folder)
     monkeypatch.setattr(cpu, "HERE", folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     for cached in (cpu.library, cpu._cache, cpu._compiler):
         cached.cache_clear()
     yield folder
@@ -52,7 +52,7 @@ def compiled(folder: Path, name: str, source: str) -> ctypes.CDLL:
 
 def test_a_library_is_compiled_once_and_found_again(sources: Path, tmp_path: Path) -> None:
     assert compiled(sources, "one", SOURCE).lanes() in (4, 8, 16)
-    (built,) = (tmp_path / "cache" / "rorqual").glob("one-*.so")
+    (built,) = (tmp_path / ".cache" / "rorqual").glob("one-*.so")
     written = built.stat().st_mtime_ns
     cpu.library.cache_clear()
     assert cpu.library("one") is not None and built.stat().st_mtime_ns == written
@@ -62,7 +62,7 @@ def test_another_source_is_another_library(sources: Path, tmp_path: Path) -> Non
     compiled(sources, "one", SOURCE)
     cpu.library.cache_clear()
     assert compiled(sources, "one", SOURCE.replace("return LANES", "return 7")).lanes() == 7
-    assert len(list((tmp_path / "cache" / "rorqual").glob("one-*.so"))) == 2
+    assert len(list((tmp_path / ".cache" / "rorqual").glob("one-*.so"))) == 2
 
 
 def test_what_does_not_compile_is_said_with_the_compilers_words(
@@ -71,7 +71,7 @@ def test_what_does_not_compile_is_said_with_the_compilers_words(
     (sources / "broken.cpp").write_text("this is no C++\n")
     assert cpu.library("broken") is None
     assert "broken.cpp" in caplog.text or "no C++ compiler" in caplog.text
-    assert not list((tmp_path / "cache" / "rorqual").glob("broken*"))
+    assert not list((tmp_path / ".cache" / "rorqual").glob("broken*"))
 
 
 def test_without_a_compiler_there_is_no_library(
@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert compiled(sources, "one", SOURCE).lanes()
     assert stat.S_IMODE(cpu._cache().stat().st_mode) == 0o700
 

@@ -204,8 +204,8 @@ def test_in_fp8_activation_bytes_are_those_that_live(changes, dtype, recompute):
 
 
 def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
-    """And four bytes of a scale for 128 of them; beside them the input of the gate, which is not FP8. But FP8 keeps the input rows of
-    the experts, and what they hand out, where bf16 takes rows by an index and weighs before the last product.
+    """And four bytes of a scale for 128 of them; beside them the input of the gate, which is not FP8. But FP8 keeps the input rows
+    of the experts, and what they hand out, where bf16 takes rows by an index and weighs before the last product.
 
     At 4,096 tokens, in 3 dense and 59 MoE layers.
     """

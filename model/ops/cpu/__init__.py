@@ -12,7 +12,6 @@ import fcntl
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -92,7 +91,7 @@ def _compile(compiler: str, source: Path, built: Path) -> None:
 @functools.cache
 def _cache() -> Path:
     """A folder to write into, of this user alone."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rorqual"
+    home = Path.home() / ".cache" / "rorqual"
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):
