@@ -28,12 +28,11 @@ def assemble(
     out_q, out_k, out_v = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape), None
     if width:
         out_v = q.new_empty(b, t, h, width)
-    by_token = [rows(x) for x in (q, kv)]
-    strides = [stride for x in by_token for stride in x.stride()[:2]]
-    shared = rows(k_rope)
+    given = [readable(x) for x in (q, kv, k_rope)]
+    strides = [stride for x in given for stride in x.stride()[:-1]]
     heads = min(HEADS, triton.next_power_of_2(h))
     _assemble[(b * t, triton.cdiv(h, heads))](
-        *by_token, shared, cos.contiguous(), sin.contiguous(), out_q, out_k, out_v, t, h, *strides, shared.stride(0),
+        *given, cos.contiguous(), sin.contiguous(), out_q, out_k, out_v, t, h, *strides,
         qk - rope, rope, kv.shape[-1] - qk + rope, width, *blocks(qk - rope, rope, max(width, 1)), heads, num_warps=WARPS,
     )  # fmt: skip
     return out_q, out_k, q.new_empty(b, t, h, 0) if out_v is None else out_v
@@ -46,19 +45,19 @@ def assemble_backward(
     b, t, h, qk = dq.shape
     nope = qk - rope
     out_q, out_kv, out_rope = dq.new_empty(dq.shape), dq.new_empty(b, t, h, nope + v), dq.new_empty(b, t, rope)
-    by_token = [rows(x) for x in (dq, dk, dv)]
-    strides = [stride for x in by_token for stride in x.stride()[:2]]
+    given = [readable(x) for x in (dq, dk, dv)]
+    strides = [stride for x in given for stride in x.stride()[:-1]]
     heads = min(HEADS, triton.next_power_of_2(h))
     _assemble_backward[(b * t,)](
-        *by_token, cos.contiguous(), sin.contiguous(), out_q, out_kv, out_rope, t, h, *strides,
+        *given, cos.contiguous(), sin.contiguous(), out_q, out_kv, out_rope, t, h, *strides,
         nope, rope, v, *blocks(nope, rope, v), heads, num_warps=WARPS,
     )  # fmt: skip
     return out_q, out_kv, out_rope
 
 
-def rows(x: Tensor) -> Tensor:
-    """[B, T, …] → [B·T, …] with its last dimension contiguous; a copy only of what does not lie so."""
-    x = x.flatten(0, 1)
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy where its last dimension is not contiguous. The others may lie in any order: some kernels of attention hand out
+    gradients with the heads before the tokens."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -69,7 +68,8 @@ def blocks(nope: int, rope: int, v: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _assemble(
-    q, kv, k_rope, cos, sin, out_q, out_k, out_v, T, H, q_token, q_head, kv_token, kv_head, k_rope_token,
+    q, kv, k_rope, cos, sin, out_q, out_k, out_v, T, H,
+    q_batch, q_token, q_head, kv_batch, kv_token, kv_head, k_rope_batch, k_rope_token,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
     NOPES: tl.constexpr, PAIRS: tl.constexpr, WIDTHS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -77,19 +77,21 @@ def _assemble(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     inside = head < H
-    c, s = load_angle(cos, sin, token % T, ROPE, PAIRS)
+    batch, position = token // T, token % T
+    c, s = load_angle(cos, sin, position, ROPE, PAIRS)
     nope, turned = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :]
     is_nope, is_turned = inside & (nope < NOPE), inside & (turned < ROPE)
     to = (token * H + head) * (NOPE + ROPE)  # where this head's query and key begin
 
-    q += token * q_token + head * q_head
+    q += batch * q_batch + position * q_token + head * q_head
     tl.store(out_q + to + nope, tl.load(q + nope, mask=is_nope), mask=is_nope)
     pairs = tl.load(q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
     tl.store(out_q + to + NOPE + turned, turn(pairs, c, s, HEADS, PAIRS), mask=is_turned)
 
-    kv += token * kv_token + head * kv_head
+    kv += batch * kv_batch + position * kv_token + head * kv_head
     tl.store(out_k + to + nope, tl.load(kv + nope, mask=is_nope), mask=is_nope)
-    pairs = tl.load(k_rope + token * k_rope_token + turned, mask=turned < ROPE, other=0.0).to(tl.float32)
+    k_rope += batch * k_rope_batch + position * k_rope_token
+    pairs = tl.load(k_rope + turned, mask=turned < ROPE, other=0.0).to(tl.float32)
     shared = tl.broadcast_to(turn(pairs, c, s, 1, PAIRS), (HEADS, 2 * PAIRS))
     tl.store(out_k + to + NOPE + turned, shared, mask=is_turned)
 
@@ -101,13 +103,15 @@ def _assemble(
 
 @triton.jit
 def _assemble_backward(
-    dq, dk, dv, cos, sin, out_q, out_kv, out_rope, T, H, q_token, q_head, k_token, k_head, v_token, v_head,
+    dq, dk, dv, cos, sin, out_q, out_kv, out_rope, T, H,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
     NOPES: tl.constexpr, PAIRS: tl.constexpr, VS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Reads the gradients of one token's queries, keys and values; writes those of what they were made of."""
     token = tl.program_id(0).to(tl.int64)
-    c, s = load_angle(cos, sin, token % T, ROPE, PAIRS)
+    batch, position = token // T, token % T
+    c, s = load_angle(cos, sin, position, ROPE, PAIRS)
     nope, turned, value = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :], tl.arange(0, VS)[None, :]
     total = tl.zeros((HEADS, 2 * PAIRS), tl.float32)
     for first in range(0, H, HEADS):
@@ -115,12 +119,14 @@ def _assemble_backward(
         inside = head < H
         is_nope, is_turned, is_value = inside & (nope < NOPE), inside & (turned < ROPE), inside & (value < V)
 
-        of_q, to_q = dq + token * q_token + head * q_head, out_q + (token * H + head) * (NOPE + ROPE)
+        of_q = dq + batch * q_batch + position * q_token + head * q_head
+        to_q = out_q + (token * H + head) * (NOPE + ROPE)
         tl.store(to_q + nope, tl.load(of_q + nope, mask=is_nope), mask=is_nope)
         pairs = tl.load(of_q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
         tl.store(to_q + NOPE + turned, turn(pairs, c, -s, HEADS, PAIRS), mask=is_turned)
 
-        of_k, of_v = dk + token * k_token + head * k_head, dv + token * v_token + head * v_head
+        of_k = dk + batch * k_batch + position * k_token + head * k_head
+        of_v = dv + batch * v_batch + position * v_token + head * v_head
         to_kv = out_kv + (token * H + head) * (NOPE + V)
         tl.store(to_kv + nope, tl.load(of_k + nope, mask=is_nope), mask=is_nope)
         tl.store(to_kv + NOPE + value, tl.load(of_v + value, mask=is_value), mask=is_value)

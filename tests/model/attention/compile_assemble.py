@@ -9,32 +9,46 @@ SIZES = {"T": T, "H": H, "NOPE": NOPE, "ROPE": ROPE, "V": V, "HEADS": assemble.H
 WIDE = (r"ld\.global\.v4\.b32", r"st\.global\.v4\.b32")  # eight numbers in bf16 at a time
 
 
+def strides_of(name: str, width: int, heads_first: bool = False) -> dict[str, int]:
+    """Of [B, T, H, width], in memory [B, H, T, width] where heads come first."""
+    token, head = (width, T * width) if heads_first else (H * width, width)
+    return {f"{name}_batch": T * H * width, f"{name}_token": token, f"{name}_head": head}
+
+
 def _forward(width: int) -> Case:
     nopes, pairs, widths = assemble.blocks(NOPE, ROPE, max(width, 1))
     tensors = dict.fromkeys(("q", "kv", "k_rope", "out_q", "out_k"), "*bf16") | {"out_v": "*bf16" if width else None}
-    strides = {"q_token": H * (NOPE + ROPE), "q_head": NOPE + ROPE, "kv_token": H * (NOPE + V), "kv_head": NOPE + V}
+    strides = strides_of("q", NOPE + ROPE) | strides_of("kv", NOPE + V)
+    strides |= {"k_rope_batch": T * (512 + ROPE), "k_rope_token": 512 + ROPE}
     return Case(
         f"assemble{' and pad' * bool(width)}",
         assemble._assemble,
-        {**tensors, **ANGLE, **SIZES, **strides, "k_rope_token": 512 + ROPE, "WIDTH": width}
-        | {"NOPES": nopes, "PAIRS": pairs, "WIDTHS": widths},
+        {**tensors, **ANGLE, **SIZES, **strides, "WIDTH": width} | {"NOPES": nopes, "PAIRS": pairs, "WIDTHS": widths},
         WIDE,
         num_warps=assemble.WARPS,
     )
 
 
-def _backward(v_stride: int) -> Case:
+def _backward(v_stride: int, heads_first: bool = False) -> Case:
     nopes, pairs, vs = assemble.blocks(NOPE, ROPE, V)
     tensors = dict.fromkeys(("dq", "dk", "dv", "out_q", "out_kv", "out_rope"), "*bf16")
-    strides = {f"{name}_token": H * (NOPE + ROPE) for name in "qk"} | {f"{name}_head": NOPE + ROPE for name in "qk"}
+    widths = {"q": NOPE + ROPE, "k": NOPE + ROPE, "v": v_stride}
+    strides = {
+        name: stride for x, width in widths.items() for name, stride in strides_of(x, width, heads_first).items()
+    }
     return Case(
-        f"assemble, backward, values of {v_stride}",
+        f"assemble, backward, values of {v_stride}{', heads first' * heads_first}",
         assemble._assemble_backward,
-        {**tensors, **ANGLE, **SIZES, **strides, "v_token": H * v_stride, "v_head": v_stride}
-        | {"NOPES": nopes, "PAIRS": pairs, "VS": vs},
+        {**tensors, **ANGLE, **SIZES, **strides} | {"NOPES": nopes, "PAIRS": pairs, "VS": vs},
         WIDE,
         num_warps=assemble.WARPS,
     )
 
 
-CASES = [_forward(0), _forward(NOPE + ROPE), _backward(V), _backward(NOPE + ROPE)]
+CASES = [
+    _forward(0),
+    _forward(NOPE + ROPE),
+    _backward(V),
+    _backward(NOPE + ROPE),
+    _backward(NOPE + ROPE, heads_first=True),
+]

@@ -24,6 +24,11 @@ from tests.triton import NO_TRITON
 SHAPES = [(2, 5, 3, 8, 4, 8), (1, 3, 19, 6, 10, 5), (2, 2, 16, 16, 8, 12)]
 
 
+def heads_first(x):
+    """[B, T, H, …] as some kernels of attention hand it out."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def gradients(outputs, inputs, upstream):
     return torch.autograd.grad(outputs, inputs, upstream)
 
@@ -62,13 +67,15 @@ def test_triton_assembles_as_the_operations_do(shape, dtype, padded, device):
     *inputs, rotation = make_inputs(*shape, dtype=dtype, requires_grad=False)
     rope, v = shape[-2:]
     width = inputs[0].shape[-1] if padded else 0
+    inputs[0] = heads_first(inputs[0])
     expected = assemble_operation(*inputs, *rotation, width)
     on_device = [x.to(device) for x in (*inputs, *rotation)]
     for a, b in zip(kernels.assemble(*on_device, width), expected):
         torch.testing.assert_close(a.cpu(), b)
     grads = [torch.randn(x.shape).to(dtype) for x in expected]
     grads[2] = torch.randn(*grads[0].shape[:-1], width or v).to(dtype)
-    grads[1] = grads[1].transpose(1, 2).contiguous().transpose(1, 2)  # another layout
+    grads[1:] = map(heads_first, grads[1:])
+    assert all(kernels.readable(x) is x for x in (*inputs, *grads))  # none is copied
     expected = assemble_backward_operation(*grads, *rotation, rope, v)
     found = kernels.assemble_backward(*(x.to(device) for x in grads), *on_device[3:], rope, v)
     for a, b in zip(found, expected):
