@@ -31,11 +31,15 @@ class Assembled:
     Args:
         attend: the kernel.
         pads: it wants values as wide as keys.
-        is_kept: `parallel.recompute` sees its operation, and can keep what it gives out.
+        is_kept: `parallel.recompute` sees its operation, and can keep what it gives out; None: the kernel says.
     """
 
-    def __init__(self, attend: Attend, pads: bool = False, is_kept: bool = True):
-        self.attend, self.pads, self.is_kept = attend, pads, is_kept
+    def __init__(self, attend: Attend, pads: bool = False, is_kept: bool | None = None):
+        self.attend, self.pads, self._is_kept = attend, pads, is_kept
+
+    def is_kept(self) -> bool:
+        says = getattr(self.attend, "is_kept", lambda: True)
+        return bool(says()) if self._is_kept is None else self._is_kept
 
     def __call__(
         self, q: Tensor, kv: Tensor, k_rope: Tensor, rotation: Rotation, scale: float, starts: Tensor | None = None

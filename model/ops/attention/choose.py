@@ -142,7 +142,7 @@ def try_all(work: Workload, backends: Mapping[str, AttentionBackend], device: to
     for name, backend in backends.items():
         if not trials[name].why:
             tell(backend, given)
-            is_run_again = work.keeps_outputs and isinstance(backend, Assembled) and not backend.is_kept
+            is_run_again = work.keeps_outputs and isinstance(backend, Assembled) and not backend.is_kept()
             run = partial(both_ways, backend, given, upstream, is_run_again)
             try:
                 run()

@@ -12,6 +12,7 @@ Version 2 and PyTorch's copy want values as wide as keys. Version 3 takes 192 an
 
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Flash:
         ConfigError: it is not installed.
     """
 
+    operation = ("flash_attn", "_flash_attn_forward")  # what an output comes from, by namespace and name
+
     def __init__(self, package: str = "flash_attn", hint: str = "pip install 'rorqual[flash]'"):
         self.package, self.hint = package, hint
         self.module: Any = None  # the package, once imported
@@ -43,9 +46,8 @@ class Flash:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
         if starts is None:
             return self.attend(q, k, v, scale)
-        # Validation and whoever says nothing beforehand wait for the device.
-        room = self.room if torch.is_grad_enabled() else None
-        begins = sequences(starts, room or rounded(int(count(starts))))
+        # Validation and whoever says nothing beforehand wait for the device, once a micro-batch.
+        begins = sequences(starts, room_for(starts, self.room if torch.is_grad_enabled() else None))
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B·T, H, …]
         return self.attend_within(q, k, v, scale, begins, starts.shape[1]).unflatten(0, starts.shape)
 
@@ -68,6 +70,11 @@ class Flash:
         self.module = import_module(self.package)
         return ""
 
+    def is_kept(self) -> bool:
+        """Whether its forward pass is an operation, which `parallel.recompute` can keep; not in every build. Imports it."""
+        namespace, name = self.operation
+        return not self.missing() and hasattr(getattr(torch.ops, namespace), name)
+
     def load(self) -> Any:
         if self.module is None and (why := self.missing()):
             raise ConfigError(why)
@@ -75,6 +82,8 @@ class Flash:
 
 
 class Flash3(Flash):
+    operation = ("flash_attn_3", "_flash_attn_forward")
+
     def __init__(self) -> None:
         super().__init__("flash_attn_interface", "build it from the folder `hopper` of FlashAttention's repository")
 
@@ -82,8 +91,16 @@ class Flash3(Flash):
 class VariableLength(Flash):
     """`Attend` by PyTorch's copy of FlashAttention 2. Without documents it is what SDPA's is."""
 
+    operation = ("torch_attn", "_varlen_attn")
+
     def __init__(self) -> None:
-        super().__init__("torch.nn.attention.varlen", "it comes with torch from 2.10 on")
+        super().__init__("torch.nn.attention.varlen", "it comes with a later torch")
+
+    def missing(self) -> str:
+        why = super().missing()
+        if not why and not {"scale", "window_size"} <= signature(self.module.varlen_attn).parameters.keys():
+            why = f"{self.package}.varlen_attn of this torch has no scale and window_size: a later one has them"
+        return why
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         batch, length = q.shape[:2]
@@ -112,8 +129,10 @@ def sequences(starts: Tensor, room: int) -> Tensor:
     return ends.scatter_(0, place, tokens).narrow(0, 0, room + 1)
 
 
-def count(starts: Tensor) -> Tensor:
-    return is_first(starts).sum()
+@once_per_batch
+def room_for(starts: Tensor, known: int | None) -> int:
+    """For how many documents room is made: what is known, else as many as there are, for which the host waits."""
+    return known or rounded(int(is_first(starts).sum()))
 
 
 def is_first(starts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ since starts never fall within a sequence. So blocks are known from a few number
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,21 +27,29 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -
     mask = causal_blocks(q.shape[1], q.device) if starts is None else document_blocks(starts, BLOCK)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import flex_attention
-
-        return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+        return attend(q, k, v, mask, scale).transpose(1, 2)
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes():
-        return compiled()(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+        attend_compiled = compiled(q.shape, v.shape, starts is None, torch.is_grad_enabled())
+        return attend_compiled(q, k, v, mask, scale).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out: Tensor = flex_attention(q, k, v, block_mask=mask, scale=scale)
+    return out
 
 
 @cache
-def compiled() -> Any:
-    """`flex_attention` for each shape anew, or an error: not compiled, it would hold all T × T scores."""
-    from torch.nn.attention.flex_attention import flex_attention
+def compiled(*key: Any) -> Any:
+    """`attend` for one case alone, or an error: not compiled, it would hold all T × T scores.
 
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    The compiler counts how often it compiles the code of a function, and refuses the ninth time. So each case has a copy of it.
+    """
+    copied = FunctionType(attend.__code__.replace(), globals(), "attend")
+    return torch.compile(copied, dynamic=False, fullgraph=True)
 
 
 def causal_blocks(length: int, device: torch.device) -> Any:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.config import ConfigError
+from model.ops.attention import flash as module
 from model.ops.attention import reference_attention
 from model.ops.attention.assembled import Assembled
 from model.ops.attention.choose import expect
 from model.ops.attention.flash import Flash, Flash3, VariableLength, rounded, sequences
 from model.rope import Rotation
+from parallel.recompute import ATTENTION_ELSEWHERE
 from tests.model.attention.inputs import make_inputs, starts_of
 
 DOCUMENTS = starts_of([5, 1, 7, 4], [17])
@@ -136,6 +138,34 @@ def test_only_training_relies_on_what_the_host_was_told(packages):
     with torch.no_grad():
         backend(*inputs, 0.3, DOCUMENTS)
     assert packages["flash_attn"].rooms == [64, 32]
+
+
+def test_the_host_waits_for_the_number_of_documents_once_a_micro_batch(packages, monkeypatch):
+    inputs, starts, counted = make_inputs(nope=8, rope=8, v=8, dtype=torch.bfloat16), DOCUMENTS.clone(), []
+    monkeypatch.setattr(module, "rounded", lambda n: counted.append(n) or rounded(n))
+    with torch.no_grad():
+        for _ in range(3):  # layers
+            BACKENDS["2"]()(*inputs, 0.3, starts)
+    assert counted == [5]
+
+
+def test_pytorchs_own_without_the_arguments_that_it_is_called_with_is_missing(packages, monkeypatch):
+    assert not VariableLength().missing()
+    monkeypatch.setattr(packages["torch.nn.attention.varlen"], "varlen_attn", lambda q, k, v, *places: q, raising=False)
+    assert "no scale and window_size" in VariableLength().missing()
+
+
+def test_what_is_no_operation_of_its_package_is_not_kept(packages):
+    assert not BACKENDS["3"]().is_kept()  # stand-ins register none
+    assert not Assembled(lambda *_: None, is_kept=False).is_kept() and Assembled(lambda *_: None).is_kept()
+    library = torch.library.Library("flash_attn_3", "FRAGMENT")
+    library.define("_flash_attn_forward(Tensor q) -> Tensor")
+    assert BACKENDS["3"]().is_kept() and BACKENDS["3, padded"]().is_kept()
+
+
+def test_the_operations_that_are_kept_have_the_names_that_recomputation_knows():
+    names = {"::".join(kind.operation) for kind in (Flash, Flash3, VariableLength)}
+    assert names <= ATTENTION_ELSEWHERE and VariableLength().is_kept()
 
 
 def test_flash_attention_that_is_not_installed_names_the_extra():

@@ -1,8 +1,9 @@
 """`flex_attention`'s blocks and its forward pass. It has no backward pass on a CPU: gradients wait for a GPU."""
 
+from functools import cache, partial
+
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 from model.ops.attention import document_starts, reference_attention
 from model.ops.attention import flex as module
@@ -45,8 +46,24 @@ def test_half_of_the_blocks_are_skipped_without_documents_and_most_with_them():
 @pytest.mark.parametrize("starts", [None, PATTERNS["documents"]], ids=["causal", "documents"])
 def test_flex_attention_gives_the_reference(starts, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "compiled", lambda: flex_attention)
+    monkeypatch.setattr(module, "compiled", lambda *key: module.attend)
     monkeypatch.setattr(module, "_causal", {})
     inputs = make_inputs(requires_grad=False)
     found = Assembled(flex)(*inputs, 0.3, starts)
     torch.testing.assert_close(found, reference_attention(*inputs, 0.3, starts), atol=2e-6, rtol=1e-5)
+
+
+def test_shapes_and_modes_may_be_more_than_the_compiler_takes_of_one_function(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "_causal", {})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = cache(module.compiled.__wrapped__)
+    monkeypatch.setattr(module, "compiled", compiled)
+    with torch._dynamo.config.patch(recompile_limit=1):  # each case is compiled once
+        for length, is_training in ((5, True), (6, True), (6, False)):
+            inputs = make_inputs(T=length, requires_grad=False)
+            for starts in (None, starts_of([3, length - 3], [length]), starts_of([length], [1, length - 1])):
+                with torch.set_grad_enabled(is_training):
+                    found = Assembled(flex)(*inputs, 0.3, starts)
+                torch.testing.assert_close(found, reference_attention(*inputs, 0.3, starts), atol=2e-6, rtol=1e-5)
+    assert compiled.cache_info().currsize == 6
