@@ -1,8 +1,10 @@
 """Kernels for a CPU are compiled once, whoever asks; where they cannot be, PyTorch's operations do the work."""
 
 import ctypes
+import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,7 +90,96 @@ def test_a_cache_that_cannot_be_written_is_replaced(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     assert compiled(sources, "one", SOURCE).lanes()
-    assert stat.S_IMODE(cpu._cache().stat().st_mode) == 0o700
+    folder = cpu._cache()
+    assert folder is not None and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_without_a_home_the_folder_is_a_temporary_one(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run under a number that no password file knows."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert compiled(sources, "one", SOURCE).lanes()
+    folder = cpu._cache()
+    assert folder is not None and folder.parent == Path(tempfile.gettempdir())
+    cpu._remove(folder, 0)
+    assert folder.exists(), "another process's"
+    cpu._remove(folder, os.getpid())
+    assert not folder.exists()
+
+
+def test_without_any_folder_there_is_no_library(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(**_: str) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "sources" / "gemm.h"))
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    (sources / "one.cpp").write_text(SOURCE)
+    assert cpu.library("one") is None
+    assert cpu._compiler() is None or ("no folder to compile into" in caplog.text and "No space left" in caplog.text)
+
+
+def test_the_folder_is_for_this_user_alone(sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    home = tmp_path / ".cache" / "rorqual"
+    assert cpu._cache() == home and stat.S_IMODE(home.stat().st_mode) == 0o700
+    home.chmod(0o720)
+    cpu._cache.cache_clear()
+    assert cpu._cache() != home and "others may write to it" in caplog.text
+
+
+def test_a_folder_of_another_user_is_not_used(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.os, "getuid", lambda: os.geteuid() + 1)
+    assert cpu._cache() != tmp_path / ".cache" / "rorqual"
+
+
+def test_a_compiler_that_does_not_run_is_none(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in cpu.COMPILERS:
+        (tmp_path / name).write_bytes(b"no program")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (sources / "one.cpp").write_text(SOURCE)
+    assert cpu.library("one") is None and "no C++ compiler" in caplog.text
+
+
+def test_a_damaged_library_is_compiled_again(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_loaded", lambda compiler, source, built: asked.append(built))
+        (sources / "one.cpp").write_text(SOURCE)
+        cpu.library("one")
+    if not asked:
+        pytest.skip("no C++ compiler")
+    asked[0].write_bytes(b"cut short")
+    cpu.library.cache_clear()
+    assert compiled(sources, "one", SOURCE).lanes() and not caplog.text
+    assert list((tmp_path / ".cache" / "rorqual").glob("one-*")) == asked
+
+
+def test_what_compiles_and_does_not_load_is_said_with_the_loaders_words(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the OpenMP library that it was linked to is missing."""
+    runs, run = [], cpu.subprocess.run
+
+    def counted(command: list[str], **options: object) -> object:
+        runs.append(command)
+        return run(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(cpu.subprocess, "run", counted)
+    (sources / "lost.cpp").write_text('extern "C" int nowhere();\nint (*pointer)() = nowhere;\n')
+    if cpu._compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert cpu.library("lost") is None
+    assert "does not load" in caplog.text and "nowhere" in caplog.text and "did not compile" not in caplog.text
+    assert len([command for command in runs if "-shared" in command]) == 2
 
 
 def test_the_exponential_is_right_to_two_units_in_the_last_place(sources: Path) -> None:

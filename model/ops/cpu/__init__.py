@@ -2,18 +2,22 @@
 
 They take fp32 tensors by address, and know nothing of PyTorch: a file compiles in about a second with any C++ compiler that has
 vector extensions (GCC, Clang). What comes out is kept in the user's cache, under a name made of the source, the compiler and the
-processor, so that machines that share a home directory do not share code that one of them cannot run.
+processor, so that machines that share a home directory do not share code that one of them cannot run. What lies there is run:
+a folder that another user may write to is not used, a temporary one takes its place until the process ends.
 
-Without a compiler the operations are PyTorch's: same answer to rounding, slower.
+Without a compiler, or without any folder, the operations are PyTorch's: same answer to rounding, slower.
 """
 
+import atexit
 import ctypes
 import fcntl
 import functools
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,23 +37,40 @@ FLAGS = (
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The kernels of NAME.cpp; None where they cannot be compiled, which is said once."""
-    compiler = _compiler()
-    if compiler is None:
+    """The kernels of NAME.cpp; None where they cannot be had, which is said once."""
+    compiler, cache = _compiler(), _cache()
+    if compiler is None or cache is None:
         return None
     sources = [HERE / f"{name}.cpp", *sorted(HERE.glob("*.h"))]
     identity = [*(path.read_bytes() for path in sources), " ".join(FLAGS).encode(), compiler[1], _processor()]
-    built = _cache() / f"{name}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
+    built = cache / f"{name}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
     try:
-        if not built.exists():
-            _compile(compiler[0], sources[0], built)
+        return _loaded(compiler[0], sources[0], built)
+    except subprocess.CalledProcessError as failure:
+        _warn(f"{compiler[0]} did not compile {sources[0].name}", f":\n{failure.stderr}")
+    except _NotLoaded as failure:
+        _warn(f"{built} was compiled and does not load", f": {failure}")
+    except OSError as failure:
+        _warn(f"{sources[0].name} could not be compiled", f": {failure}")
+    return None
+
+
+class _NotLoaded(Exception):
+    """The loader's words."""
+
+
+def _loaded(compiler: str, source: Path, built: Path) -> ctypes.CDLL:
+    """The library, compiled where it is not there. One that does not load may be damaged: it is compiled once more."""
+    _compile(compiler, source, built, instead_of=None)
+    found = _inode(built)
+    try:
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as failure:
-        log.warning(
-            "model.ops.cpu: %s did not compile %s, PyTorch's operations take its place:\n%s",
-            compiler[0], sources[0].name, getattr(failure, "stderr", None) or failure,
-        )  # fmt: skip
-        return None
+    except OSError:
+        _compile(compiler, source, built, instead_of=found)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as failure:
+        raise _NotLoaded(failure) from None
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -65,22 +86,25 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
 
 @functools.cache
 def _compiler() -> tuple[str, bytes] | None:
-    """The first compiler there is, and its version."""
+    """The first compiler that runs, and its version."""
     for name in COMPILERS:
         if path := shutil.which(name):
-            version = subprocess.run([path, "--version"], capture_output=True, check=False).stdout
-            return path, version
-    log.warning(
-        "model.ops.cpu: no C++ compiler (%s) on PATH; PyTorch's operations take its place", ", ".join(COMPILERS)
-    )
+            try:
+                return path, subprocess.run([path, "--version"], capture_output=True, check=False).stdout
+            except OSError as failure:
+                log.info("model.ops.cpu: %s does not run: %s", path, failure)
+    _warn(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
     return None
 
 
-def _compile(compiler: str, source: Path, built: Path) -> None:
-    """One process compiles, others that ask at the same time wait for it. A file of that name is always whole."""
+def _compile(compiler: str, source: Path, built: Path, instead_of: int | None) -> None:
+    """One process compiles, others that ask at the same time wait for it. A file of that name is always whole.
+
+    A file that is there stays, unless it is the one of inode `instead_of`: of those who find it damaged, one replaces it.
+    """
     with (built.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if built.exists():
+        if _inode(built) not in (None, instead_of):
             return
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder) / built.name
@@ -88,16 +112,40 @@ def _compile(compiler: str, source: Path, built: Path) -> None:
             made.replace(built)
 
 
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
 @functools.cache
-def _cache() -> Path:
-    """A folder to write into, of this user alone."""
-    home = Path.home() / ".cache" / "rorqual"
+def _cache() -> Path | None:
+    """A folder to write into, of this user alone; None without any."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
-            return home
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="rorqual-"))
+        home = Path.home() / ".cache" / "rorqual"  # without HOME, a user that is not in the password file has none
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = home.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            with tempfile.TemporaryFile(dir=home):
+                return home
+        log.warning("model.ops.cpu: %s is another user's, or others may write to it: it is not used", home)
+    except (OSError, RuntimeError):
+        pass
+    try:
+        made = Path(tempfile.mkdtemp(prefix="rorqual-"))  # of mode 0700
+    except OSError as failure:
+        _warn("no folder to compile into", f": {failure}")
+        return None
+    atexit.register(_remove, made, os.getpid())
+    return made
+
+
+def _remove(folder: Path, owner: int) -> None:
+    """By the process that made it: a forked one that ends leaves it to its parent."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _warn(what: str, why: str = "") -> None:
+    log.warning("model.ops.cpu: %s; PyTorch's operations take its place%s", what, why)
 
 
 def _processor() -> bytes:
