@@ -67,16 +67,12 @@ class StepResult:
     non_finite: tuple[str, ...] = ()  # parameters whose gradient, or its norm, is not finite
     scales: FP8Scales | None = None  # with FP8 only
     loss_scale: float = 1.0  # of the next step: the factor that keeps fp16 gradients from vanishing
+    skipped: bool = False  # no parameter, moment or bias was touched: a non-finite gradient, or a tensor that exploded
 
     @property
     def exploded(self) -> tuple[str, ...]:
         """Tensors whose FP8 scale is too large or not finite."""
         return self.scales.exploded if self.scales else ()
-
-    @property
-    def skipped(self) -> bool:
-        """A non-finite gradient, or a tensor that exploded: no parameter, moment or bias was touched."""
-        return bool(self.non_finite or self.exploded)
 
 
 class Pending:

@@ -60,6 +60,9 @@ def scales_of_step(arithmetic: Mapping[str, Fp8], limit: float) -> StepScales | 
     largest = torch.cat([scales for _, scales in forward + backward]).nan_to_num(nan=math.inf, posinf=math.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     watched = sum(len(names) for names, _ in forward)
+    limit = float(
+        torch.tensor(limit, dtype=torch.float32)
+    )  # the device compares in fp32, and the host shall find the same
     exploded = ~largest.isfinite().all() | (largest[:watched] > limit).any()
     return StepScales([n for names, _ in forward + backward for n in names], watched, limit, largest, exploded)
 

@@ -2,6 +2,9 @@
 
 scale ← scale / 2 after a step whose gradient is not finite,    scale · 2 after 2,000 finite steps in a row
 
+It stays at 2⁻¹⁴ or above, the smallest normal number of fp16: a gradient of 1 keeps its bits. Without a floor a long row of such
+steps would take it to 0, and the norm of the gradient, which is divided by it, would never be finite again.
+
 Both numbers live where the model computes: the host need not know whether a step was finite to launch the next one.
 """
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 START, GROWTH_INTERVAL = 2.0**16, 2000  # those of torch.amp.GradScaler
+FLOOR = 2.0**-14
 
 
 class LossScale:
@@ -25,7 +29,8 @@ class LossScale:
             return
         good_steps = (self.good_steps + 1) * finite
         grows = good_steps == GROWTH_INTERVAL
-        self.scale = self.scale * torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
+        factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
+        self.scale = (self.scale * factor).clamp_min(FLOOR)
         self.good_steps = good_steps * ~grows
 
     def state(self) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ class GlobalStep(ABC):
             squares, grad_norm, skip = self._update(settings.lr, scales)
             biases = self._balance(counts, settings.gamma, skip)
             numbers = {"means": means, "counts": counts, "biases": biases, "squares": squares, "norm": grad_norm}
-            numbers["loss scale"] = self.scaling.scale
+            numbers |= {"loss scale": self.scaling.scale, "skip": skip}  # what the device did, not what the host would
             if scales:
                 numbers["scales"] = scales.largest
         return Pending(numbers, partial(_read, self._names, scales))
@@ -179,6 +179,7 @@ def _read(names: Sequence[str], scales: StepScales | None, numbers: dict[str, Te
         tuple(name for name, finite in zip(names, is_finite) if not finite),
         scales.read(numbers["scales"]) if scales else None,
         float(numbers["loss scale"]),
+        bool(numbers["skip"]),
     )
 
 
