@@ -31,6 +31,7 @@ from model.init import Write, initialize
 from model.ops.attention.choose import Workload, expect
 from model.ops.attention.choose import choose as choose_attention
 from model.ops.fp8.choose import choose, kernels_for, workloads
+from model.ops.grouped_mm import examine as examine_experts
 from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.compiled import compile_blocks
@@ -147,6 +148,7 @@ class Trainer:
         config = recipe.model_config_resolved()
         compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
+        of_experts = [] if fp8 else examine_experts(config, compute, self.process.device)
         masked, length = recipe.data.mask_documents, recipe.data.sequence_length
         attends = Workload(config, recipe.micro_batch(0), length, masked, compute, recompute == "selective")
         self.attention, who_attends = choose_attention(
@@ -157,7 +159,9 @@ class Trainer:
         rows = recipe.micro_batch(0) * length
         products = partial(workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, compute)
         who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
-        self.who_computes = who_attends + who_multiplies
+        self.who_computes = who_attends + who_multiplies + of_experts
+        if self.process.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.process.device)  # what was tried is no part of the run
         apply_recompute(model, recompute)
         compile_blocks(model, recipe.run.compile)
         optimizer = partial(build_optimizer, settings=recipe.optimizer, moments=recipe.precision.moments)

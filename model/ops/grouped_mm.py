@@ -5,7 +5,8 @@
     Wgrad   dW = dyᵀ x      `multiply_within_groups(dy, …, x, …)`
 
 Rows may be taken by an index: row m of the experts is then x[index[m]], and those copies of x are made a few at a time on a CPU, in
-its cache, and never lie in memory. On a GPU the products are PyTorch's, which ask the host for nothing.
+its cache, and never lie in memory. On a GPU the products are PyTorch's. In bf16 on sm_90 and sm_100 they ask the host for nothing;
+in other dtypes and elsewhere each of them waits for the host to read the counts, and multiplies expert by expert.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 from model.ops import cpu
 from model.ops.operation import operation
 
@@ -67,7 +68,12 @@ def multiply_within_groups(
 ) -> Tensor:
     """dW[e] = Σ dy[m]ᵀ x[m] over the rows m of e; zero for an expert without rows. [M, out], [M, in] → [E, out, in]."""
     if x.is_cuda:
-        return F.grouped_mm(_take(dy, dy_index).T, _take(x, x_index), offs=_ends(counts))
+        dy, x = _take(dy, dy_index), _take(x, x_index)
+        if not len(x):  # refused by PyTorch's (pull request 192497)
+            return x.new_zeros(len(counts), dy.shape[1], x.shape[1])
+        dw = F.grouped_mm(dy.T, x, offs=_ends(counts))
+        # Of an expert without rows some GPUs leave what lay in memory (B200, pytorch issue 172439).
+        return dw.masked_fill_((counts == 0)[:, None, None], 0)
     library = cpu.library("experts") if cpu.takes(dy, x) else None
     if library is None:
         parts = [_take(t, index).split(counts.tolist()) for t, index in ((dy, dy_index), (x, x_index))]
@@ -79,6 +85,24 @@ def multiply_within_groups(
         *_numbers(torch.get_num_threads()),
     )  # fmt: skip
     return dw
+
+
+def examine(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What the log should say of the products of a run's experts.
+
+    Raises:
+        ConfigError: the device cannot compute them.
+    """
+    if device.type != "cuda" or not config.n_moe_layers:
+        return []
+    check_widths(config.hidden_size, config.moe_intermediate_size, dtype)
+    major, minor = torch.cuda.get_device_capability(device)
+    if dtype == torch.bfloat16 and major in (9, 10):
+        return []
+    return [
+        f"experts in {dtype} on sm_{major}{minor}: PyTorch's grouped product waits for the host in every layer; "
+        "it does not in bf16 on sm_90 and sm_100"
+    ]
 
 
 def check_widths(hidden_size: int, moe_intermediate_size: int, dtype: torch.dtype) -> None:

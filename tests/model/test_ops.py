@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.config import ConfigError
-from model.ops.grouped_mm import check_widths
+from model.ops.grouped_mm import check_widths, examine
+from tests.small_model import small_config
 
 
 def leaves(*shapes):
@@ -25,6 +26,25 @@ def test_a_width_that_the_grouped_product_cannot_read_is_refused(dtype, step):
     check_widths(8 * step, 3 * step, dtype)
     with pytest.raises(ConfigError, match=rf"moe_intermediate_size: {3 * step + 2} .* write {4 * step}$"):
         check_widths(8 * step, 3 * step + 2, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "waits"),
+    [
+        (torch.bfloat16, (9, 0), False),
+        (torch.bfloat16, (10, 0), False),
+        (torch.bfloat16, (8, 0), True),
+        (torch.bfloat16, (12, 0), True),
+        (torch.float32, (9, 0), True),
+    ],
+)
+def test_a_grouped_product_that_waits_for_the_host_is_told_of(dtype, capability, waits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    told = examine(small_config(hidden_size=32, moe_intermediate_size=16), dtype, torch.device("cuda"))
+    assert len(told) == waits and all(f"{dtype} on sm_{capability[0]}0" in line for line in told)
+    assert examine(small_config(moe_intermediate_size=15), dtype, torch.device("cpu")) == []
+    with pytest.raises(ConfigError, match=r"model\.moe_intermediate_size: 15 is no multiple of"):
+        examine(small_config(hidden_size=32, moe_intermediate_size=15), dtype, torch.device("cuda"))
 
 
 def _assert_equal_with_gradients(op, reference, inputs, upstream, **options):

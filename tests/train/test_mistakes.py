@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from data.store import Store
+from model.ops.grouped_mm import examine
 from tests.small_run import Run, assert_same_bits
+from train import trainer
 from train.cli import main
 
 Refuse = Callable[..., str]
@@ -81,6 +83,17 @@ def content(run: Run) -> dict[str, bytes]:
 def test_a_mistake_in_a_recipe_is_one_line(run: Run, refuse: Refuse, change: str, line: str) -> None:
     assert line in refuse("train", *run.arguments(change))
     assert not run.folder.exists()
+
+
+def test_a_width_that_a_gpu_cannot_multiply_is_one_line(
+    run: Run, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is tried on the device. Here it is a CPU that is taken for a GPU."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(trainer, "examine_experts", lambda config, dtype, device: examine(config, dtype, gpu))
+    monkeypatch.setattr(trainer, "choose_attention", lambda *_: pytest.fail("attention was tried before"))
+    line = refuse("train", *run.arguments("model.moe_intermediate_size=18"))
+    assert "model.moe_intermediate_size: 18 is no multiple of 4" in line and line.endswith("write 20")
 
 
 def test_a_key_given_twice_is_one_line(run: Run, refuse: Refuse, tmp_path: Path) -> None:
