@@ -119,7 +119,7 @@ def _head(
     rows = rows_of_chunk(head, len(hidden))
     if cpu.takes(hidden, head, ratio, d_weight) and (kernels := cpu.library("cross_entropy")):
         kernels.cross_entropy_scratch.restype = ctypes.c_int64
-        scratch = hidden.new_empty(kernels.cross_entropy_scratch(*map(ctypes.c_int64, (rows, *head.shape))))
+        scratch = hidden.new_empty(kernels.cross_entropy_scratch(*cpu.numbers(rows, *head.shape)))
         return head_with_loss(hidden, head, labels, ratio, rows, scratch, d_hidden, d_weight).sum()
     chunks = d_hidden.split(rows) if d_hidden is not None else [None] * len(labels)
     losses = [
@@ -148,9 +148,9 @@ def head_with_loss(
     assert kernels is not None
     losses = hidden.new_empty(len(hidden))
     hidden, head, labels = hidden.contiguous(), head.contiguous(), labels.contiguous()
-    sizes = map(ctypes.c_int64, (len(hidden), rows, *head.shape))
+    sizes = cpu.numbers(len(hidden), rows, *head.shape)
     tensors = (hidden, head, labels, ratio, losses, d_hidden, d_weight, scratch)
-    kernels.cross_entropy(*sizes, *map(cpu.address, tensors), ctypes.c_int64(torch.get_num_threads()))
+    kernels.cross_entropy(*sizes, *map(cpu.address, tensors), cpu.threads())
     return losses
 
 

@@ -3,7 +3,7 @@
 Whatever x is, sums and products are in fp32: no copy of x in fp32 exists but in registers, where there is a kernel.
 """
 
-from ctypes import c_float, c_int64
+from ctypes import c_float
 from typing import Any
 
 import torch
@@ -55,7 +55,10 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if cpu.takes(x, weight) and (library := cpu.library("rms_norm")):
         normed, inverse = _contiguous_like(x), weight.new_empty(x.shape[:-1])
         library.rms_norm(
-            *_sizes(rows), c_float(eps), *map(cpu.address, (rows, weight, normed, inverse)), torch.get_num_threads()
+            *cpu.numbers(*rows.shape, rows.stride(0)),
+            c_float(eps),
+            *map(cpu.address, (rows, weight, normed, inverse)),
+            cpu.threads(),
         )
         return normed, inverse
     wide = x.float()
@@ -78,7 +81,9 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor)
     if cpu.takes(grad, x, weight) and (library := cpu.library("rms_norm")):
         dx, d_weight = _contiguous_like(x), torch.empty_like(weight)
         library.rms_norm_backward(
-            *_sizes(rows), *map(cpu.address, (rows, weight, inverse, grad, dx, d_weight)), torch.get_num_threads()
+            *cpu.numbers(*rows.shape, rows.stride(0)),
+            *map(cpu.address, (rows, weight, inverse, grad, dx, d_weight)),
+            cpu.threads(),
         )
         return dx, d_weight
     inverse, grad = inverse.unsqueeze(-1), grad.float()  # [..., 1]
@@ -90,9 +95,4 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor)
 
 def _rows(x: Tensor) -> Tensor:
     """[..., D] → [N, D] without a copy where rows lie at equal distances, each of them whole."""
-    rows = x.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _sizes(rows: Tensor) -> list[c_int64]:
-    return [c_int64(n) for n in (*rows.shape, rows.stride(0))]
+    return cpu.unit_stride(x.flatten(0, -2))

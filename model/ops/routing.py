@@ -6,13 +6,13 @@ Kept for it are the logits, the chosen experts with their weights, and f of the 
 Equal affinities: the lower number is chosen. NaN is chosen first, and every number handed out is one of an expert.
 """
 
-from ctypes import c_bool, c_float, c_int64
+from ctypes import c_bool, c_float
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.balance import affinity_shares, routed_frequency
+from model.balance import affinity_shares, routed_frequency, sequence_balance_loss
 from model.ops import cpu
 from model.ops.operation import operation
 
@@ -53,8 +53,7 @@ def reference_route(logits: Tensor, bias: Tensor, rule: Rule) -> tuple[Tensor, T
     """`route` by PyTorch's operations and its autograd."""
     flat = logits.flatten(0, 1)
     ids = choose(flat.detach(), bias, rule)
-    loss = (routed_frequency(logits.detach(), rule.top_k) * affinity_shares(logits).mean(1)).sum()
-    return ids, weigh(flat, ids, rule), loss
+    return ids, weigh(flat, ids, rule), sequence_balance_loss(logits, rule.top_k)
 
 
 def choose(logits: Tensor, bias: Tensor, rule: Rule) -> Tensor:
@@ -140,8 +139,8 @@ def _route(
     if cpu.takes(logits, bias) and (library := cpu.library("routing")):
         results = _shapes(logits, bias, *rule)
         library.route(
-            *_sizes(*logits.shape, top_k, n_group, topk_group), c_bool(normalise), c_float(scale),
-            cpu.address(logits), cpu.address(bias), *map(cpu.address, results), torch.get_num_threads(),
+            *cpu.numbers(*logits.shape, top_k, n_group, topk_group), c_bool(normalise), c_float(scale),
+            cpu.address(logits), cpu.address(bias), *map(cpu.address, results), cpu.threads(),
         )  # fmt: skip
         return results
     ids, weights, loss = reference_route(logits, bias, rule)
@@ -167,8 +166,8 @@ def _route_backward(
     if cpu.takes(logits, weights, frequency, d_weights, d_loss) and (library := cpu.library("routing")):
         d_logits = torch.empty_like(logits)
         library.route_backward(
-            *_sizes(*logits.shape, ids.shape[1]), c_bool(normalise), c_float(scale),
-            *map(cpu.address, (logits, ids, weights, frequency, d_weights, d_loss, d_logits)), torch.get_num_threads(),
+            *cpu.numbers(*logits.shape, ids.shape[1]), c_bool(normalise), c_float(scale),
+            *map(cpu.address, (logits, ids, weights, frequency, d_weights, d_loss, d_logits)), cpu.threads(),
         )  # fmt: skip
         return d_logits
     d = torch.zeros_like(logits)
@@ -202,14 +201,10 @@ def _sort_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = ids.contiguous()
     if ids.device.type == "cpu" and (library := cpu.library("routing")):
         results = _sorted_shapes(ids, experts)
-        library.sort_by_expert(*_sizes(ids.numel(), experts), cpu.address(ids), *map(cpu.address, results))
+        library.sort_by_expert(*cpu.numbers(ids.numel(), experts), cpu.address(ids), *map(cpu.address, results))
         return results
     # A radix sort goes over 16 bits in a quarter of the time of 64.
     flat = ids.flatten()
     order = (flat.to(torch.int16) if experts < 2**15 else flat).argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return order, place.view_as(ids), count_experts(ids, experts)
-
-
-def _sizes(*numbers: int) -> list[c_int64]:
-    return [c_int64(n) for n in numbers]

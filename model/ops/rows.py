@@ -3,7 +3,6 @@
 `spread_rows` and `sum_rows` are each other's transposes, so neither direction adds where it scatters: the same bits in every run.
 """
 
-from ctypes import c_int64
 from typing import Any
 
 import torch
@@ -106,12 +105,10 @@ def spread(tokens: Tensor, place: Tensor) -> Tensor:
     library = cpu.library("rows") if cpu.takes(tokens) else None
     if library is None:
         return reference_spread_rows(tokens, place)
-    tokens, place = _unit_stride(tokens), place.contiguous()
+    tokens, place = cpu.unit_stride(tokens), place.contiguous()
     rows = tokens.new_empty(place.numel(), tokens.shape[1])
-    sizes = (c_int64(n) for n in (*place.shape, tokens.shape[1]))
-    library.spread_rows(
-        *sizes, cpu.address(tokens), c_int64(tokens.stride(0)), cpu.address(place), cpu.address(rows), _threads()
-    )
+    sizes = cpu.numbers(*place.shape, tokens.shape[1])
+    library.spread_rows(*sizes, *cpu.rows(tokens), cpu.address(place), cpu.address(rows), cpu.threads())
     return rows
 
 
@@ -131,9 +128,9 @@ def weighted_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     rows, place = rows.contiguous(), place.contiguous()
     weights = None if weights is None else weights.contiguous()
     tokens = rows.new_empty(len(place), rows.shape[1])
-    sizes = (c_int64(n) for n in (*place.shape, rows.shape[1]))
-    tensors = (cpu.address(t) for t in (rows, place, weights, tokens))
-    library.sum_rows(*sizes, *tensors, _threads())
+    sizes = cpu.numbers(*place.shape, rows.shape[1])
+    tensors = map(cpu.address, (rows, place, weights, tokens))
+    library.sum_rows(*sizes, *tensors, cpu.threads())
     return tokens
 
 
@@ -152,17 +149,9 @@ def weighted_sum_backward(grad: Tensor, rows: Tensor, place: Tensor, weights: Te
         of_rows = reference_spread_rows(grad, place)
         d_weights = (rows.to(weights.dtype) * of_rows).sum(-1)
         return (of_rows * weights.unsqueeze(-1)).to(rows.dtype), d_weights
-    grad, rows, place, weights = _unit_stride(grad), rows.contiguous(), place.contiguous(), weights.contiguous()
+    grad, rows, place, weights = cpu.unit_stride(grad), rows.contiguous(), place.contiguous(), weights.contiguous()
     d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
-    sizes = (c_int64(n) for n in (*place.shape, rows.shape[1]))
-    tensors = (cpu.address(t) for t in (rows, place, weights, d_rows, d_weights))
-    library.sum_rows_backward(*sizes, cpu.address(grad), c_int64(grad.stride(0)), *tensors, _threads())
+    sizes = cpu.numbers(*place.shape, rows.shape[1])
+    tensors = map(cpu.address, (rows, place, weights, d_rows, d_weights))
+    library.sum_rows_backward(*sizes, *cpu.rows(grad), *tensors, cpu.threads())
     return d_rows, d_weights
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _threads() -> c_int64:
-    return c_int64(torch.get_num_threads())

@@ -3,7 +3,6 @@
 Autograd would keep silu(gate) and the product too, beside gate and up.
 """
 
-from ctypes import c_int64
 from typing import Any
 
 import torch
@@ -84,9 +83,17 @@ def multiply(gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
     library = cpu.library("swiglu") if cpu.takes(gate, up, weights) else None
     if library is None:
         return reference_swiglu(gate, up, weights)
-    gate, up = _unit_stride(gate), _unit_stride(up)
+    gate, up = cpu.unit_stride(gate), cpu.unit_stride(up)
+    assert weights is None or weights.is_contiguous()
     product = gate.new_empty(gate.shape)
-    library.swiglu(*_sizes(gate), *_rows(gate), *_rows(up), _numbers(weights), cpu.address(product), _threads())
+    library.swiglu(
+        *cpu.numbers(*gate.shape),
+        *cpu.rows(gate),
+        *cpu.rows(up),
+        cpu.address(weights),
+        cpu.address(product),
+        cpu.threads(),
+    )
     return product
 
 
@@ -107,13 +114,14 @@ def multiply_backward(grad: Tensor, gate: Tensor, up: Tensor, weights: Tensor | 
     library = cpu.library("swiglu") if cpu.takes(grad, gate, up, weights) else None
     if library is None:
         return _reference_backward(grad, gate, up, weights)
-    grad, gate, up = _unit_stride(grad), _unit_stride(gate), _unit_stride(up)
+    grad, gate, up = cpu.unit_stride(grad), cpu.unit_stride(gate), cpu.unit_stride(up)
+    assert weights is None or weights.is_contiguous()
     m, f = gate.shape
     d_gate_up, product = gate.new_empty(m, 2 * f), gate.new_empty(m, f)
     d_weights = gate.new_empty(0 if weights is None else m)
     library.swiglu_backward(
-        *_sizes(gate), *_rows(grad), *_rows(gate), *_rows(up), _numbers(weights),
-        cpu.address(d_gate_up), cpu.address(product), cpu.address(None if weights is None else d_weights), _threads(),
+        *cpu.numbers(*gate.shape), *cpu.rows(grad), *cpu.rows(gate), *cpu.rows(up), cpu.address(weights),
+        cpu.address(d_gate_up), cpu.address(product), cpu.address(None if weights is None else d_weights), cpu.threads(),
     )  # fmt: skip
     return d_gate_up, product, d_weights
 
@@ -130,25 +138,3 @@ def _reference_backward(
         grad, weighted = ((t * weights.unsqueeze(-1)).to(gate.dtype) for t in (grad, product))
     d_gate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([d_gate, silu.mul_(grad)], dim=-1), weighted, d_weights
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _sizes(x: Tensor) -> tuple[c_int64, ...]:
-    return tuple(c_int64(n) for n in x.shape)
-
-
-def _rows(x: Tensor) -> tuple[Any, c_int64]:
-    """Where rows begin, and how far apart they lie."""
-    return cpu.address(x), c_int64(x.stride(0))
-
-
-def _numbers(weights: Tensor | None) -> Any:
-    assert weights is None or weights.is_contiguous()
-    return cpu.address(weights)
-
-
-def _threads() -> c_int64:
-    return c_int64(torch.get_num_threads())

@@ -84,6 +84,25 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def numbers(*values: int) -> tuple[ctypes.c_int64, ...]:
+    """int64_t arguments."""
+    return tuple(map(ctypes.c_int64, values))
+
+
+def rows(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    """Where rows begin, and how far apart they lie."""
+    return address(x), ctypes.c_int64(x.stride(0))
+
+
+def threads() -> ctypes.c_int64:
+    return ctypes.c_int64(torch.get_num_threads())
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """With the numbers of a row one after another; a copy only where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @functools.cache
 def _compiler() -> tuple[str, bytes] | None:
     """The first compiler that runs, and its version."""

@@ -18,7 +18,7 @@ static inline void along(int64_t D, F f) {
 
 // x [rows, D] with rows `stride` apart, weight [D] -> y [rows, D], inverse [rows] = 1 / rms.
 extern "C" void rms_norm(
-    int64_t rows, int64_t D, int64_t stride, float eps, const float* x, const float* weight, float* y, float* inverse, int threads
+    int64_t rows, int64_t D, int64_t stride, float eps, const float* x, const float* weight, float* y, float* inverse, int64_t threads
 ) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < rows; ++n) {
@@ -37,7 +37,7 @@ extern "C" void rms_norm(
 // grad [rows, D] -> dx [rows, D], d_weight [D]. With n = x / rms and g = grad * weight:  dx = (g - n mean(g n)) / rms.
 extern "C" void rms_norm_backward(
     int64_t rows, int64_t D, int64_t stride, const float* x, const float* weight, const float* inverse, const float* grad,
-    float* dx, float* d_weight, int threads
+    float* dx, float* d_weight, int64_t threads
 ) {
     const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
     std::vector<float> shares(chunks * D);

@@ -93,7 +93,7 @@ static void limit_to_groups(int64_t E, int64_t groups, Vector* choice, Best& two
 // logits [B, T, E], bias [E] -> ids [B*T, K], weights [B*T, K], frequency [B, E] (f of the balance loss), loss (one number).
 extern "C" void route(
     int64_t B, int64_t T, int64_t E, int64_t K, int64_t groups, int64_t kept, bool normalise, float scale, const float* logits,
-    const float* bias, int64_t* ids, float* weights, float* frequency, float* loss, int threads
+    const float* bias, int64_t* ids, float* weights, float* frequency, float* loss, int64_t threads
 ) {
     const int64_t chunks = (T + CHUNK - 1) / CHUNK;
     std::vector<float> probability(B * chunks * E), hits(B * chunks * E);  // of each chunk, summed over its tokens
@@ -150,7 +150,7 @@ extern "C" void route(
 // d_weights [B*T, K] and d_loss (one number), either of them null for none -> d_logits [B, T, E].
 extern "C" void route_backward(
     int64_t B, int64_t T, int64_t E, int64_t K, bool normalise, float scale, const float* logits, const int64_t* ids,
-    const float* weights, const float* frequency, const float* d_weights, const float* d_loss, float* d_logits, int threads
+    const float* weights, const float* frequency, const float* d_weights, const float* d_loss, float* d_logits, int64_t threads
 ) {
     const int64_t chunks = (T + CHUNK - 1) / CHUNK;
 #pragma omp parallel num_threads(threads) if (threads > 1)
