@@ -6,6 +6,8 @@
 // A thread takes one head of one sequence. It writes its keys and values out as the products read them, rotated, and then goes
 // through blocks of QUERIES x KEYS scores, which stay in the second cache. Of a block it computes what queries may see: for every
 // ROWS queries, a strip, the keys from the first visible one to the last.
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -40,7 +42,11 @@ constexpr int64_t ALIGNED = 16, PIECES = 12;
 struct Memory {
     std::unique_ptr<float, decltype(&std::free)> numbers;
     explicit Memory(int64_t n)
-        : numbers((float*)std::aligned_alloc(4 * ALIGNED, 4 * up(n + PIECES * ALIGNED, ALIGNED)), &std::free) {}
+        : numbers((float*)std::aligned_alloc(4 * ALIGNED, 4 * up(n + PIECES * ALIGNED, ALIGNED)), &std::free) {
+        if (numbers) return;
+        std::fprintf(stderr, "attention.cpp: no memory for %lld numbers of a thread's scratch\n", (long long)n);
+        std::abort();
+    }
 };
 struct Scratch {
     float* left;
