@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import asked
 import torch
 import torch.distributed as dist
 from contestants import CLIP, LR, OPTIMIZER, Shape, Theirs, without_weights
@@ -46,18 +47,17 @@ PROCESSES.set_forkserver_preload(["contestants", "parallel.fsdp", "deepspeed", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--shape", type=Path, default=Path(__file__).parent / "shapes/engines.json",
+    parser.add_argument("--shape", type=asked.shape, default=str(Path(__file__).parent / "shapes/engines.json"),
                         help="a file of benchmarks/shapes; its batch is that of one process")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each engine")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each engine before the timed ones")
     parser.add_argument("--only", nargs="*", help="names of engines; ddp is always there")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
     arguments = parser.parse_args()
-    shape = Shape.read(arguments.shape)
     names = [*layouts(arguments.processes), *THEIRS]
     if arguments.only is not None:
         names = [name for name in names if name == "ddp" or name in arguments.only]
-    result = compare(shape, arguments.processes, names, arguments.rounds, arguments.warmup)
+    result = compare(arguments.shape, arguments.processes, names, arguments.rounds, arguments.warmup)
     if arguments.json:
         with replace_file(arguments.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")

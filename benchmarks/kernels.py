@@ -14,9 +14,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import asked
 import torch
 import torch.nn.functional as F
 from contestants import OPTIMIZER, Shape
@@ -55,13 +55,13 @@ class Contest(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--shape", type=asked.shape, required=True, help="a file of benchmarks/shapes")
     parser.add_argument("--only", help="kernels with this in their names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--rounds", type=asked.count, default=20, help="timed calls of each")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
     arguments = parser.parse_args()
-    shape, device = Shape.read(arguments.shape), torch.device(arguments.device)
+    shape, device = arguments.shape, torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     result = measure(shape, device, arguments.rounds, arguments.only or "")

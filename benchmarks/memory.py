@@ -14,9 +14,9 @@ import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, get_args
 
+import asked
 import torch
 from contestants import Ours, Shape
 from live_bytes import LiveBytes
@@ -37,14 +37,14 @@ HEAD, WORK = "embedding and head", "at work"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--shape", type=asked.shape, required=True, help="a file of benchmarks/shapes")
     parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=list(get_args(Recompute)))
-    parser.add_argument("--mtp", type=int, default=0, help="MTP modules")
+    parser.add_argument("--mtp", type=asked.count, default=0, help="MTP modules")
     parser.add_argument("--account", action="store_true", help="the account alone, which needs no device of that size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
     arguments = parser.parse_args()
-    shape = Shape.read(arguments.shape).with_mtp(arguments.mtp)
+    shape = arguments.shape.with_mtp(arguments.mtp)
     modes = {mode: {"account": account(shape, arguments.device, mode)} for mode in arguments.recompute}
     if not arguments.account:
         for mode, found in modes.items():  # each in a process of its own, with an allocator of its own

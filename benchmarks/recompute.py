@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import asked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -46,12 +47,12 @@ class Measured(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--shape", type=asked.shape, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
     parser.add_argument("--processes", type=int, default=1, help="ranks that share the experts")
     parser.add_argument("--compute", choices=DTYPES, default="fp32")
     arguments = parser.parse_args()
-    result = compare(Shape.read(arguments.shape), arguments.processes, DTYPES[arguments.compute])
+    result = compare(arguments.shape, arguments.processes, DTYPES[arguments.compute])
     if arguments.json:
         with replace_file(arguments.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import asked
 import torch
 import torch.distributed as dist
 from contestants import CLIP, OPTIMIZER, Batch, Shape, without_weights
@@ -40,16 +40,16 @@ class Run(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--shape", type=asked.shape, required=True, help="a file of benchmarks/shapes")
     parser.add_argument("--compute", choices=DTYPES, default="bf16")
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp", "zero1", "zero2", "zero3"])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                             world_size=1)  # fmt: skip
-    result = compare(Shape.read(arguments.shape), DTYPES[arguments.compute], device, arguments.engines, arguments.steps)
+    result = compare(arguments.shape, DTYPES[arguments.compute], device, arguments.engines, arguments.steps)
     if arguments.json:
         with replace_file(arguments.json) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n")

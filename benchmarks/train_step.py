@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+import asked
 import torch
 from contestants import Shape
 from sides import Seconds, Side, Task, compute_dtype
@@ -34,26 +35,27 @@ SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # largest difference of
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, required=True, help="a file of benchmarks/shapes")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--pairs", type=int, default=10, help="timed steps of each side")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of each side before the timed ones")
+    parser.add_argument("--shape", type=asked.shape, required=True, help="a file of benchmarks/shapes")
+    parser.add_argument("--json", type=asked.new_file, help="write the result here")
+    parser.add_argument("--pairs", type=asked.count, default=10, help="timed steps of each side")
+    parser.add_argument("--warmup", type=asked.count, default=2, help="steps of each side before the timed ones")
     parser.add_argument("--core", type=int, help="the CPU core both are pinned to; default: the last one")
     parser.add_argument("--recompute", choices=get_args(Recompute), help="of ours; default: as a run's on this device")
-    parser.add_argument("--mtp", type=int, default=0, help="MTP modules of a third contestant")
-    parser.add_argument("--warm", type=int, default=0, help="steps of training before all start; needs --store")
-    parser.add_argument("--store", type=Path, help="a token store to take the tokens from; default: random tokens")
-    parser.add_argument("--profile", type=Path, help="draw here where a step of ours goes")
+    parser.add_argument("--mtp", type=asked.count, default=0, help="MTP modules of a third contestant")
+    parser.add_argument("--warm", type=asked.count, default=0, help="steps of training before all start; needs --store")
+    parser.add_argument(
+        "--store", type=asked.store, help="a token store to take the tokens from; default: random tokens"
+    )
+    parser.add_argument("--profile", type=asked.picture, help="draw here where a step of ours goes")
     arguments = parser.parse_args()
-    if arguments.warm and not arguments.store:
-        parser.error("--warm trains on real tokens; give --store too")
+    if bool(arguments.warm) != bool(arguments.store):
+        parser.error("--warm trains on the real tokens of --store; give both or neither")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     core = (arguments.core if arguments.core is not None else max(os.sched_getaffinity(0))) if device == "cpu" else None
     recompute: Recompute = arguments.recompute or ("selective" if device == "cuda" else "none")
-    shape = Shape.read(arguments.shape)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder, "weights.pt") if arguments.warm else None
-        task = Task(shape, device, core, recompute, weights, arguments.store, arguments.warm)
+        task = Task(arguments.shape, device, core, recompute, weights, arguments.store, arguments.warm)
         result = compare(task, arguments.pairs, arguments.warmup, arguments.mtp, bool(arguments.profile))
     if arguments.json:
         with replace_file(arguments.json) as temporary:

@@ -54,6 +54,7 @@ def _main(words: list[str], folder: Path, variables: dict[str, str], files: list
     os.environ.update(variables)
     # Processes of its own are forks too. There are no threads yet.
     multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")  # type: ignore
+    for method in ("spawn", "forkserver"):
+        multiprocessing.context._concrete_contexts[method] = multiprocessing.get_context("fork")  # type: ignore
     sys.argv, sys.path[:0] = words, [str(Path(words[0]).parent)]
     runpy.run_path(words[0], run_name="__main__")
