@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.devices import NEEDS_GPU
 from train.optimizer import AdamWBf16Moments
 
 
@@ -30,3 +31,31 @@ def test_the_kernel_makes_the_step_of_its_twin(device, skips):
         m.cpu(), state["exp_avg"], rtol=2**-8, atol=0
     )  # a rounding of bf16, should fp32 fall on a tie
     torch.testing.assert_close(v.cpu(), state["exp_avg_sq"], rtol=2**-8, atol=0)
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("skipped", [None, 0, 1], ids=["never asked", "none skipped", "second step skipped"])
+def test_steps_on_a_gpu_are_those_on_a_cpu(skipped):
+    start, gradients = (
+        [torch.randn(37, 21), torch.randn(21)],
+        [[torch.randn(37, 21), torch.randn(21)] for _ in range(3)],
+    )
+    found = []
+    for place in ("cpu", "cuda"):
+        parameters = [torch.nn.Parameter(t.to(place, copy=True)) for t in start]
+        optimizer = AdamWBf16Moments(parameters, lr=1e-2, weight_decay=0.1)
+        for number, step in enumerate(gradients):
+            if skipped is not None:
+                optimizer.grad_scale = torch.tensor(1.7, device=place)
+                optimizer.found_inf = torch.tensor(float(skipped and number == 1), device=place)
+            for parameter, gradient in zip(parameters, step):
+                parameter.grad = gradient.to(place, copy=True)
+            optimizer.step()
+        found.append(
+            [[p.detach(), *map(optimizer.state[p].get, ("step", "exp_avg", "exp_avg_sq"))] for p in parameters]
+        )
+    for (weight, steps, m, v), (weight_there, steps_there, m_there, v_there) in zip(*found):
+        assert steps == steps_there.cpu() == 3 - bool(skipped)
+        torch.testing.assert_close(weight_there.cpu(), weight, rtol=1e-4, atol=1e-4)  # a moment may fall on a tie
+        for there, here in ((m_there, m), (v_there, v)):
+            torch.testing.assert_close(there.cpu(), here, rtol=2**-7, atol=1e-6)

@@ -9,6 +9,7 @@ from model.ops.grouped_mm import multiply_groups, multiply_within_groups, refere
 from model.ops.routing import sort_by_expert
 from model.ops.rows import reference_spread_rows, reference_sum_rows, spread_rows, sum_rows
 from model.ops.swiglu import reference_swiglu, swiglu, swiglu_linear
+from tests.devices import DEVICES
 
 # name: rows of each expert, in, out
 GROUPS = {
@@ -145,6 +146,26 @@ def test_experts_equal_the_reference_in_values_and_gradients(tokens, k, count, u
         return lambda x, gate_up, down, *w: function(x, order // k, place, counts, w[0] if w else None, gate_up, down)
 
     compare(call(experts), call(reference_experts), inputs, (tokens, dim))
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_experts_in_bf16_equal_the_reference_and_an_idle_one_has_no_gradient(place):
+    tokens, k, count, dim, width = 50, 3, 6, 32, 16
+    ids = torch.rand(tokens, count - 1).argsort(-1)[:, :k].to(place)  # nobody goes to the last
+    order, pairs, counts = sort_by_expert(ids, count)
+    shapes = ((tokens, dim), (count, 2 * width, dim), (count, dim, width))
+    inputs = [torch.randn(shape).bfloat16().to(place) for shape in shapes]
+    weights, dy = torch.rand(tokens * k, device=place), torch.randn(tokens, dim, device=place)
+
+    def call(function):
+        return lambda x, gate_up, down, w: function(x, order // k, pairs, counts, w, gate_up, down)
+
+    found = with_gradients(call(experts), [*inputs, weights], dy)
+    exact = with_gradients(call(reference_experts), [t.double() for t in (*inputs, weights)], dy.bfloat16())
+    for ours, expected in zip(found, exact):
+        assert (ours.double() - expected).norm() < 0.02 * expected.norm()
+    _, _, d_gate_up, d_down, _ = found
+    assert not d_gate_up[-1].any() and not d_down[-1].any()
 
 
 def test_experts_keep_their_input_and_what_gate_and_up_gave_out():

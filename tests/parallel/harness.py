@@ -70,7 +70,7 @@ def global_batch(step: int) -> Batch:
     return Batch(tokens, documents)
 
 
-def build(case: Case) -> Engine:
+def build(case: Case, device: str = "cpu") -> Engine:
     """The engine of a case, as one rank of the current group."""
     with torch.device("meta"):
         fp8 = Reference() if case.parallel.fp8 else None
@@ -81,7 +81,7 @@ def build(case: Case) -> Engine:
     return build_engine(
         Layout(case.parallel, dist.get_world_size(), case.model),
         model,
-        torch.device("cpu"),
+        torch.device(device),
         lambda model, write: initialize(model, 0, "cpu", write),
         # eps lies above the rounding of gradients: a smaller one would make whole steps of elements that happen to be near 0
         lambda named: torch.optim.AdamW(

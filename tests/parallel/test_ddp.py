@@ -4,7 +4,22 @@ import pytest
 import torch
 
 from parallel.layout import ParallelConfig
-from tests.parallel.harness import CONFIG, GAMMA, LENGTH, REFERENCE, SEQUENCES, Case, check_equal, train
+from tests.devices import DEVICES
+from tests.parallel.harness import (
+    CONFIG,
+    GAMMA,
+    LENGTH,
+    REFERENCE,
+    SEQUENCES,
+    SETTINGS,
+    STEPS,
+    Batch,
+    Case,
+    build,
+    check_equal,
+    micro_batches,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +51,25 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(workers):
         assert all(torch.isfinite(tensor).all() for tensor in run["parameters"].values())
         for bias in run["buffers"].values():
             assert ((bias / GAMMA).round().abs() <= 2).all()
+
+
+def late_and_at_once(device):
+    """[steps, 4] numbers of steps that are read after the last is launched, of steps that are waited for, and who skipped."""
+    case, found = Case(ParallelConfig(micro_batch=SEQUENCES)), []
+    for late in (True, False):
+        engine, results = build(case, device), []
+        for step in range(STEPS):
+            batches = [Batch(*(part.to(device) for part in batch)) for batch in micro_batches(case, step)]
+            pending = engine.launch(batches, SETTINGS)
+            results.append(pending if late else pending.result())
+        results = [pending.result() for pending in results] if late else results
+        assert not any(result.skipped for result in results)
+        found.append([[r.losses.main, *r.losses.mtp, r.grad_norm, float(r.expert_biases.sum())] for r in results])
+    return found
+
+
+@pytest.mark.parametrize("place", DEVICES)
+def test_steps_read_late_are_those_that_are_waited_for(workers, place):
+    ((late, at_once),) = workers.run(1, late_and_at_once, place)
+    assert len({tuple(step) for step in late}) == STEPS, "each step has numbers of its own"
+    torch.testing.assert_close(torch.tensor(late), torch.tensor(at_once), rtol=1e-4, atol=1e-6)

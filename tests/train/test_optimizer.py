@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.moments import moments, restore
+from tests.devices import DEVICES
 from tests.small_model import small_model
 from train.config import RecipeError
 from train.optimizer import AdamWBf16Moments, HostEMA, build_optimizer, decays
@@ -218,10 +219,7 @@ def closed_form(weights: list[Tensor], decay: float) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
-)
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_average_on_the_host_is_the_closed_form(device: str) -> None:
     model = Toy().to(device)
     optimizer = build(model, "fp32")
