@@ -10,7 +10,6 @@ in other dtypes and elsewhere each of them waits for the host to read the counts
 """
 
 from collections.abc import Callable
-from ctypes import c_int64
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +48,12 @@ def multiply_groups(x: Tensor, index: Tensor | None, weight: Tensor, counts: Ten
     library = cpu.library("experts") if cpu.takes(x, weight) else None
     if library is None:
         return reference_grouped_mm(_take(x, index), weight, counts)
-    x = _unit_stride(x)
+    x = cpu.unit_stride(x)
     weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
     y = x.new_empty(len(x) if index is None else len(index), weight.shape[1])
     library.multiply_groups(
-        *_numbers(len(counts), *y.shape, x.shape[1]), *_rows(x, index),
-        cpu.address(weight), *_numbers(*weight.stride()), cpu.address(counts), cpu.address(y), *_numbers(torch.get_num_threads()),
+        *cpu.numbers(len(counts), *y.shape, x.shape[1]), *_rows(x, index),
+        cpu.address(weight), *cpu.numbers(*weight.stride()), cpu.address(counts), cpu.address(y), cpu.threads(),
     )  # fmt: skip
     return y
 
@@ -78,11 +77,11 @@ def multiply_within_groups(
     if library is None:
         parts = [_take(t, index).split(counts.tolist()) for t, index in ((dy, dy_index), (x, x_index))]
         return torch.stack([a.T @ b for a, b in zip(*parts)])
-    dy, x = _unit_stride(dy), _unit_stride(x)
+    dy, x = cpu.unit_stride(dy), cpu.unit_stride(x)
     dw = x.new_empty(len(counts), dy.shape[1], x.shape[1])
     library.multiply_within_groups(
-        *_numbers(*dw.shape), *_rows(dy, dy_index), *_rows(x, x_index), cpu.address(counts), cpu.address(dw),
-        *_numbers(torch.get_num_threads()),
+        *cpu.numbers(*dw.shape), *_rows(dy, dy_index), *_rows(x, x_index), cpu.address(counts), cpu.address(dw),
+        cpu.threads(),
     )  # fmt: skip
     return dw
 
@@ -128,14 +127,6 @@ def _ends(counts: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _rows(x: Tensor, index: Tensor | None) -> tuple[object, ...]:
     """Where rows begin, how far apart they lie, and which are meant."""
-    return cpu.address(x), c_int64(x.stride(0)), cpu.address(index)
-
-
-def _numbers(*numbers: int) -> tuple[c_int64, ...]:
-    return tuple(c_int64(n) for n in numbers)
+    return *cpu.rows(x), cpu.address(index)
