@@ -86,7 +86,7 @@ def step_traffic(
     elif layout.config.engine == "fsdp":
         flows = _fsdp(layout, shapes, micro_batches, element_size)
     elif layout.config.engine == "zero3":
-        flows = _zero3(layout, shapes, micro_batches)
+        flows = _zero3(layout, config, shapes, micro_batches)
     else:
         flows = _zero(layout, shapes, micro_batches)
     whole: Counter[tuple[str, Collective, int]] = Counter()
@@ -142,7 +142,7 @@ def _zero(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
         yield Flow("weights", "all_gather", ranks, size)
 
 
-def _zero3(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
+def _zero3(layout: Layout, config: ModelConfig, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
     """Small parameters stay whole until the optimizer's step, and are gathered after it. The others are gathered for the forward
     pass and for the backward pass and, since DeepSpeed frees a module's parameters when it has run, for recomputation too.
 
@@ -157,17 +157,21 @@ def _zero3(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]
     near_the_turn = sum(shape.numel() for shape in shapes.values()) <= kept / 2
     for name, shape in shapes.items():
         elements = _ceil(shape.numel(), layout.world_size)
-        times = micro_batches * (1 if near_the_turn else 2 + _runs_again(layout, name))
+        times = micro_batches * (1 if near_the_turn else 2 + _runs_again(layout, config, name))
         yield Flow("weights", "all_gather", layout.world_size,
                    GRADIENT * elements * (1 if shape.numel() <= persistent else times))  # fmt: skip
         yield Flow("gradients", "reduce_scatter", layout.world_size, micro_batches * GRADIENT * elements)
 
 
-def _runs_again(layout: Layout, name: str) -> bool:
+def _runs_again(layout: Layout, config: ModelConfig, name: str) -> bool:
     """A block runs again when the backward pass of its last module asks for what was not kept: that one's weights are there."""
-    in_a_block = name.startswith("model.layers.")
-    ends = name.endswith((".mlp.down_proj.weight", ".shared_head.norm.weight"))
-    return layout.config.recompute != "none" and in_a_block and not ends
+    if layout.config.recompute == "none" or not name.startswith("model.layers."):
+        return False
+    if int(name.split(".")[2]) >= config.num_hidden_layers:  # of an MTP module
+        return not name.endswith(".shared_head.norm.weight")
+    # What experts on other ranks hand out is weighed behind them.
+    ends_with_experts = layout.config.expert == 1 and ".mlp.experts." in name
+    return not (ends_with_experts or name.endswith(".mlp.down_proj.weight"))
 
 
 def _tokens(layout: Layout, config: ModelConfig, tokens: int, element_size: int) -> Iterator[Flow]:
