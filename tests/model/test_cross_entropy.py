@@ -196,9 +196,8 @@ def test_one_chunk_of_many_blocks_of_the_vocabulary_equals_float64():
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=float(1e-6 * b.abs().max()))
 
 
+@pytest.mark.parametrize("compiled", [True], indirect=True)
 def test_the_number_of_threads_changes_no_bit(compiled):
-    if not compiled:
-        pytest.skip("of the kernel")
     hidden, weight = torch.randn(70, 40, requires_grad=True), torch.randn(1000, 40, requires_grad=True)
     labels, found = torch.randint(0, 1000, (70,)), []
     before = torch.get_num_threads()
@@ -210,12 +209,11 @@ def test_the_number_of_threads_changes_no_bit(compiled):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("compiled", [False], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_the_triton_kernel_equals_its_twin(device, monkeypatch, dtype, with_gradient, compiled):
     """300 logits in blocks of 128: two and a part."""
-    if compiled:
-        pytest.skip("once is enough")
     from model.ops.triton import cross_entropy as kernel
 
     monkeypatch.setattr(kernel, "BLOCK", 128)

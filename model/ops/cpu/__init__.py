@@ -1,6 +1,6 @@
 """Kernels for a CPU, in C++: `library(NAME)` compiles NAME.cpp at its first use, for the machine that it runs on.
 
-They take fp32 tensors by address, and know nothing of PyTorch: a file compiles in about a second with any C++ compiler that has
+They take fp32 tensors by address, and know nothing of PyTorch: a file compiles in one or two seconds with any C++ compiler that has
 vector extensions (GCC, Clang). What comes out is kept in the user's cache, under a name made of the source, the compiler and the
 processor, so that machines that share a home directory do not share code that one of them cannot run. What lies there is run:
 a folder that another user may write to is not used, a temporary one takes its place until the process ends.
@@ -45,32 +45,18 @@ def library(name: str) -> ctypes.CDLL | None:
     identity = [*(path.read_bytes() for path in sources), " ".join(FLAGS).encode(), compiler[1], _processor()]
     built = cache / f"{name}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:24]}.so"
     try:
-        return _loaded(compiler[0], sources[0], built)
+        _compile(compiler[0], sources[0], built)
     except subprocess.CalledProcessError as failure:
         _warn(f"{compiler[0]} did not compile {sources[0].name}", f":\n{failure.stderr}")
-    except _NotLoaded as failure:
-        _warn(f"{built} was compiled and does not load", f": {failure}")
+        return None
     except OSError as failure:
         _warn(f"{sources[0].name} could not be compiled", f": {failure}")
-    return None
-
-
-class _NotLoaded(Exception):
-    """The loader's words."""
-
-
-def _loaded(compiler: str, source: Path, built: Path) -> ctypes.CDLL:
-    """The library, compiled where it is not there. One that does not load may be damaged: it is compiled once more."""
-    _compile(compiler, source, built, instead_of=None)
-    found = _inode(built)
-    try:
-        return ctypes.CDLL(str(built))
-    except OSError:
-        _compile(compiler, source, built, instead_of=found)
+        return None
     try:
         return ctypes.CDLL(str(built))
     except OSError as failure:
-        raise _NotLoaded(failure) from None
+        _warn(f"{built} was compiled and does not load", f": {failure}")
+        return None
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -116,23 +102,29 @@ def _compiler() -> tuple[str, bytes] | None:
     return None
 
 
-def _compile(compiler: str, source: Path, built: Path, instead_of: int | None) -> None:
-    """One process compiles, others that ask at the same time wait for it. A file of that name is always whole.
+def _compile(compiler: str, source: Path, built: Path) -> None:
+    """Leave a whole library behind. One process compiles, others that ask at the same time wait for it.
 
-    A file that is there stays, unless it is the one of inode `instead_of`: of those who find it damaged, one replaces it.
+    Behind the library stands its SHA-256, which loaders do not read: to load a file that was cut would end the process (SIGBUS).
     """
     with (built.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _inode(built) not in (None, instead_of):
+        if _is_whole(built):
             return
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             made = Path(folder) / built.name
             subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, check=True, text=True)
+            digest = hashlib.sha256(made.read_bytes()).digest()
+            with made.open("ab") as file:
+                file.write(digest)
+                file.flush()
+                os.fsync(file.fileno())
             made.replace(built)
 
 
-def _inode(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
+def _is_whole(built: Path) -> bool:
+    content = built.read_bytes() if built.exists() else b""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @functools.cache
