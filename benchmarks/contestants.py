@@ -27,6 +27,7 @@ from model.transformer import Transformer
 from parallel.ddp import DDPEngine
 from parallel.engine import StepResult, StepSettings
 from parallel.recompute import apply_recompute
+from train.launch import keep_freed_memory
 from train.optimizer import build_optimizer
 from train.sections import OptimizerSection
 
@@ -123,6 +124,8 @@ class Ours:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.shape = shape
         sizes = (shape.config, shape.micro_batch, shape.sequence_length)
         attends = Workload(*sizes, documents=False, dtype=compute_dtype, keeps_outputs=recompute == "selective")
