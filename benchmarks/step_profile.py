@@ -39,6 +39,7 @@ CLASSES = (
         "topk", "TopK", "sort", "embedding_bag", "index_select", "IndexSelect", "scatter", "gather", "Gather", "sigmoid", "Sigmoid",
     )),
 )  # fmt: skip
+PRODUCTS_INSIDE = {LOSS: HEAD, SWIGLU: LINEAR}
 
 
 def profile(
@@ -101,7 +102,7 @@ def class_of(event: FunctionEvent) -> str:
     for name in [around.name for around in ancestors(event)][::-1]:
         for kind, words in CLASSES:
             if any(word in name for word in words):
-                return HEAD if kind == LOSS and is_product(event) else kind
+                return PRODUCTS_INSIDE.get(kind, kind) if is_product(event) else kind
     return LINEAR if any(is_product(around) for around in ancestors(event)) else REST
 
 
