@@ -27,7 +27,7 @@ from model.ops.fp8.choose import CANDIDATES, kernels_for, of
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.products import COLUMNS, EMULATION, GROUPS, ROWS, WITHIN_GROUPS
 from model.ops.fp8.quantize import E4M3, TILE, Quantized, dequantize, padded_ends
-from model.ops.measure import timed
+from model.ops.measure import in_turns, timed
 from train.planning.devices import peak_flops
 
 UNTRIED = ("triton specialized",)  # may hang; no candidate before a GPU has run it
@@ -216,10 +216,7 @@ def run(contest: Contest, bandwidth: float, peak: float, device: torch.device, r
         row["bytes"] = sum(t.nbytes for t in (*contest.inputs, *tree_leaves(out)))
         calls[name] = call
         del out
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(timed(call, device))
+    seconds = in_turns(calls, device, rounds)
     for row in found:
         if row["by"] in calls:
             values = seconds[row["by"]]

@@ -29,7 +29,7 @@ from model.ops import attention, experts, rms_norm, routing, rows, swiglu
 from model.ops.attention.choose import CANDIDATES
 from model.ops.attention.reference import assemble, visible
 from model.ops.cross_entropy import linear_cross_entropy, reference_cross_entropy
-from model.ops.measure import timed
+from model.ops.measure import in_turns, reason
 from model.rope import Rotation, rotation, softmax_scale
 from train.optimizer import build_optimizer
 from train.planning.devices import peak_flops
@@ -302,15 +302,10 @@ def run(
             both = Passes(call, contest.inputs)
             both()
         except Exception as failure:  # a device that a library does not know is a result too
-            row["failed"] = (
-                f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}" if str(failure) else repr(failure)
-            )
+            row["failed"] = reason(failure)
             continue
         calls[name] = both
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, both in calls.items():
-            seconds[name].append(timed(both, device))
+    seconds = in_turns(calls, device, rounds)
     for row in found:
         if row["by"] in calls:
             values = seconds[row["by"]]

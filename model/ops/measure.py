@@ -13,12 +13,17 @@ QUEUED = 5_000_000  # cycles, about 3 ms, in which a group is queued
 
 
 def times(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Seconds of each, the median of several; they take turns, so that what disturbs one disturbs all."""
+    """Seconds of each, the median of several."""
+    return {name: median(values) for name, values in in_turns(runs, device, ROUNDS).items()}
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, once a round; they take turns, so that what disturbs one disturbs all."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, run in runs.items():
             seconds[name].append(timed(run, device))
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
