@@ -25,7 +25,7 @@ from torch import nn
 
 from data.files import replace_file
 from model.block import Block
-from model.flops import Device, Recompute, activation_parts, working_bytes
+from model.flops import Device, Recompute, activation_bytes, working_bytes
 from model.layers import MLP
 from model.moe import MoE
 from model.transformer import Transformer
@@ -64,7 +64,7 @@ def account(shape: Shape, device: str, mode: Recompute) -> dict[str, int]:
     held = footprint(layout, config, element)
     where: Device = "cuda" if device == "cuda" else "cpu"
     size = (config, shape.micro_batch, shape.sequence_length, element, mode, where)
-    kept = activation_parts(*size)
+    kept = activation_bytes(*size)
     state = {"parameters": held.parameters, "gradients": held.gradients, "moments": held.moments}
     working = working_bytes(*size)
     micro_batches = -(-shape.batch // shape.micro_batch)

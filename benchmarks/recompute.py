@@ -63,10 +63,10 @@ def compare(shape: Shape, processes: int, dtype: torch.dtype) -> dict[str, Any]:
     """The modes beside each other. Of several ranks the mean activations: the rows of one are what another did not get."""
     modes: dict[str, dict[str, Any]] = {}
     for mode, ranks in run(shape, processes, dtype).items():
-        counted = activation_bytes(
+        counted = sum(activation_bytes(
             shape.config, shape.batch, shape.sequence_length, dtype.itemsize, mode,
             casts_weights=processes == 1, spreads_experts=processes > 1,
-        )  # fmt: skip
+        ).values())  # fmt: skip
         modes[mode] = {
             "activations": round(statistics.mean(rank.activations for rank in ranks)),
             "activations_by_formula": counted,

@@ -154,7 +154,7 @@ def activation_bytes(
     spreads_experts: bool = False,
     fp8: bool = False,
     fp8_dispatch: bool = False,
-) -> int:
+) -> dict[str, int]:
     """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
 
     Copies of the weights in a compute dtype other than their own are among them: without recomputation each lives until its
@@ -172,35 +172,10 @@ def activation_bytes(
         spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
         fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
         fp8_dispatch: whether those rows travel in E4M3.
+
+    Returns:
+        {part of the model that keeps them: bytes}. Norms and residual stream of a block are attention's.
     """
-    parts = activation_parts(
-        config,
-        micro_batch,
-        sequence_length,
-        element_size,
-        recompute,
-        device,
-        casts_weights,
-        spreads_experts,
-        fp8,
-        fp8_dispatch,
-    )
-    return sum(parts.values())
-
-
-def activation_parts(
-    config: ModelConfig,
-    micro_batch: int,
-    sequence_length: int,
-    element_size: int,
-    recompute: Recompute = "none",
-    device: Device = "cpu",
-    casts_weights: bool = True,
-    spreads_experts: bool = False,
-    fp8: bool = False,
-    fp8_dispatch: bool = False,
-) -> dict[str, int]:
-    """`activation_bytes`, by the part of the model that keeps them. Norms and residual stream of a block are attention's."""
     c, a = config, element_size
     sizes = _Sizes(a, device, fp8, spreads_experts)
     depths = c.num_nextn_predict_layers

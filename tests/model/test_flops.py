@@ -182,7 +182,7 @@ def test_activation_bytes_are_those_that_live(changes, dtype, recompute):
     config = preset("tiny", **{"num_nextn_predict_layers": 0, "vocab_size": 512, "num_hidden_layers": 3, **changes})
     rows, length = 2, 32
     measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute)
-    counted = activation_bytes(config, rows, length, dtype.itemsize, recompute)
+    counted = sum(activation_bytes(config, rows, length, dtype.itemsize, recompute).values())
     assert counted == pytest.approx(measured, rel=2e-3)  # vectors over the experts are not counted
 
 
@@ -199,7 +199,7 @@ def test_in_fp8_activation_bytes_are_those_that_live(changes, dtype, recompute):
     config = preset("tiny", **{"num_nextn_predict_layers": 0, "vocab_size": 512, **changes})
     rows, length = 2, 32
     measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute, Reference())
-    counted = activation_bytes(config, rows, length, dtype.itemsize, recompute, fp8=True)
+    counted = sum(activation_bytes(config, rows, length, dtype.itemsize, recompute, fp8=True).values())
     assert counted == pytest.approx(measured, rel=2e-3)
 
 
@@ -210,7 +210,7 @@ def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
     At 4,096 tokens, in 3 dense and 59 MoE layers.
     """
     config, sizes = preset("v3"), {"device": "cuda", "casts_weights": False}
-    bf16, fp8 = (activation_bytes(config, 1, 4096, 2, fp8=on, **sizes) for on in (False, True))
+    bf16, fp8 = (sum(activation_bytes(config, 1, 4096, 2, fp8=on, **sizes).values()) for on in (False, True))
     attention = 7168 + 1536 + 512 + 7168  # inputs of q_a and kv_a, q_b, kv_b and of the feed-forward part
     one, inner = 1 - 4 / 128, 2 * 2 - 2 * (1 + 4 / 128)  # saved of an input; of gate and up
     experts = 9 * 2048 * inner - 2 * 7168 - 8 * 7168 * (1 + 4 / 128 + 2) + 8 * 8  # the index, eight bytes
@@ -220,7 +220,7 @@ def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
 def test_a_gpu_keeps_no_padding():
     """V3's layer in bf16, by its own arithmetic: values are 128 wide."""
     config = preset("v3")
-    cpu, cuda = (activation_bytes(config, 1, 4096, 2, "none", device) for device in ("cpu", "cuda"))
+    cpu, cuda = (sum(activation_bytes(config, 1, 4096, 2, "none", device).values()) for device in ("cpu", "cuda"))
     padded = (
         62 * 128 * 2 * ((192 - 256) + (192 - 128) + 128)
     )  # values, output, what is cut out of it; unpadded these are views
@@ -230,10 +230,10 @@ def test_a_gpu_keeps_no_padding():
 def test_weights_that_come_in_the_compute_dtype_are_not_kept_a_second_time():
     """All matrices of layers and of the MTP module but the gates, which are read in fp32."""
     config = preset("v3")
-    without = activation_bytes(config, 1, 4096, 2, "none", "cuda", casts_weights=False)
+    without = sum(activation_bytes(config, 1, 4096, 2, "none", "cuda", casts_weights=False).values())
     counts, vectors = parameter_counts(config), 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
     matrices = counts.trainable - 2 * 129280 * 7168 - vectors - 59 * 256 * 7168
-    assert activation_bytes(config, 1, 4096, 2, "none", "cuda") - without == 2 * matrices
-    assert activation_bytes(config, 1, 4096, 2, "full") == activation_bytes(
-        config, 1, 4096, 2, "full", casts_weights=False
+    assert sum(activation_bytes(config, 1, 4096, 2, "none", "cuda").values()) - without == 2 * matrices
+    assert sum(activation_bytes(config, 1, 4096, 2, "full").values()) == sum(
+        activation_bytes(config, 1, 4096, 2, "full", casts_weights=False).values()
     )

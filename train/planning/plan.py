@@ -82,8 +82,10 @@ def _memory(recipe: Recipe, layout: Layout, span: Span) -> dict[str, int]:
         "casts_weights": layout.config.engine != "fsdp",  # which gathers them in the compute dtype
         "fp8": layout.config.fp8,
     }
-    activations = activation_bytes(
-        config, **common, spreads_experts=layout.config.expert > 1, fp8_dispatch=layout.config.fp8_dispatch
+    activations = sum(
+        activation_bytes(
+            config, **common, spreads_experts=layout.config.expert > 1, fp8_dispatch=layout.config.fp8_dispatch
+        ).values()
     )
     working = working_bytes(config, **common)
     holders = layout.world_size if layout.config.engine == "ddp" else layout.shard  # of one average of the weights
