@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.ops import rows, swiglu
 from model.ops.grouped_mm import GroupedMM, multiply_groups, multiply_within_groups, reference_grouped_mm
+from model.ops.weight_gradient import leaf_of, weight_gradient
 
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
@@ -70,6 +71,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         halves = multiply_groups(x, index, gate_up, counts)  # [M, 2F]
         ctx.save_for_backward(x, index, place, counts, weights, halves, gate_up, down)
+        ctx.leaves = leaf_of(gate_up), leaf_of(down)
         inner = swiglu.multiply(*halves.chunk(2, dim=-1), weights)  # [M, F]
         return rows.weighted_sum(multiply_groups(inner, None, down, counts), place, None)
 
@@ -78,8 +80,9 @@ class _Experts(torch.autograd.Function):
         x, index, place, counts, weights, halves, gate_up, down = ctx.saved_tensors
         d_inner = multiply_groups(dy, index, down.mT, counts)  # [M, F]
         d_halves, inner, d_weights = swiglu.multiply_backward(d_inner, *halves.chunk(2, dim=-1), weights)
-        d_down = multiply_within_groups(dy, index, inner, None, counts)
-        d_gate_up = multiply_within_groups(d_halves, None, x, index, counts)
+        of_gate_up, of_down = ctx.leaves
+        d_down = weight_gradient(of_down, multiply_within_groups, dy, index, inner, None, counts)
+        d_gate_up = weight_gradient(of_gate_up, multiply_within_groups, d_halves, None, x, index, counts)
         d_x = rows.weighted_sum(multiply_groups(d_halves, None, gate_up.mT, counts), place, None)
         return d_x, None, None, None, d_weights if weights is not None else None, d_gate_up, d_down
 

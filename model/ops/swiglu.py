@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.ops import cpu
 from model.ops.operation import operation
+from model.ops.weight_gradient import leaf_of, weight_gradient
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
@@ -60,14 +61,15 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
+        ctx.leaf = leaf_of(weight)
         return multiply(gate, up, None) @ weight.T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         gate, up, weight = ctx.saved_tensors
         d_gate_up, product, _ = multiply_backward(grad @ weight, gate, up, None)
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        return d_gate, d_up, grad.T @ product
+        return d_gate, d_up, weight_gradient(ctx.leaf, lambda grad, product: grad.T @ product, grad, product)
 
 
 @operation(

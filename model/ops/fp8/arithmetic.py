@@ -32,6 +32,7 @@ from torch import Tensor
 
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.quantize import Quantized
+from model.ops.weight_gradient import leaf_of, weight_gradient
 
 # The largest scale of each of some tensors, fp32 [tensors], by their names. A name is what follows the module's.
 Scales = dict[tuple[str, ...], Tensor]
@@ -91,7 +92,7 @@ class _Linear(torch.autograd.Function):
         fp8.note(fp8.scales, {" input": rows})
         for one, weight in zip(maps, blocks, strict=True):
             one.note(one.scales, {" weight": weight})
-        ctx.maps, ctx.dtype = maps, x.dtype
+        ctx.maps, ctx.dtype, ctx.leaves = maps, x.dtype, [leaf_of(w) for w in weights]
         ctx.save_for_backward(*((x, None) if fp8.keeps_input else rows), *weights)
         return tuple(kernels.multiply(rows, w, x.dtype) for w in blocks)
 
@@ -104,13 +105,13 @@ class _Linear(torch.autograd.Function):
         else:
             inputs = kernels.requantize_columns(Quantized(data, scale), None)
         d_x, d_weights = None, []
-        for fp8, grad, weight in zip(maps, grads, weights, strict=True):
+        for fp8, grad, weight, leaf in zip(maps, grads, weights, ctx.leaves, strict=True):
             rows, columns = kernels.quantize_rows_and_columns(grad)
             fp8.note(fp8.gradient_scales, {" gradient": rows})
             blocks = kernels.quantize_blocks(weight, dtype, transpose=True)
             part = kernels.multiply(rows, blocks, dtype if len(weights) == 1 else torch.float32)
             d_x = part if d_x is None else d_x.add_(part)
-            d_weights.append(kernels.multiply(columns, inputs, dtype).to(weight.dtype))
+            d_weights.append(weight_gradient(leaf, _wgrad, kernels, None, dtype, weight.dtype, inputs, columns))
         assert d_x is not None
         return None, d_x.to(dtype), *d_weights
 
@@ -133,7 +134,7 @@ class _FeedForward(torch.autograd.Function):
         if learns:
             kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
             noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
-            ctx.fp8, ctx.dtype = fp8, dtype
+            ctx.fp8, ctx.dtype, ctx.leaves = fp8, dtype, [leaf_of(w) for w in weights]
             ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, *weights)
         noted |= {"down_proj input": product, "down_proj weight": down_w}
         fp8.note(fp8.scales, {f".{name}": tensor for name, tensor in noted.items()})
@@ -157,13 +158,13 @@ class _FeedForward(torch.autograd.Function):
         d_x = _multiply(kernels, d.gate, gate_w, counts, torch.float32)
         d_x += _multiply(kernels, d.up, up_w, counts, torch.float32)
         inputs = kernels.requantize_columns(rows, counts)
-        of_weights = [
-            _multiply_columns(kernels, d_w, input, counts, dtype)
-            for d_w, input in ((d.gate_columns, inputs), (d.up_columns, inputs), (d_columns, d.product))
-        ]
-        if counts is not None:
-            of_weights[:2] = [torch.cat(of_weights[:2], dim=1)]
-        return None, None, d_x.to(dtype), None, *(d_w.to(w.dtype) for d_w, w in zip(of_weights, weights))
+        of_gate_up = [(d.gate_columns,), (d.up_columns,)] if counts is None else [(d.gate_columns, d.up_columns)]
+        factors = [*((inputs, columns) for columns in of_gate_up), (d.product, (d_columns,))]
+        of_weights = (
+            weight_gradient(leaf, _wgrad, kernels, counts, dtype, w.dtype, x, *columns)
+            for (x, columns), w, leaf in zip(factors, weights, ctx.leaves, strict=True)
+        )
+        return None, None, d_x.to(dtype), None, *of_weights
 
 
 def _three(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,8 +179,20 @@ def _multiply(kernels: Kernels, a: Quantized, b: Quantized, counts: Tensor | Non
     return kernels.multiply(a, b, dtype) if counts is None else kernels.multiply_groups(a, b, counts, dtype)
 
 
-def _multiply_columns(
-    kernels: Kernels, a: Quantized, b: Quantized, counts: Tensor | None, dtype: torch.dtype
+def _wgrad(
+    kernels: Kernels,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    inputs: Quantized,
+    *columns: Quantized,
 ) -> Tensor:
-    """Wgrad. Rounded to the compute dtype, in which `fsdp` takes gradients; they are summed in fp32."""
-    return kernels.multiply(a, b, dtype) if counts is None else kernels.multiply_within_groups(a, b, counts, dtype)
+    """The gradient of a weight, or of several that lie one below the other and read the same inputs.
+
+    Rounded to the compute dtype, in which `fsdp` takes gradients; they are summed in fp32.
+    """
+    if counts is None:
+        parts = [kernels.multiply(d, inputs, dtype) for d in columns]
+    else:
+        parts = [kernels.multiply_within_groups(d, inputs, counts, dtype) for d in columns]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)).to(weight_dtype)
