@@ -73,8 +73,8 @@ def every_cut(layers: int, stages: int) -> Iterator[tuple[range, ...]]:
 
 
 def test_v3_on_sixteen_ranks_has_at_most_what_cannot_be_split() -> None:
-    # Head, MTP module and its head are 3.93 MoE layers, 65 in all: 4.06 a rank. Fifteen ranks of four leave one layer over, which
-    # is 4.93 beside the head and 5 elsewhere.
+    # Head, MTP module and its head are 3.92 MoE layers, 64.9 in all: 4.06 a rank. Fifteen ranks of four leave one layer over, which
+    # is 4.92 beside the head and 5 elsewhere.
     for schedule, stages_per_rank in (("1f1b", 1), ("dualpipev", 2)):
         placement = place(V3, 4096, 16, schedule, stages_per_rank)
         loads = [placement.load_of(rank) for rank in range(16)]
