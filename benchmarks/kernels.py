@@ -118,7 +118,8 @@ def attentions(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contes
 
     def exact(q: Tensor, kv: Tensor, k_rope: Tensor) -> Tensor:
         q, k, v = assemble(q, kv, k_rope, Rotation(*(part.to(q.dtype) for part in turned)))  # [B, H, T, …]
-        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible(None, q), float("-inf"))
+        scores = q @ k.transpose(-1, -2) * scale
+        scores = scores.masked_fill(~visible(None, q.shape[2], k.shape[2], q.device), float("-inf"))
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
     def by(backend: attention.AttentionBackend) -> Callable[..., Tensor]:

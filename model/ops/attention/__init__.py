@@ -21,18 +21,21 @@ class AttentionBackend(Protocol):
     def __call__(
         self, q: Tensor, kv: Tensor, k_rope: Tensor, rotation: Rotation, scale: float, starts: Tensor | None
     ) -> Tensor:
-        """Causal attention of every head.
+        """Causal attention of every head: a query sees the keys from its document's start to its own position.
+
+        Queries may be fewer than keys: those of the last Tq of the Tk positions, Tq ≤ Tk. Of a sequence that is cut into
+        pieces, that is a piece and all that lies before it.
 
         Args:
-            q: [B, T, H, nope + rope] queries, the second part not yet rotated.
-            kv: [B, T, H, nope + v] first part of the keys, and values.
-            k_rope: [B, T, rope] second part of the keys, which all heads share, not yet rotated.
-            rotation: cosines and sines of the T positions, [T, rope/2].
+            q: [B, Tq, H, nope + rope] queries, the second part not yet rotated.
+            kv: [B, Tk, H, nope + v] first part of the keys, and values.
+            k_rope: [B, Tk, rope] second part of the keys, which all heads share, not yet rotated.
+            rotation: cosines and sines of the Tk positions, [Tk, rope/2]; the queries' are the last Tq rows.
             scale: multiplies the scores.
-            starts: [B, T] int32 first position that a query may see; None: 0.
+            starts: [B, Tq] int32 first of the Tk positions that a query may see, which never falls within a sequence; None: 0.
 
         Returns:
-            [B, T, H, v].
+            [B, Tq, H, v].
         """
 
 

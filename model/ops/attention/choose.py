@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -40,12 +41,13 @@ CANDIDATES: dict[str, Callable[[], AttentionBackend]] = {
 # zero. bf16 makes 0.007, a scale that is off by a hundredth 0.025 and more, one key too many at a document's start 0.2 and more.
 LARGEST_ERROR = 0.02
 ROWS = 128
-LONGEST_COMPARED = 8192  # tokens of a sequence; the reference holds T × T scores of a head, some times over
+LONGEST_COMPARED = 8192  # tokens of a sequence; the reference holds Tq × Tk scores of a head, some times over
 DOCUMENT = 512  # tokens, the mean of documents that candidates are tried on
 
 
 class Workload(NamedTuple):
-    """Attention as training will ask for it."""
+    """Attention as training will ask for it. Of sequences that are cut, a call's queries are those of one piece; measured is the
+    last piece, whose queries have most to see."""
 
     config: ModelConfig
     batch: int
@@ -53,6 +55,11 @@ class Workload(NamedTuple):
     documents: bool  # attention stays inside them
     dtype: torch.dtype
     keeps_outputs: bool = False  # blocks are computed again, but for attention where that can be kept
+    pieces: int = 1  # of a sequence; twice the context ranks
+
+    @property
+    def queries(self) -> int:
+        return self.length // self.pieces
 
 
 def choose(
@@ -111,7 +118,8 @@ def fastest(
 def describe(work: Workload) -> str:
     c = work.config
     sizes = f"{c.num_attention_heads} heads of {c.qk_head_dim} and {c.v_head_dim}"
-    return f"attention [{work.batch}×{work.length}], {sizes}{', within documents' * work.documents}"
+    of_all = f" of {work.length}" if work.pieces > 1 else ""
+    return f"attention [{work.batch}×{work.queries}{of_all}], {sizes}{', within documents' * work.documents}"
 
 
 class Trial(NamedTuple):
@@ -165,7 +173,7 @@ class Given(NamedTuple):
 
 
 class Results(NamedTuple):
-    out: Tensor  # [B, T, H, v]
+    out: Tensor  # [B, Tq, H, v]
     q: Tensor  # gradients
     kv: Tensor
     k_rope: Tensor
@@ -173,22 +181,22 @@ class Results(NamedTuple):
 
 def draw(work: Workload, device: torch.device) -> tuple[Given, Tensor]:
     """Normal numbers, and the gradient of the output."""
-    c, tokens = work.config, (work.batch, work.length)
+    c = work.config
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*tokens, *shape, device=device, dtype=work.dtype, generator=generator)
+    def normal(tokens: int, *shape: int) -> Tensor:
+        return torch.randn(work.batch, tokens, *shape, device=device, dtype=work.dtype, generator=generator)
 
     heads, rope = c.num_attention_heads, c.qk_rope_head_dim
-    q = normal(heads, c.qk_head_dim)
-    kv = normal(heads, c.qk_nope_head_dim + c.v_head_dim)
-    k_rope = normal(c.kv_lora_rank + rope)[..., c.kv_lora_rank :]  # a view, as the model makes it
+    q = normal(work.queries, heads, c.qk_head_dim)
+    kv = normal(work.length, heads, c.qk_nope_head_dim + c.v_head_dim)
+    k_rope = normal(work.length, c.kv_lora_rank + rope)[..., c.kv_lora_rank :]  # a view, as the model makes it
     starts = None
     if work.documents:
-        ends = torch.rand(*tokens, device=device, generator=generator) < 1 / DOCUMENT
-        starts = document_starts(ends.cumsum(1))
+        ends = torch.rand(work.batch, work.length, device=device, generator=generator) < 1 / DOCUMENT
+        starts = document_starts(ends.cumsum(1))[:, -work.queries :]
     turn = rotation(c, torch.arange(work.length, device=device))
-    return Given(q, kv, k_rope, turn, softmax_scale(c), starts), normal(heads, c.v_head_dim)
+    return Given(q, kv, k_rope, turn, softmax_scale(c), starts), normal(work.queries, heads, c.v_head_dim)
 
 
 def both_ways(backend: AttentionBackend, given: Given, upstream: Tensor, is_run_again: bool = False) -> Results:
@@ -242,10 +250,10 @@ def squares(x: Tensor, by_row: bool) -> Tensor:
 def tell(backend: AttentionBackend, given: Given) -> None:
     """What the host will know of documents in training."""
     if given.starts is not None:
-        expect(backend, given.starts.cpu())
+        expect(backend, F.pad(given.starts.cpu(), (1, 0)))  # what a piece has before it is at least one document
 
 
 def expect(backend: AttentionBackend, documents: Tensor) -> None:
-    """Tell a backend of a micro-batch's documents, [B, T or more], while they are on the host."""
+    """Tell a backend of a micro-batch's documents, those of whole sequences, [B, T or more], while they are on the host."""
     if isinstance(backend, Assembled) and isinstance(backend.attend, Flash):
         backend.attend.expect(documents)

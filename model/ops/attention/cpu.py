@@ -59,7 +59,7 @@ def _shapes_of_gradients(q: Tensor, kv: Tensor, k_rope: Tensor, *_: Any) -> tupl
 def attention(
     q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, scale: float, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, H, v] and log-sum-exp of the scores [B, H, T]; arguments as of `AttentionBackend`."""
+    """Output [B, Tq, H, v] and log-sum-exp of the scores [B, H, Tq]; arguments as of `AttentionBackend`."""
     out, lse = _shape(q, kv, k_rope)
     kernels = cpu.library("attention")
     if kernels is None:
@@ -107,7 +107,7 @@ def _shape_of(inputs: list[Any], out: Tensor) -> Any:
     q, kv, k_rope, *_ = inputs
     rope, v = k_rope.shape[-1], out.shape[-1]
     numbers = (
-        *q.shape[:3], q.shape[-1] - rope, rope, v,
+        *q.shape[:2], *kv.shape[1:3], q.shape[-1] - rope, rope, v,
         *q.stride()[:3], *kv.stride()[:3], *k_rope.stride()[:2], *out.stride()[:3],
     )  # fmt: skip
     return (ctypes.c_int64 * len(numbers))(*numbers)

@@ -1,7 +1,10 @@
 """Attention by FlashAttention: the packages `flash_attn` (version 2, extra `flash`) and `flash_attn_interface` (version 3), and
 PyTorch's own copy for sequences of unequal lengths.
 
-Documents become sequences of a batch without padding: all tokens one after another, [B·T, H, …], and where each document begins.
+Documents become sequences of a batch without padding: all tokens one after another, [B·T, H, …], and where each document begins,
+among queries and among keys, of which the last ones belong together. Keys before those that the first query of a row sees are a
+sequence without queries.
+
 How many there are is known on the device; the host, which launches the kernels, must not wait for it. So room is made for as many
 as the host was told (`expect`), and what is left of it are empty sequences at the end, which cost little as long as they are few:
 kernels launch programs for the longest possible sequence of each, and keep buffers with 128 rows more for each.
@@ -16,6 +19,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ConfigError
@@ -39,7 +43,7 @@ class Flash:
         self.room: int | None = None  # documents of a micro-batch that the host knows of, at most
 
     def expect(self, documents: Tensor) -> None:
-        """Learn of a micro-batch while it is on the host: [B, T or more] document numbers."""
+        """Learn of a micro-batch while it is on the host: [B, T or more] document numbers, of whole sequences."""
         changes = int((documents[:, 1:] != documents[:, :-1]).sum())
         self.room = max(self.room or 0, rounded(len(documents) + changes))
 
@@ -47,20 +51,26 @@ class Flash:
         if starts is None:
             return self.attend(q, k, v, scale)
         # Validation and whoever says nothing beforehand wait for the device, once a micro-batch.
-        begins = sequences(starts, room_for(starts, self.room if torch.is_grad_enabled() else None))
+        room = room_for(starts, k.shape[1], self.room if torch.is_grad_enabled() else None)
+        begins, longest = sequences(starts, k.shape[1], room), (q.shape[1], k.shape[1])
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B·T, H, …]
-        return self.attend_within(q, k, v, scale, begins, starts.shape[1]).unflatten(0, starts.shape)
+        return self.attend_within(q, k, v, scale, begins, longest).unflatten(0, starts.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention, [B, T, H, …]."""
+        """Causal attention, [B, T, H, …]; since 2.1 of queries at the last positions."""
         return only_output(self.load().flash_attn_func(q, k, v, softmax_scale=scale, causal=True))
 
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor, longest: int) -> Tensor:
-        """The same of sequences one after another, [N, H, …]."""
+    def attend_within(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: tuple[Tensor, Tensor], longest: tuple[int, int]
+    ) -> Tensor:
+        """The same of sequences one after another, [N, H, …].
+
+        Args:
+            begins: of queries and of keys, where each sequence begins and the last one ends.
+            longest: the most queries, and keys, that a sequence may have.
+        """
         return only_output(
-            self.load().flash_attn_varlen_func(
-                q, k, v, begins, begins, longest, longest, softmax_scale=scale, causal=True
-            )
+            self.load().flash_attn_varlen_func(q, k, v, *begins, *longest, softmax_scale=scale, causal=True)
         )
 
     def missing(self) -> str:
@@ -103,41 +113,57 @@ class VariableLength(Flash):
         return why
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        batch, length = q.shape[:2]
-        begins = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+        batch, longest = len(q), (q.shape[1], k.shape[1])
+        of_queries, of_keys = (
+            torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device) for length in longest
+        )
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return self.attend_within(q, k, v, scale, begins, length).unflatten(0, (batch, length))
+        return self.attend_within(q, k, v, scale, (of_queries, of_keys), longest).unflatten(0, (batch, -1))
 
-    def attend_within(self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: Tensor, longest: int) -> Tensor:
+    def attend_within(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, begins: tuple[Tensor, Tensor], longest: tuple[int, int]
+    ) -> Tensor:
         causal = (-1, 0)  # window: all keys before, none after
-        return self.load().varlen_attn(q, k, v, begins, begins, longest, longest, scale=scale, window_size=causal)
+        return self.load().varlen_attn(q, k, v, *begins, *longest, scale=scale, window_size=causal)
 
 
 @once_per_batch
-def sequences(starts: Tensor, room: int) -> Tensor:
-    """Where each document begins among all B·T tokens, and where the last one ends: [room + 1] int32, the rest empty ones.
+def sequences(starts: Tensor, keys: int, room: int) -> tuple[Tensor, Tensor]:
+    """Where each document begins among all B·Tq queries and among all B·Tk keys, and where the last one ends: both [room + 1]
+    int32, the rest empty ones.
 
     Raises:
         RuntimeError: there is not room for all; on a GPU the device reports it, later.
     """
-    begins = is_first(starts)
+    rows, queries = starts.shape
+    begins = is_first(starts, keys)
     torch._assert_async(begins.sum() <= room, "a micro-batch has more documents than the host was told of")
     # What begins no document goes to a place that is cut off.
     place = torch.where(begins, begins.cumsum(0) - 1, room + 1)
-    ends = torch.full((room + 2,), begins.numel(), dtype=torch.int32, device=starts.device)
-    tokens = torch.arange(begins.numel(), dtype=torch.int32, device=starts.device)
-    return ends.scatter_(0, place, tokens).narrow(0, 0, room + 1)
+    row = torch.arange(rows, dtype=torch.int32, device=starts.device).unsqueeze(1)
+    query = torch.arange(queries, dtype=torch.int32, device=starts.device)
+    of_queries = row * queries + F.pad(query, (1, 0))  # [B, 1 + Tq], as is_first has them
+    of_keys = row * keys + F.pad(starts, (1, 0))
+
+    def listed(places: Tensor, total: int) -> Tensor:
+        ends = torch.full((room + 2,), total, dtype=torch.int32, device=starts.device)
+        return ends.scatter_(0, place, places.flatten()).narrow(0, 0, room + 1)
+
+    return listed(of_queries, rows * queries), listed(of_keys, rows * keys)
 
 
 @once_per_batch
-def room_for(starts: Tensor, known: int | None) -> int:
+def room_for(starts: Tensor, keys: int, known: int | None) -> int:
     """For how many documents room is made: what is known, else as many as there are, for which the host waits."""
-    return known or rounded(int(is_first(starts).sum()))
+    return known or rounded(int(is_first(starts, keys).sum()))
 
 
-def is_first(starts: Tensor) -> Tensor:
-    """Whether a token begins a document, [B·T]."""
-    return (starts == torch.arange(starts.shape[1], device=starts.device)).flatten()
+def is_first(starts: Tensor, keys: int) -> Tensor:
+    """Whether a sequence begins, [B·(1 + Tq)]: in each row first that of the keys that nobody sees, then those at each query."""
+    queries = starts.shape[1]
+    query = torch.arange(queries, device=starts.device)
+    begins = (query == 0) | (starts == query + keys - queries)
+    return torch.cat((starts.narrow(1, 0, 1) > 0, begins), 1).flatten()
 
 
 def rounded(documents: int) -> int:

@@ -3,6 +3,8 @@
 //     q = scale [q_C ; RoPE(q_R)],  k = [k_C ; RoPE(k_R)],  S = q kᵀ,  P = exp(S - lse),  out = P v
 //     D = Σ dout · out,  dS = P ∘ (dout vᵀ - D),  dv = Pᵀ dout,  dk = dSᵀ q,  dq = scale dS k       (FlashAttention-2)
 //
+// Queries are those of the last positions; there may be fewer of them than keys.
+//
 // A thread takes one head of one sequence. It writes its keys and values out as the products read them, rotated, and then goes
 // through blocks of QUERIES x KEYS scores, which stay in the second cache. Of a block it computes what queries may see: for every
 // ROWS queries, a strip, the keys from the first visible one to the last.
@@ -19,12 +21,13 @@ constexpr int64_t LINE = KEYS + LANES;  // from one row of scores to the next; r
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct Shape {
-    int64_t sequences, tokens, heads, nope, rope, v;
+    int64_t sequences, queries, keys, heads, nope, rope, v;
     int64_t q_sequence, q_token, q_head, kv_sequence, kv_token, kv_head, k_sequence, k_token;  // strides
     int64_t out_sequence, out_token, out_head;  // of the gradient of what comes out
 
     int64_t qk() const { return nope + rope; }
-    int64_t panels() const { return (tokens + COLUMNS - 1) / COLUMNS; }
+    int64_t panels() const { return (keys + COLUMNS - 1) / COLUMNS; }
+    int64_t before() const { return keys - queries; }  // position of the first query
 };
 
 // Small helpers ------------------------------------------------------------------------------------------------------------------
@@ -58,8 +61,8 @@ struct Scratch {
 struct Angles {
     int64_t width;
     std::unique_ptr<float[]> table;
-    Angles(const Shape& s, const float* cosines, const float* sines) : width(s.rope), table(new float[2 * s.tokens * s.rope]) {
-        for (int64_t i = 0; i < s.tokens * s.rope / 2; ++i) {
+    Angles(const Shape& s, const float* cosines, const float* sines) : width(s.rope), table(new float[2 * s.keys * s.rope]) {
+        for (int64_t i = 0; i < s.keys * s.rope / 2; ++i) {
             const int64_t t = i / (width / 2), j = 2 * (i % (width / 2));
             float* row = table.get() + 2 * t * width;
             row[j] = row[j + 1] = cosines[i];
@@ -99,7 +102,7 @@ static void pack_panels(const Shape& s, const float* rows, int64_t width, float*
     for (int64_t t = 0; t < s.panels() * COLUMNS; t += LANES)
         for (int64_t d = 0; d < width; d += LANES) {
             Vector square[LANES];
-            for (int64_t j = 0; j < LANES; ++j) square[j] = t + j < s.tokens ? get(rows + (t + j) * row + d, width - d) : Vector{};
+            for (int64_t j = 0; j < LANES; ++j) square[j] = t + j < s.keys ? get(rows + (t + j) * row + d, width - d) : Vector{};
             transpose(square);
             float* to = panels + down(t, COLUMNS) * width + d * COLUMNS + t % COLUMNS;
             for (int64_t i = 0; i < std::min<int64_t>(LANES, width - d); ++i) store(to + i * COLUMNS, square[i]);
@@ -110,19 +113,22 @@ static void pack_panels(const Shape& s, const float* rows, int64_t width, float*
 
 struct Block {
     int64_t q, queries, strips;           // its first query, and how many
+    int64_t position;                     // of that query among the keys
     int64_t first[STRIPS], last[STRIPS];  // keys that a strip sees, up to last; neither decreases, first is a multiple of COLUMNS
-    const int32_t* starts;                // of the sequence; null: 0
+    const int32_t* starts;                // of these queries; null: 0
 
     Block(const Shape& s, int64_t q, const int32_t* starts)
-        : q(q), queries(std::min(QUERIES, s.tokens - q)), strips((queries + ROWS - 1) / ROWS), starts(starts) {
-        int64_t earliest = s.tokens;
+        : q(q), queries(std::min(QUERIES, s.queries - q)), strips((queries + ROWS - 1) / ROWS), position(s.before() + q),
+          starts(starts ? starts + q : nullptr) {
+        int64_t earliest = s.keys;
         for (int64_t i = strips; i-- > 0;) {
-            last[i] = std::min(q + (i + 1) * ROWS, s.tokens);
-            for (int64_t t = q + i * ROWS; t < last[i]; ++t) earliest = std::min(earliest, start(t));
+            const int64_t end = std::min((i + 1) * ROWS, queries);
+            last[i] = position + end;
+            for (int64_t r = i * ROWS; r < end; ++r) earliest = std::min(earliest, start(r));
             first[i] = down(earliest, COLUMNS);
         }
     }
-    int64_t start(int64_t t) const { return starts ? starts[t] : 0; }
+    int64_t start(int64_t r) const { return starts ? starts[r] : 0; }
 
     // f(first key, keys, first query in the block, queries) for runs of panels that the same strips see; panels of keys k to end.
     template <typename F> void for_panels(int64_t k, int64_t end, F f) const {
@@ -159,7 +165,7 @@ template <typename F> static void for_rows(const Block& block, int64_t k, int64_
     for (int64_t i = 0; i < block.strips; ++i) {
         const int64_t from = std::max(block.first[i], k) - k, to = std::min(up(block.last[i], COLUMNS), end) - k;
         for (int64_t r = i * ROWS; from < to && r < std::min((i + 1) * ROWS, block.queries); ++r) {
-            const int64_t t = block.q + r, a = std::max(block.start(t) - k, from), b = std::min(t + 1 - k, to);
+            const int64_t a = std::max(block.start(r) - k, from), b = std::min(block.position + r + 1 - k, to);
             const int64_t begin = a < b ? down(a, LANES) : to, stop = a < b ? up(b, LANES) : to;
             float* row = scores + r * LINE;
             if (a < b) {
@@ -179,13 +185,13 @@ template <typename F> static void for_rows(const Block& block, int64_t k, int64_
 // Forward -------------------------------------------------------------------------------------------------------------------------
 
 struct Keys {
-    float *rows, *panels;  // [T][line(qk)], [panel][qk][COLUMNS]
+    float *rows, *panels;  // [Tk][line(qk)], [panel][qk][COLUMNS]
     Keys(const Shape& s, Scratch& scratch)
-        : rows(scratch.take(s.tokens * line(s.qk()))), panels(scratch.take(s.panels() * s.qk() * COLUMNS)) {}
+        : rows(scratch.take(s.keys * line(s.qk()))), panels(scratch.take(s.panels() * s.qk() * COLUMNS)) {}
 
-    // values [T][line(v)] as well.
+    // values [Tk][line(v)] as well.
     void pack(const Shape& s, const Angles& angles, const float* kv, const float* k_rope, float* values) {
-        for (int64_t t = 0; t < s.tokens; ++t) {
+        for (int64_t t = 0; t < s.keys; ++t) {
             ask(kv + t * s.kv_token, s.kv_token, s.nope + s.v);
             copy(kv + t * s.kv_token, rows + t * line(s.qk()), s.nope, 1);
             copy(kv + t * s.kv_token + s.nope, values + t * line(s.v), s.v, 1);
@@ -200,7 +206,7 @@ static void pack_queries(const Shape& s, const Angles& angles, const Block& bloc
         const float* from = q + (block.q + r) * s.q_token;
         ask(from, s.q_token, s.qk());
         copy(from, to, s.nope, scale);
-        angles.turn(block.q + r, from + s.nope, to + s.nope, scale, 1);
+        angles.turn(block.position + r, from + s.nope, to + s.nope, scale, 1);
     }
 }
 
@@ -218,7 +224,7 @@ static void multiply_seen(
 }
 
 static int64_t forward_scratch(const Shape& s) {
-    return s.tokens * (line(s.qk()) + line(s.v)) + s.panels() * s.qk() * COLUMNS + QUERIES * (line(s.qk()) + line(s.v) + LINE + 2);
+    return s.keys * (line(s.qk()) + line(s.v)) + s.panels() * s.qk() * COLUMNS + QUERIES * (line(s.qk()) + line(s.v) + LINE + 2);
 }
 
 static void forward(
@@ -227,12 +233,12 @@ static void forward(
 ) {
     const int64_t row = line(s.v);
     Keys keys(s, scratch);
-    float *values = scratch.take(s.tokens * row), *queries = scratch.take(QUERIES * line(s.qk()));
+    float *values = scratch.take(s.keys * row), *queries = scratch.take(QUERIES * line(s.qk()));
     float *scores = scratch.take(QUERIES * LINE);  // and what exp makes of them
     float *sums = scratch.take(QUERIES * row), *best = scratch.take(QUERIES), *total = scratch.take(QUERIES);
     keys.pack(s, angles, kv, k_rope, values);
 
-    for (int64_t at = 0; at < s.tokens; at += QUERIES) {
+    for (int64_t at = 0; at < s.queries; at += QUERIES) {
         const Block block(s, at, starts);
         pack_queries(s, angles, block, q, scale, queries);
         std::fill(sums, sums + block.queries * row, 0.0f);
@@ -283,8 +289,8 @@ extern "C" void attention(
             const int64_t b = i / s.heads, h = i % s.heads;
             forward(
                 Scratch(memory), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
-                k_rope + b * s.k_sequence, starts ? starts + b * s.tokens : nullptr, scale,
-                out + (b * s.tokens * s.heads + h) * s.v, lse + i * s.tokens
+                k_rope + b * s.k_sequence, starts ? starts + b * s.queries : nullptr, scale,
+                out + (b * s.queries * s.heads + h) * s.v, lse + i * s.queries
             );
         }
     }
@@ -294,7 +300,7 @@ extern "C" void attention(
 
 static int64_t backward_scratch(const Shape& s) {
     const int64_t row = line(s.v), wide = line(s.qk());
-    return s.tokens * (2 * wide + row) + s.panels() * (s.qk() + s.v) * COLUMNS + QUERIES * (2 * wide + row + 2 * LINE + 1);
+    return s.keys * (2 * wide + row) + s.panels() * (s.qk() + s.v) * COLUMNS + QUERIES * (2 * wide + row + 2 * LINE + 1);
 }
 
 static void backward(
@@ -305,15 +311,15 @@ static void backward(
     const int64_t row = line(s.v), wide = line(s.qk());
     Keys keys(s, scratch);
     float* values = scratch.take(s.panels() * s.v * COLUMNS);  // as panels
-    float *dk = scratch.take(s.tokens * wide), *dv = scratch.take(s.tokens * row);
+    float *dk = scratch.take(s.keys * wide), *dv = scratch.take(s.keys * row);
     float *queries = scratch.take(QUERIES * wide), *d_queries = scratch.take(QUERIES * wide), *above = scratch.take(QUERIES * row);
     float *p = scratch.take(QUERIES * LINE), *ds = scratch.take(QUERIES * LINE), *d = scratch.take(QUERIES);
     keys.pack(s, angles, kv, k_rope, dv);  // which has the rows of values until they are panels
     pack_panels(s, dv, s.v, values);
-    std::fill(dk, dk + s.tokens * wide, 0.0f);
-    std::fill(dv, dv + s.tokens * row, 0.0f);
+    std::fill(dk, dk + s.keys * wide, 0.0f);
+    std::fill(dv, dv + s.keys * row, 0.0f);
 
-    for (int64_t at = 0; at < s.tokens; at += QUERIES) {
+    for (int64_t at = 0; at < s.queries; at += QUERIES) {
         const Block block(s, at, starts);
         pack_queries(s, angles, block, q, scale, queries);
         std::fill(d_queries, d_queries + block.queries * wide, 0.0f);
@@ -335,7 +341,7 @@ static void backward(
                 }
             });
             block.for_panels(k, end, [&](int64_t key, int64_t seen, int64_t r, int64_t count) {
-                const int64_t n = std::min(seen, s.tokens - key), at = r * LINE + key - k;
+                const int64_t n = std::min(seen, s.keys - key), at = r * LINE + key - k;
                 multiply(n, s.v, count, p + at, 1, LINE, above + r * row, row, dv + key * row, row, true);
                 multiply(n, s.qk(), count, ds + at, 1, LINE, queries + r * wide, wide, dk + key * wide, wide, true);
             });
@@ -347,10 +353,10 @@ static void backward(
         for (int64_t r = 0; r < block.queries; ++r) {
             float* to = dq + (at + r) * s.heads * s.qk();
             copy(d_queries + r * wide, to, s.nope, scale);
-            angles.turn(at + r, d_queries + r * wide + s.nope, to + s.nope, scale, -1);
+            angles.turn(block.position + r, d_queries + r * wide + s.nope, to + s.nope, scale, -1);
         }
     }
-    for (int64_t t = 0; t < s.tokens; ++t) {
+    for (int64_t t = 0; t < s.keys; ++t) {
         float* to = dkv + t * s.heads * (s.nope + s.v);
         copy(dk + t * wide, to, s.nope, 1);
         copy(dv + t * row, to + s.nope, s.v, 1);
@@ -366,26 +372,27 @@ extern "C" void attention_backward(
     const Shape& s = *shape;
     const Angles angles(s, cosines, sines);
     // The heads' shares of the rotary key's gradient: added up at the end, so that their order does not depend on the threads.
-    std::unique_ptr<float[]> shares(new float[s.sequences * s.heads * s.tokens * s.rope]);
+    std::unique_ptr<float[]> shares(new float[s.sequences * s.heads * s.keys * s.rope]);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const Memory memory(backward_scratch(s));
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s.sequences * s.heads; ++i) {
-            const int64_t b = i / s.heads, h = i % s.heads, head = b * s.tokens * s.heads + h;
+            const int64_t b = i / s.heads, h = i % s.heads;
+            const int64_t query = b * s.queries * s.heads + h, key = b * s.keys * s.heads + h;  // a head's first ones
             backward(
                 Scratch(memory), s, angles, q + b * s.q_sequence + h * s.q_head, kv + b * s.kv_sequence + h * s.kv_head,
-                k_rope + b * s.k_sequence, starts ? starts + b * s.tokens : nullptr, scale, out + head * s.v,
-                lse + i * s.tokens, d_out + b * s.out_sequence + h * s.out_head, dq + head * s.qk(),
-                dkv + head * (s.nope + s.v), shares.get() + i * s.tokens * s.rope
+                k_rope + b * s.k_sequence, starts ? starts + b * s.queries : nullptr, scale, out + query * s.v,
+                lse + i * s.queries, d_out + b * s.out_sequence + h * s.out_head, dq + query * s.qk(),
+                dkv + key * (s.nope + s.v), shares.get() + i * s.keys * s.rope
             );
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.sequences * s.tokens; ++i) {
-            const int64_t b = i / s.tokens, t = i % s.tokens;
-            float* first = shares.get() + (b * s.heads * s.tokens + t) * s.rope;
+        for (int64_t i = 0; i < s.sequences * s.keys; ++i) {
+            const int64_t b = i / s.keys, t = i % s.keys;
+            float* first = shares.get() + (b * s.heads * s.keys + t) * s.rope;
             for (int64_t h = 1; h < s.heads; ++h)
-                for (int64_t j = 0; j < s.rope; ++j) first[j] += first[h * s.tokens * s.rope + j];
+                for (int64_t j = 0; j < s.rope; ++j) first[j] += first[h * s.keys * s.rope + j];
             angles.turn(t, first, dk_rope + i * s.rope, 1, -1);
         }
     }

@@ -4,10 +4,10 @@
     q_h ← [q_C ; RoPE(q_R)],   k_h ← [k_C ; RoPE(k_R)],   v_h ← [v ; 0] where attention wants values as wide as keys
 
 Forward, a program takes some heads of one token. Backward, it takes all heads of one token, some at a time, so that the gradient of
-the rotary key, which they share, is summed in fp32 in a fixed order. Rotating back is rotating with −sin.
+the rotary key, which they share, is summed in fp32 in a fixed order. Rotating back is rotating with −sin. The first tokens may have
+keys and no queries.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,20 +19,21 @@ WARPS = 4
 def assemble(
     q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys [B, T, H, nope + rope] and values [B, T, H, width], padded with zeros; none if width is 0.
+    """Queries [B, Tq, H, nope + rope], keys [B, Tk, H, nope + rope] and values [B, Tk, H, width], padded with zeros; none if
+    width is 0.
 
-    q: [B, T, H, nope + rope]. kv: [B, T, H, nope + v]. k_rope: [B, T, rope]. cos, sin: [T, rope/2].
+    q: [B, Tq, H, nope + rope]. kv: [B, Tk, H, nope + v]. k_rope: [B, Tk, rope]. cos, sin: [Tk, rope/2].
     """
-    b, t, h, qk = q.shape
-    rope = k_rope.shape[-1]
-    out_q, out_k, out_v = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape), None
+    b, t, h, _ = kv.shape
+    qk, rope = q.shape[-1], k_rope.shape[-1]
+    out_q, out_k, out_v = q.new_empty(q.shape), q.new_empty(b, t, h, qk), None
     if width:
         out_v = q.new_empty(b, t, h, width)
     given = [readable(x) for x in (q, kv, k_rope)]
     strides = [stride for x in given for stride in x.stride()[:-1]]
     heads = min(HEADS, triton.next_power_of_2(h))
     _assemble[(b * t, triton.cdiv(h, heads))](
-        *given, cos.contiguous(), sin.contiguous(), out_q, out_k, out_v, t, h, *strides,
+        *given, cos.contiguous(), sin.contiguous(), out_q, out_k, out_v, q.shape[1], t, h, *strides,
         qk - rope, rope, kv.shape[-1] - qk + rope, width, *blocks(qk - rope, rope, max(width, 1)), heads, num_warps=WARPS,
     )  # fmt: skip
     return out_q, out_k, q.new_empty(b, t, h, 0) if out_v is None else out_v
@@ -41,15 +42,15 @@ def assemble(
 def assemble_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, rope: int, v: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, kv and k_rope, from those of what `assemble` made. dv: [B, T, H, v or more]."""
-    b, t, h, qk = dq.shape
+    """Gradients of q, kv and k_rope, from those of what `assemble` made. dv: [B, Tk, H, v or more]."""
+    b, t, h, qk = dk.shape
     nope = qk - rope
     out_q, out_kv, out_rope = dq.new_empty(dq.shape), dq.new_empty(b, t, h, nope + v), dq.new_empty(b, t, rope)
     given = [readable(x) for x in (dq, dk, dv)]
     strides = [stride for x in given for stride in x.stride()[:-1]]
     heads = min(HEADS, triton.next_power_of_2(h))
     _assemble_backward[(b * t,)](
-        *given, cos.contiguous(), sin.contiguous(), out_q, out_kv, out_rope, t, h, *strides,
+        *given, cos.contiguous(), sin.contiguous(), out_q, out_kv, out_rope, dq.shape[1], t, h, *strides,
         nope, rope, v, *blocks(nope, rope, v), heads, num_warps=WARPS,
     )  # fmt: skip
     return out_q, out_kv, out_rope
@@ -68,12 +69,13 @@ def blocks(nope: int, rope: int, v: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _assemble(
-    q, kv, k_rope, cos, sin, out_q, out_k, out_v, T, H,
+    q, kv, k_rope, cos, sin, out_q, out_k, out_v, Q, T, H,
     q_batch, q_token, q_head, kv_batch, kv_token, kv_head, k_rope_batch, k_rope_token,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
     NOPES: tl.constexpr, PAIRS: tl.constexpr, WIDTHS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Reads one token's queries, keys and values of some heads, and its rotary key; writes what `assemble` returns of them."""
+    """Reads one token's queries, keys and values of some heads, and its rotary key; writes what `assemble` returns of them. Of T
+    tokens the last Q have queries."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     inside = head < H
@@ -81,19 +83,22 @@ def _assemble(
     c, s = load_angle(cos, sin, position, ROPE, PAIRS)
     nope, turned = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :]
     is_nope, is_turned = inside & (nope < NOPE), inside & (turned < ROPE)
-    to = (token * H + head) * (NOPE + ROPE)  # where this head's query and key begin
 
-    q += batch * q_batch + position * q_token + head * q_head
-    tl.store(out_q + to + nope, tl.load(q + nope, mask=is_nope), mask=is_nope)
-    pairs = tl.load(q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
-    tl.store(out_q + to + NOPE + turned, turn(pairs, c, s, HEADS, PAIRS), mask=is_turned)
+    query = position - (T - Q)
+    if query >= 0:
+        of_q = q + batch * q_batch + query * q_token + head * q_head
+        to_q = out_q + ((batch * Q + query) * H + head) * (NOPE + ROPE)
+        tl.store(to_q + nope, tl.load(of_q + nope, mask=is_nope), mask=is_nope)
+        pairs = tl.load(of_q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
+        tl.store(to_q + NOPE + turned, turn(pairs, c, s, HEADS, PAIRS), mask=is_turned)
 
+    to_k = out_k + (token * H + head) * (NOPE + ROPE)
     kv += batch * kv_batch + position * kv_token + head * kv_head
-    tl.store(out_k + to + nope, tl.load(kv + nope, mask=is_nope), mask=is_nope)
+    tl.store(to_k + nope, tl.load(kv + nope, mask=is_nope), mask=is_nope)
     k_rope += batch * k_rope_batch + position * k_rope_token
     pairs = tl.load(k_rope + turned, mask=turned < ROPE, other=0.0).to(tl.float32)
     shared = tl.broadcast_to(turn(pairs, c, s, 1, PAIRS), (HEADS, 2 * PAIRS))
-    tl.store(out_k + to + NOPE + turned, shared, mask=is_turned)
+    tl.store(to_k + NOPE + turned, shared, mask=is_turned)
 
     if out_v is not None:
         value = tl.arange(0, WIDTHS)[None, :]
@@ -103,7 +108,7 @@ def _assemble(
 
 @triton.jit
 def _assemble_backward(
-    dq, dk, dv, cos, sin, out_q, out_kv, out_rope, T, H,
+    dq, dk, dv, cos, sin, out_q, out_kv, out_rope, Q, T, H,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
     NOPES: tl.constexpr, PAIRS: tl.constexpr, VS: tl.constexpr, HEADS: tl.constexpr,
@@ -111,6 +116,7 @@ def _assemble_backward(
     """Reads the gradients of one token's queries, keys and values; writes those of what they were made of."""
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // T, token % T
+    query = position - (T - Q)
     c, s = load_angle(cos, sin, position, ROPE, PAIRS)
     nope, turned, value = tl.arange(0, NOPES)[None, :], tl.arange(0, 2 * PAIRS)[None, :], tl.arange(0, VS)[None, :]
     total = tl.zeros((HEADS, 2 * PAIRS), tl.float32)
@@ -119,11 +125,12 @@ def _assemble_backward(
         inside = head < H
         is_nope, is_turned, is_value = inside & (nope < NOPE), inside & (turned < ROPE), inside & (value < V)
 
-        of_q = dq + batch * q_batch + position * q_token + head * q_head
-        to_q = out_q + (token * H + head) * (NOPE + ROPE)
-        tl.store(to_q + nope, tl.load(of_q + nope, mask=is_nope), mask=is_nope)
-        pairs = tl.load(of_q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
-        tl.store(to_q + NOPE + turned, turn(pairs, c, -s, HEADS, PAIRS), mask=is_turned)
+        if query >= 0:
+            of_q = dq + batch * q_batch + query * q_token + head * q_head
+            to_q = out_q + ((batch * Q + query) * H + head) * (NOPE + ROPE)
+            tl.store(to_q + nope, tl.load(of_q + nope, mask=is_nope), mask=is_nope)
+            pairs = tl.load(of_q + NOPE + turned, mask=is_turned, other=0.0).to(tl.float32)
+            tl.store(to_q + NOPE + turned, turn(pairs, c, -s, HEADS, PAIRS), mask=is_turned)
 
         of_k = dk + batch * k_batch + position * k_token + head * k_head
         of_v = dv + batch * v_batch + position * v_token + head * v_head

@@ -18,8 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def work(documents=False, dtype=torch.float32, length=150):
-    return Workload(small_config(), 2, length, documents, dtype)
+def work(documents=False, dtype=torch.float32, length=150, pieces=1):
+    return Workload(small_config(), 2, length, documents, dtype, pieces=pieces)
 
 
 def sees_one_key_more(q, kv, k_rope, rotation, scale, starts):
@@ -79,10 +79,11 @@ def test_attention_that_nobody_computes_is_refused_with_every_reason():
         fastest(work(), {"fails": lambda: fails}, CPU)
 
 
+@pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_is_no_error(dtype, documents):
-    given, upstream = draw(work(documents, dtype), CPU)
+def test_rounding_is_no_error(dtype, documents, pieces):
+    given, upstream = draw(work(documents, dtype, pieces=pieces), CPU)
     assert agrees(both_ways(BACKENDS["sdpa"], given, upstream), by_reference(given, upstream))
 
 
@@ -97,6 +98,16 @@ def test_candidates_are_tried_on_what_the_model_hands_them():
     assert not given.k_rope.is_contiguous() and upstream.shape == (2, 150, 4, 12)
     assert given.starts.dtype == torch.int32 and (given.starts.diff() >= 0).all() and given.starts.max() > 0
     assert draw(work(), CPU)[0].starts is None
+
+
+def test_of_sequences_that_are_cut_the_last_piece_is_measured(monkeypatch):
+    given, upstream = draw(work(documents=True, pieces=4), CPU)
+    whole, _ = draw(work(documents=True), CPU)
+    assert given.q.shape[:2] == given.starts.shape == upstream.shape[:2] == (2, 37)
+    assert given.kv.shape[:2] == given.k_rope.shape[:2] == (2, 150) and len(given.rotation.cos) == 150
+    assert whole.q.shape[:2] == (2, 150) and (given.starts > 150 - 37).any() and (given.starts <= 150 - 37).any()
+    name, line = fastest(work(documents=True, pieces=4), {**WRONG, "sdpa": CANDIDATES["sdpa"]}, CPU)
+    assert name == "sdpa" and line.startswith("attention [2×37 of 150], ") and line.count("(wrong)") == len(WRONG)
 
 
 def alone(action):

@@ -20,15 +20,15 @@ from model.ops.attention.choose import expect
 from model.ops.attention.flash import Flash, Flash3, VariableLength, rounded, sequences
 from model.rope import Rotation
 from parallel.recompute import ATTENTION_ELSEWHERE
-from tests.model.attention.inputs import make_inputs, starts_of
+from tests.model.attention.inputs import make_inputs, of_last, starts_of
 
 DOCUMENTS = starts_of([5, 1, 7, 4], [17])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal, [T, H, …]."""
+    """Causal, [T, H, …], of queries at the last positions."""
     scores = torch.einsum("qhd,khd->hqk", q, k).float() * scale
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype), v)
 
 
@@ -43,7 +43,7 @@ class Package(ModuleType):
     def check(self, q: Tensor, k: Tensor, v: Tensor, *, tokens: int) -> None:
         assert q.dtype == k.dtype == v.dtype == torch.bfloat16
         assert q.dim() == k.dim() == v.dim() == tokens + 2
-        assert q.shape == k.shape and q.shape[:-1] == v.shape[:-1]
+        assert q.shape[tokens:] == k.shape[tokens:] and k.shape[:-1] == v.shape[:-1] and len(q) <= len(k)
         assert self.unequal or q.shape[-1] == v.shape[-1]
         assert all(x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and x.stride(-1) == 1 for x in (q, k, v))
 
@@ -57,13 +57,15 @@ class Package(ModuleType):
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale=None, causal=False
     ):
         self.check(q, k, v, tokens=1)
-        assert causal and type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k
-        for places in (cu_seqlens_q, cu_seqlens_k):
-            assert places.dtype == torch.int32 and places.dim() == 1 and places.is_contiguous()
+        assert causal and len(cu_seqlens_q) == len(cu_seqlens_k)
+        for places, longest, total in ((cu_seqlens_q, max_seqlen_q, len(q)), (cu_seqlens_k, max_seqlen_k, len(k))):
+            assert type(longest) is int and places.dtype == torch.int32 and places.dim() == 1 and places.is_contiguous()
             lengths = places.diff()
-            assert places[0] == 0 and places[-1] == len(q) and lengths.min() >= 0 and lengths.max() <= max_seqlen_q
+            assert places[0] == 0 and places[-1] == total and lengths.min() >= 0 and lengths.max() <= longest
         self.rooms.append(len(cu_seqlens_q) - 1)
-        parts = (x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v))
+        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        assert all(a <= b for a, b in zip(lengths_q, lengths_k))
+        parts = (q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
         out = torch.cat([attention(*one, softmax_scale) for one in zip(*parts) if len(one[0])])
         return (out, None) if self.unequal else out
 
@@ -90,14 +92,16 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Package]:
     return found
 
 
+@pytest.mark.parametrize("queries", [17, 8, 1])
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("starts", [None, DOCUMENTS], ids=["causal", "documents"])
 @pytest.mark.parametrize("version", BACKENDS)
-def test_flash_attention_is_called_as_it_wants_and_gives_the_reference(version, starts, told, packages):
-    inputs = make_inputs(nope=8, rope=8, v=8, dtype=torch.bfloat16)
+def test_flash_attention_is_called_as_it_wants_and_gives_the_reference(version, starts, told, queries, packages):
+    inputs = make_inputs(nope=8, rope=8, v=8, dtype=torch.bfloat16, queries=queries)
     backend = BACKENDS[version]()
     if told and starts is not None:
         expect(backend, starts)
+    starts = of_last(starts, queries)
     out = backend(*inputs, 0.3, starts)
     exact = [x.detach().float().requires_grad_() for x in inputs[:3]]
     expected = reference_attention(*exact, inputs[3], 0.3, starts)
@@ -110,15 +114,25 @@ def test_flash_attention_is_called_as_it_wants_and_gives_the_reference(version, 
 
 def test_documents_are_sequences_one_after_another_and_the_rest_are_empty():
     # the first row has documents of 5, 1, 7 and 4 tokens, the second one of 17
-    assert sequences(DOCUMENTS, 7).tolist() == [0, 5, 6, 13, 17, 34, 34, 34]
-    assert sequences(DOCUMENTS.clone(), 5).tolist() == [0, 5, 6, 13, 17, 34]
+    for room, empty in ((7, [34, 34]), (5, [])):
+        for places in sequences(DOCUMENTS, 17, room):
+            assert places.tolist() == [0, 5, 6, 13, 17, 34, *empty]
     one_each = torch.arange(3, dtype=torch.int32).unsqueeze(0)
-    assert sequences(one_each, 3).tolist() == [0, 1, 2, 3]
+    assert sequences(one_each, 3, 3)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_of_fewer_queries_a_document_has_those_that_are_its_own_and_keys_that_nobody_sees_have_none():
+    # The last 8 of 17: first row, 6 keys that nobody sees, then documents with 4 of its 7 queries and all 4; second row, 8 of 17.
+    of_queries, of_keys = sequences(of_last(DOCUMENTS, 8), 17, 5)
+    assert of_queries.diff().tolist() == [0, 4, 4, 8, 0]
+    assert of_keys.diff().tolist() == [6, 7, 4, 17, 0]
+    with pytest.raises(RuntimeError, match="more documents"):
+        sequences(of_last(DOCUMENTS, 8), 17, 3)
 
 
 def test_more_documents_than_the_host_was_told_of_are_no_silent_error():
     with pytest.raises(RuntimeError, match="more documents than the host was told of"):
-        sequences(DOCUMENTS.clone(), 4)
+        sequences(DOCUMENTS, 17, 4)
 
 
 def test_room_grows_with_what_the_host_was_told_and_never_shrinks(packages):
@@ -176,17 +190,18 @@ def test_flash_attention_that_is_not_installed_names_the_extra():
         BACKENDS["3"]()(*inputs, 0.3)
 
 
+@pytest.mark.parametrize("queries", [4096, 1024])
 @pytest.mark.parametrize("documents", [False, True])
-def test_pytorchs_own_takes_what_it_is_given_on_a_gpu(documents):
+def test_pytorchs_own_takes_what_it_is_given_on_a_gpu(documents, queries):
     """By its check of shapes, without a GPU, at the sizes of V3."""
     with FakeTensorMode():
         q, kv, k_rope = (
-            torch.empty(2, 4096, *width, device="cuda", dtype=torch.bfloat16)
-            for width in ((128, 192), (128, 256), (64,))
+            torch.empty(2, *width, device="cuda", dtype=torch.bfloat16)
+            for width in ((queries, 128, 192), (4096, 128, 256), (4096, 64))
         )
         rotation = Rotation(*(torch.empty(4096, 32, device="cuda") for _ in range(2)))
-        starts = torch.empty(2, 4096, dtype=torch.int32, device="cuda") if documents else None
+        starts = torch.empty(2, queries, dtype=torch.int32, device="cuda") if documents else None
         backend = BACKENDS["PyTorch's"]()
         backend.attend.room = 64
         with torch.enable_grad():
-            assert backend(q, kv, k_rope, rotation, 0.1, starts).shape == (2, 4096, 128, 128)
+            assert backend(q, kv, k_rope, rotation, 0.1, starts).shape == (2, queries, 128, 128)

@@ -7,7 +7,7 @@ from model.ops import cpu
 from model.ops.attention import reference_attention, sdpa_attention
 from model.ops.attention.cpu import attention, attention_backward, fused_attention
 from model.ops.attention.reference import assemble, visible
-from tests.model.attention.inputs import make_inputs, starts_of
+from tests.model.attention.inputs import make_inputs, of_last, starts_of
 
 WIDTHS = {
     "a number in each part": {"H": 1, "nope": 1, "rope": 2, "v": 1},
@@ -23,6 +23,12 @@ DOCUMENTS = {
     130: [[96, 34], [31, 1, 65, 1, 32]],  # a block has 96 queries, a panel 32 keys
     300: [[1] * 100 + [200], [150, 97, 53]],
 }
+PIECES = {
+    7: 1,
+    65: 33,
+    130: 35,
+    300: 101,
+}  # queries: fewer than keys; the last document begins before them, and among them
 
 
 def run(backend, inputs, rotation, starts, upstream):
@@ -31,11 +37,11 @@ def run(backend, inputs, rotation, starts, upstream):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents"])
-@pytest.mark.parametrize("T", DOCUMENTS)
+@pytest.mark.parametrize("T, queries", [*((T, T) for T in DOCUMENTS), *PIECES.items()])
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-def test_the_kernel_equals_the_reference_in_values_and_gradients(widths, T, packed):
-    starts = starts_of(*DOCUMENTS[T]) if packed else None
-    *inputs, rotation = make_inputs(B=len(DOCUMENTS[T]), T=T, **widths)
+def test_the_kernel_equals_the_reference_in_values_and_gradients(widths, T, queries, packed):
+    starts = of_last(starts_of(*DOCUMENTS[T]), queries) if packed else None
+    *inputs, rotation = make_inputs(B=len(DOCUMENTS[T]), T=T, queries=queries, **widths)
     upstream = torch.randn(*inputs[0].shape[:3], widths["v"])
     exact = [x.detach().double().requires_grad_() for x in inputs]
     results = zip(
@@ -55,11 +61,11 @@ def test_the_log_sum_exp_is_that_of_the_scores():
     q, kv, k_rope = inputs
     _, lse = attention(q, kv, k_rope, *rotation, 0.3, None)
     queries, keys, _ = assemble(q, kv, k_rope, rotation)
-    scores = 0.3 * (queries @ keys.mT).masked_fill(~visible(None, queries), float("-inf"))
+    scores = 0.3 * (queries @ keys.mT).masked_fill(~visible(None, 70, 70), float("-inf"))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
 
-@pytest.mark.parametrize("shape", [{"T": 130}, {"T": 40, "H": 5, "v": 20}])
+@pytest.mark.parametrize("shape", [{"T": 130}, {"T": 130, "queries": 50}, {"T": 40, "H": 5, "v": 20}])
 def test_any_number_of_threads_gives_the_same_bits(shape):
     *inputs, rotation = make_inputs(**shape)
     upstream = torch.randn(*inputs[0].shape[:3], shape.get("v", 6))
@@ -73,12 +79,13 @@ def test_any_number_of_threads_gives_the_same_bits(shape):
 
 
 def test_it_reads_its_inputs_with_their_strides():
-    *inputs, rotation = make_inputs(T=50, v=9)
+    """Also those of the first positions of a longer sequence."""
+    *inputs, rotation = make_inputs(T=50, v=9, queries=20)
     q, kv, k_rope = (x.detach() for x in inputs)
-    upstream = torch.randn(2, 50, 3, 9)
+    upstream = torch.randn(2, 20, 3, 9)
     odd = [
         q.transpose(1, 2).contiguous().transpose(1, 2),
-        torch.cat((kv, kv), -1)[..., : kv.shape[-1]],
+        torch.cat((kv, kv), 1).repeat(1, 1, 1, 2)[:, :50, :, : kv.shape[-1]],
         k_rope.mT.contiguous().mT,
     ]
     straight = [x.contiguous() for x in (q, kv, k_rope)]
@@ -120,8 +127,8 @@ def test_what_is_not_finite_reaches_the_queries_that_see_it(which, bad):
 
 
 def test_without_a_compiler_pytorchs_kernel_takes_its_place(monkeypatch):
-    *inputs, rotation = make_inputs(T=40)
-    starts, upstream = starts_of([15, 25], [40]), torch.randn(2, 40, 3, 6)
+    *inputs, rotation = make_inputs(T=40, queries=30)
+    starts, upstream = of_last(starts_of([15, 25], [40]), 30), torch.randn(2, 30, 3, 6)
     expected = run(fused_attention, inputs, rotation, starts, upstream)
     monkeypatch.setattr(cpu, "library", lambda name: None)
     for a, b in zip(run(fused_attention, inputs, rotation, starts, upstream), expected):
@@ -145,8 +152,8 @@ def test_for_the_backward_pass_it_keeps_its_inputs_its_output_and_a_number_a_que
 
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_the_operations_are_what_pytorch_asks_of_operations(which):
-    *inputs, rotation = make_inputs(requires_grad=False)
-    starts, arguments = starts_of([5, 12], [17]), (*inputs, *rotation, 0.3)
+    *inputs, rotation = make_inputs(requires_grad=False, queries=9)
+    starts, arguments = of_last(starts_of([5, 12], [17]), 9), (*inputs, *rotation, 0.3)
     out, lse = attention(*arguments, starts)
     checks = ("test_schema", "test_faketensor")
     if which == "forward":

@@ -5,7 +5,9 @@ import torch
 
 from model.ops.attention import document_starts, reference_attention, sdpa_attention
 from model.rope import Rotation, rotate
-from tests.model.attention.inputs import make_inputs, starts_of
+from tests.model.attention.inputs import make_inputs, of_last, starts_of
+
+PACKED = pytest.mark.parametrize("starts", [None, starts_of([5, 1, 7, 4], [17])], ids=["causal", "documents"])
 
 
 def test_the_reference_is_the_equation():
@@ -24,6 +26,19 @@ def test_the_reference_is_the_equation():
             torch.testing.assert_close(out[0, i, head], expected)
 
 
+@pytest.mark.parametrize("queries", [1, 8, 16])
+@PACKED
+def test_fewer_queries_are_the_last_ones_and_have_the_gradients_of_the_last_rows(starts, queries):
+    *inputs, rotation = make_inputs()
+    q, *others = inputs
+    upstream = torch.randn(2, queries, 3, 6)
+    out = reference_attention(q[:, -queries:], *others, rotation, 0.3, of_last(starts, queries))
+    rows = reference_attention(*inputs, rotation, 0.3, starts)[:, -queries:]
+    torch.testing.assert_close(out, rows)
+    for a, b in zip(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(rows, inputs, upstream)):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_document_is_a_run_of_equal_numbers():
     documents = torch.tensor([[7, 7, 9, -1, -1], [3, 3, 3, 3, 3]])
     starts = document_starts(documents)
@@ -31,12 +46,14 @@ def test_a_document_is_a_run_of_equal_numbers():
     assert starts.tolist() == [[0, 0, 2, 3, 3], [0] * 5]
 
 
+@pytest.mark.parametrize("queries", [17, 8, 1])
 @pytest.mark.parametrize("width", [6, 12, 16], ids=["v narrower", "v equal", "v wider"])
-@pytest.mark.parametrize("starts", [None, starts_of([5, 1, 7, 4], [17])], ids=["causal", "documents"])
-def test_sdpa_equals_the_reference_in_values_and_gradients(starts, width):
-    *inputs, rotation = make_inputs(v=width)
-    fast, slow = (backend(*inputs, rotation, 0.3, starts) for backend in (sdpa_attention, reference_attention))
-    assert fast.shape == (2, 17, 3, width)
+@PACKED
+def test_sdpa_equals_the_reference_in_values_and_gradients(starts, width, queries):
+    *inputs, rotation = make_inputs(v=width, queries=queries)
+    given = (*inputs, rotation, 0.3, of_last(starts, queries))
+    fast, slow = (backend(*given) for backend in (sdpa_attention, reference_attention))
+    assert fast.shape == (2, queries, 3, width)
     torch.testing.assert_close(fast, slow, atol=2e-6, rtol=1e-5)
     upstream = torch.randn_like(slow)
     for a, b in zip(torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(slow, inputs, upstream)):
