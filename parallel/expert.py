@@ -32,6 +32,7 @@ from model.ops.fp8.quantize import Quantized, dequantize
 from model.ops.operation import operation
 from model.ops.rows import spread_rows, sum_rows
 from model.transformer import Transformer
+from parallel.overlap import meanwhile
 
 
 def spread_experts(model: Transformer, mesh: DeviceMesh, fp8_dispatch: bool = False) -> None:
@@ -171,7 +172,7 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         gradient, ctx.trip.gradient = ctx.trip.gradient, None
-        return ctx.trip.home.unpack(_wait(gradient)), None
+        return ctx.trip.home.unpack(wait_for_rows(gradient)), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -183,7 +184,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, on_their_way: Tensor, trip: Trip) -> Tensor:
         ctx.trip, ctx.shape, ctx.dtype = trip, on_their_way.shape, on_their_way.dtype
-        return trip.out.unpack(_wait(on_their_way).view_as(on_their_way))
+        return trip.out.unpack(wait_for_rows(on_their_way).view_as(on_their_way))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -217,6 +218,13 @@ def to_host(numbers: Tensor) -> Tensor:
     return numbers.to("cpu", copy=True)
 
 
+@operation("wait_for_rows(Tensor on_their_way) -> Tensor", torch.empty_like)
+def wait_for_rows(on_their_way: Tensor) -> Tensor:
+    """Rows that have arrived. An operation of its own: where recomputation recalls it, no other micro-batch need have its turn."""
+    meanwhile()
+    return _wait(on_their_way)
+
+
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Rows on their way to the ranks of a group. The functional form, which `parallel.recompute` can keep."""
     return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive, send, group.group_name)
@@ -226,4 +234,4 @@ def _wait(on_their_way: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(on_their_way)
 
 
-TO_HOST = torch.ops.rorqual.to_host.default
+TO_HOST, WAIT_FOR_ROWS = torch.ops.rorqual.to_host.default, torch.ops.rorqual.wait_for_rows.default

@@ -39,11 +39,15 @@ from model.mtp import MTPBlock
 from model.ops import experts  # noqa: F401  # whose operations are named below, as are those of
 from model.ops.fp8 import products  # noqa: F401
 from model.transformer import Transformer
-from parallel.expert import TO_HOST
+from parallel.expert import TO_HOST, WAIT_FOR_ROWS
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {torch.ops.rorqual.route.default, TO_HOST}
-EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default}  # of integers: how many tokens each expert gets
+EXCHANGES = {
+    c10d.all_to_all_single.default,
+    c10d.wait_tensor.default,
+    WAIT_FOR_ROWS,
+}  # of integers: how many rows there are
 GROUPED_PRODUCTS = {torch.ops.rorqual.multiply_groups.default, torch.ops.rorqual.fp8_multiply_groups.default}
 SUM = torch.ops.rorqual.sum_rows.default
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
@@ -54,6 +58,7 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
+    aten._efficient_attention_forward.default,  # of queries at the last positions
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 }
