@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.context import WHOLE, Context
 from model.layers import Linear, RMSNorm, read_by
 from model.ops.attention import AttentionBackend
 from model.rope import Rotation, rotate, softmax_scale
@@ -38,7 +39,9 @@ class LatentCache:
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA over a whole sequence (`forward`) or over new tokens and a cache (`decode`)."""
+    """MLA over a sequence (`forward`) or over new tokens and a cache (`decode`)."""
+
+    context: Context = WHOLE
 
     def __init__(self, config: ModelConfig, backend: AttentionBackend):
         super().__init__()
@@ -59,10 +62,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.v_dim, c.hidden_size)
 
     def forward(self, x: Tensor, rotation: Rotation, starts: Tensor | None) -> Tensor:
-        """x [B, T, D], rotation of its T positions, starts [B, T] of their documents or None for one → [B, T, D]."""
+        """x [B', L, D], rotation of the T positions, starts [B, T] of their documents or None for one → [B', L, D].
+
+        B' = B and L = T unless others compute the rest of the sequences (`model.context`).
+        """
         q, latent, k_rope = self._project(x)
+        latent, k_rope = self.context.gather(latent, k_rope)  # [B, T, R], [B, T, rope]
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, T, H, nope + v]
-        out = self.backend(q, kv, k_rope, rotation, self.scale, starts)  # [B, T, H, v]
+        out = self.context.attend(self.backend, q, kv, k_rope, rotation, self.scale, starts)  # [B', L, H, v]
         return self.o_proj(out.flatten(-2))
 
     def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:

@@ -4,6 +4,8 @@ A bias on each expert's affinity, used for selection only, is moved once per opt
 batch. A sequence-wise loss with a tiny weight α keeps single sequences from collapsing onto few experts (Eqs. 17–20).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,21 @@ def sequence_balance_loss(logits: Tensor, top_k: int) -> Tensor:
         [] fp32; the gradient flows through P alone.
     """
     return (routed_frequency(logits.detach(), top_k) * affinity_shares(logits).mean(1)).sum()
+
+
+def loss_of_pieces(logits: Tensor, top_k: int, pieces: int, average: Callable[[Tensor], Tensor]) -> Tensor:
+    """What some pieces of sequences add to `sequence_balance_loss`: summed over all pieces it is that of the whole sequences.
+
+    f and P of a sequence are the means of those of its equal pieces, and f has no gradient: so Σ_i f_i P_i is a sum over the
+    pieces of Σ_i f_i P_i(piece) / pieces, and f alone needs the other pieces.
+
+    Args:
+        logits: [B', L, E] of pieces.
+        pieces: of a sequence.
+        average: brings [B', E] of pieces to the means over their sequences.
+    """
+    frequency = average(routed_frequency(logits.detach(), top_k))
+    return (frequency * affinity_shares(logits).mean(1)).sum() / pieces
 
 
 def routed_frequency(logits: Tensor, top_k: int) -> Tensor:

@@ -88,12 +88,31 @@ class ModelConfig:
         return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
 
     @property
+    def moe_layers(self) -> range:
+        """The layers with a router, those of the MTP modules included."""
+        return range(self.first_k_dense_replace, self.num_hidden_layers + self.num_nextn_predict_layers)
+
+    @property
     def yarn(self) -> YarnScaling | None:
         """The YaRN record when it acts: only where the model's context is longer than the original one."""
         scaling = self.rope_scaling
         if scaling and self.max_position_embeddings > scaling.original_max_position_embeddings:
             return scaling
         return None
+
+    def at_length(self, length: int) -> "ModelConfig":
+        """The model while its longest sequences have `length` tokens: plain RoPE up to the original context of YaRN, which is then
+        all that it reads; beyond it itself.
+
+        DeepSeek's rule (V3 §4.3, and its inference code, where YaRN acts `if max_seq_len > original_seq_len`): one record for
+        every longer context, 32K as 128K.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or length > scaling.original_max_position_embeddings:
+            return self
+        return replace(
+            self, max_position_embeddings=min(self.max_position_embeddings, scaling.original_max_position_embeddings)
+        )
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace

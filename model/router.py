@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import balance
 from model.config import ModelConfig
+from model.context import WHOLE, Context
 from model.ops.routing import Rule, route
 
 
@@ -30,6 +32,7 @@ class Router(nn.Module):
     """The gate. Its bias is a buffer: it is moved by `balance.update`, never by a gradient."""
 
     e_score_correction_bias: Tensor
+    context: Context = WHOLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -42,8 +45,10 @@ class Router(nn.Module):
         """x [..., T, D], sequences of T tokens, N in all → Routing."""
         logits = _LinearInFp32.apply(x.flatten(0, -2), self.weight)  # [N, E]
         by_sequence = logits.view(-1, *x.shape[-2:-1], logits.shape[-1])  # [B, T, E]
-        ids, weights, balance = route(by_sequence, self.e_score_correction_bias, self.rule)
-        return Routing(ids, weights, logits, balance)
+        ids, weights, loss = route(by_sequence, self.e_score_correction_bias, self.rule)
+        if self.context.pieces > 1:
+            loss = balance.loss_of_pieces(by_sequence, self.rule.top_k, self.context.pieces, self.context.average)
+        return Routing(ids, weights, logits, loss)
 
 
 class _LinearInFp32(torch.autograd.Function):

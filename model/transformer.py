@@ -5,14 +5,16 @@ Parameter names are those of `transformers`' in-memory DeepseekV3, so
 `model.layers.{num_hidden_layers + k}`, as in the released weights.
 """
 
+from itertools import chain
 from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import LatentCache
+from model.attention import LatentCache, MultiHeadLatentAttention
 from model.block import Block
 from model.config import ModelConfig
+from model.context import WHOLE, Context
 from model.layers import MLP, Linear, RMSNorm
 from model.loss import Losses, count_targets, targets_at
 from model.moe import Experts, LayerStats
@@ -20,11 +22,12 @@ from model.mtp import MTPBlock
 from model.ops import attention as attention_ops
 from model.ops import experts as experts_ops
 from model.ops.attention import AttentionBackend
-from model.ops.cross_entropy import count_hits, heads_cross_entropy, linear_cross_entropy
+from model.ops.cross_entropy import IGNORE, count_hits, heads_cross_entropy, linear_cross_entropy
 from model.ops.experts import ExpertsBackend
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.fp8.kernels import Kernels
 from model.rope import Rotation, rotation
+from model.router import Router
 
 
 class Output(NamedTuple):
@@ -37,7 +40,17 @@ class Scores(NamedTuple):
 
     nats: Tensor  # [] cross-entropy of the main head
     hits: Tensor  # [1 + D_mtp] int64 targets that the main head and each MTP depth put first
+    targets: Tensor  # [1 + D_mtp] int64
+    labels: Tensor  # [targets of the main head] int64, the tokens
     expert_counts: Tensor  # [MoE layers, E] int64
+
+
+class Part(NamedTuple):
+    """Consecutive layers of a model: what one stage of a pipeline computes."""
+
+    layers: range  # of the main layers
+    first: bool = True  # begins with the embedding
+    last: bool = True  # ends with the final norm, the MTP modules and the heads
 
 
 class Transformer(nn.Module):
@@ -67,6 +80,8 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.whole = Part(range(config.num_hidden_layers))
+        self.context: Context = WHOLE
         self.compute_dtype = compute_dtype
         self.mask_documents = mask_documents
         backend = attention_ops.BACKENDS[attention] if isinstance(attention, str) else attention
@@ -77,7 +92,7 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes. Parameters may lie elsewhere (offload), buffers do not."""
-        return next(self.buffers(), self.lm_head.weight).device
+        return next(chain(self.buffers(), self.parameters())).device
 
     @property
     def main_layers(self) -> list[Block]:
@@ -87,6 +102,11 @@ class Transformer(nn.Module):
     def mtp_layers(self) -> list[MTPBlock]:
         return cast(list[MTPBlock], list(self.model.layers)[self.config.num_hidden_layers :])
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers that are here, those of the MTP modules last."""
+        return [layer for layer in self.model.layers if isinstance(layer, Block)]
+
     def forward(self, tokens: Tensor, documents: Tensor, coefficients: Tensor | None = None) -> Output:
         """Summed losses of one micro-batch.
 
@@ -95,46 +115,108 @@ class Transformer(nn.Module):
             coefficients: [1 + D_mtp] what each head's sum counts in the objective (`model.loss.head_coefficients`), so that they
                 share one gradient of the output head; None: not known yet, each has its own.
         """
-        depths = self.config.num_nextn_predict_layers
-        hidden, stats = self.hidden_states(tokens, documents)
-        labels = self._labels(tokens, documents)
-        sums = self._sum_losses([h.flatten(0, 1) for h in hidden], labels, coefficients)
+        return self.forward_part(self.whole, None, tokens, documents, coefficients)[1]
+
+    def forward_part(
+        self, part: Part, x: Tensor | None, tokens: Tensor, documents: Tensor, coefficients: Tensor | None = None
+    ) -> tuple[Tensor | None, Output]:
+        """What a part adds to `forward`, from the states that the part before handed out, None for the first.
+
+        Returns:
+            States for the next part, [B, T, D] (of the pieces that are computed here: `hidden_shape`), None of the last; and losses
+            and counts, in which everything that other parts compute is 0.
+        """
+        batch = self._read(tokens, documents)
+        hidden, stats = self._through(part, x, batch)
+        sums = tokens.new_zeros(1 + self.config.num_nextn_predict_layers, dtype=torch.float32)
+        if part.last:
+            sums = self._sum_losses([h.flatten(0, 1) for h in hidden], self._labels(batch), coefficients)
         losses = Losses(
             main=sums[0],
             mtp=sums[1:],
-            balance=sum((s.balance for s in stats), sums.new_zeros(())),
-            counts=count_targets(tokens, documents, depths, self.mask_documents),
+            balance=sum((s.balance for s in stats.values()), sums.new_zeros(())),
+            counts=self.count_targets(tokens, documents),
         )
-        return Output(losses, self._stack_counts(stats, tokens))
+        return None if part.last else hidden[0], Output(losses, self._stack_counts(stats, tokens))
 
-    @torch.no_grad()
     def score(self, tokens: Tensor, documents: Tensor) -> Scores:
         """Evaluate the same micro-batch that `forward` would learn from. Both [B, T + 1 + D_mtp]."""
-        hidden, stats = self.hidden_states(tokens, documents)
-        labels = self._labels(tokens, documents)
-        head = self.lm_head.weight
-        hits = [count_hits(h.flatten(0, 1), head, y) for h, y in zip(hidden, labels)]
+        return self.score_part(self.whole, None, tokens, documents)[1]
+
+    @torch.no_grad()
+    def score_part(
+        self, part: Part, x: Tensor | None, tokens: Tensor, documents: Tensor
+    ) -> tuple[Tensor | None, Scores]:
+        """What a part adds to `score`; in and out as of `forward_part`."""
+        batch = self._read(tokens, documents)
+        hidden, stats = self._through(part, x, batch)
+        counts = self._stack_counts(stats, tokens)
+        if not part.last:
+            heads = tokens.new_zeros(1 + self.config.num_nextn_predict_layers)
+            return hidden[0], Scores(heads[0].float(), heads, heads, heads[:0], counts)
+        labels, head = self._labels(batch), self.lm_head.weight
+        hits = torch.stack([count_hits(h.flatten(0, 1), head, y) for h, y in zip(hidden, labels)])
         nats = linear_cross_entropy(hidden[0].flatten(0, 1), head, labels[0])
-        return Scores(nats, torch.stack(hits), self._stack_counts(stats, tokens))
+        targets = torch.stack([(y != IGNORE).sum() for y in labels])
+        return None, Scores(nats, hits, targets, labels[0][labels[0] != IGNORE], counts)
 
     def hidden_states(self, tokens: Tensor, documents: Tensor) -> tuple[list[Tensor], list[LayerStats]]:
         """Normed states before the output head, [B, T, D] for the main head and each MTP depth, and the MoE layers' stats."""
-        depths = self.config.num_nextn_predict_layers
-        length = tokens.shape[1] - 1 - depths
-        embedded = self.embed(tokens[:, : length + depths])  # [B, T + D_mtp, D]
-        positions = rotation(self.config, torch.arange(length, device=tokens.device))
-        starts = attention_ops.document_starts(documents[:, :length]) if self.mask_documents else None
+        hidden, stats = self._through(self.whole, None, self._read(tokens, documents))
+        return hidden, list(stats.values())
 
-        x, stats = embedded[:, :length], []
-        for block in self.main_layers:
-            x, layer_stats = block(x, positions, starts)
-            stats.append(layer_stats)
-        hidden = [self.model.norm(x)]
-        for depth, module in enumerate(self.mtp_layers, start=1):
-            h, layer_stats = module(hidden[-1], embedded[:, depth : depth + length], positions, starts)
-            hidden.append(h)
-            stats.append(layer_stats)
-        return hidden, [s for s in stats if s is not None]
+    def count_targets(self, tokens: Tensor, documents: Tensor) -> Tensor:
+        """[1 + D_mtp] int64 valid targets of each head in a micro-batch, those that are computed here."""
+        depths = self.config.num_nextn_predict_layers
+        tokens, documents = self.context.cut(tokens, 1 + depths), self.context.cut(documents, 1 + depths)
+        return count_targets(tokens, documents, depths, self.mask_documents)
+
+    def hidden_shape(self, tokens: Tensor) -> tuple[int, int, int]:
+        """Of the states of a micro-batch's pieces that are computed here, [B', L, D]. tokens: [B, T + 1 + D_mtp]."""
+        length = tokens.shape[1] - 1 - self.config.num_nextn_predict_layers
+        return tokens.shape[0] * self.context.pieces_here, length // self.context.pieces, self.config.hidden_size
+
+    def set_context(self, context: Context) -> None:
+        """Let it compute pieces of sequences, and others the rest."""
+        self.context = context
+        for module in self.modules():
+            if isinstance(module, MultiHeadLatentAttention | Router):
+                module.context = context
+
+    def _read(self, tokens: Tensor, documents: Tensor) -> "_Batch":
+        """What a micro-batch [B, T + 1 + D_mtp] is to the layers."""
+        ahead = 1 + self.config.num_nextn_predict_layers
+        length = tokens.shape[1] - ahead
+        return _Batch(
+            self.context.cut(tokens, ahead),
+            self.context.cut(documents, ahead),
+            rotation(self.config, torch.arange(length, device=tokens.device)),
+            attention_ops.document_starts(documents[:, :length]) if self.mask_documents else None,
+        )
+
+    def _through(self, part: Part, x: Tensor | None, batch: "_Batch") -> tuple[list[Tensor], dict[int, LayerStats]]:
+        """States after a part, [B', L, D]: of the last one normed, for the main head and each MTP depth. MoE stats by layer."""
+        depths = self.config.num_nextn_predict_layers
+        length = batch.tokens.shape[1] - 1 - depths
+        stats = {}
+        embedded = self.embed(batch.tokens[:, : length + depths]) if part.first or (part.last and depths) else None
+        if part.first:
+            assert embedded is not None
+            x = embedded[:, :length]
+        for layer in part.layers:
+            x, stats[layer] = self.main_layers[layer](x, batch.rotation, batch.starts)
+        assert x is not None
+        hidden = [x]
+        if part.last:
+            hidden = [self.model.norm(x)]
+            for depth, module in enumerate(self.mtp_layers, start=1):
+                assert embedded is not None
+                ahead = embedded[:, depth : depth + length]
+                h, stats[self.config.num_hidden_layers + depth - 1] = module(
+                    hidden[-1], ahead, batch.rotation, batch.starts
+                )
+                hidden.append(h)
+        return hidden, {layer: s for layer, s in stats.items() if s is not None}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] → [B, T, D] in the compute dtype; all later layers follow it."""
@@ -142,16 +224,24 @@ class Transformer(nn.Module):
 
     def decode(self, tokens: Tensor, caches: list[LatentCache]) -> Tensor:
         """Normed states of new tokens after those in the caches, one cache a main layer. [B, T] → [B, T, D]."""
-        x, positions = self.embed(tokens), self._positions_after(caches[0], tokens.shape[1])
-        for block, cache in zip(self.main_layers, caches):
-            x = block.decode(x, positions, cache)
-        return self.model.norm(x)
+        return self.decode_part(self.whole, None, tokens, caches)
+
+    def decode_part(self, part: Part, x: Tensor | None, tokens: Tensor, caches: list[LatentCache]) -> Tensor:
+        """What a part adds to `decode`, from the states x [B, T, D] that the part before handed out."""
+        x = self.embed(tokens) if x is None else x
+        for layer in part.layers:
+            x = self.main_layers[layer].decode(x, self._positions_after(caches[layer], tokens.shape[1]), caches[layer])
+        return self.model.norm(x) if part.last else x
 
     def decode_mtp(self, depth: int, hidden: Tensor, next_tokens: Tensor, cache: LatentCache) -> Tensor:
         """States of MTP module `depth` (1, 2, …) for new positions: hidden [B, T, D] of the depth before, and
         next_tokens [B, T], the tokens `depth` ahead of them. → [B, T, D]."""
         positions = self._positions_after(cache, next_tokens.shape[1])
         return self.mtp_layers[depth - 1].decode(hidden, self.embed(next_tokens), positions, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] normed states → [..., V]."""
+        return self.lm_head(hidden)
 
     def new_caches(self, batch: int, max_length: int) -> list[LatentCache]:
         """Empty caches of every layer, those of the MTP modules last."""
@@ -160,10 +250,11 @@ class Transformer(nn.Module):
     def _positions_after(self, cache: LatentCache, new: int) -> Rotation:
         return rotation(self.config, torch.arange(cache.length, cache.length + new, device=cache.entries.device))
 
-    def _labels(self, tokens: Tensor, documents: Tensor) -> list[Tensor]:
-        """[B·T] targets of the main head and of each MTP depth."""
+    def _labels(self, batch: "_Batch") -> list[Tensor]:
+        """[B'·L] targets of the main head and of each MTP depth."""
         depths = self.config.num_nextn_predict_layers
-        return [targets_at(tokens, documents, k, depths, self.mask_documents).flatten() for k in range(1 + depths)]
+        heads = range(1 + depths)
+        return [targets_at(batch.tokens, batch.documents, k, depths, self.mask_documents).flatten() for k in heads]
 
     def _sum_losses(self, hidden: list[Tensor], labels: list[Tensor], coefficients: Tensor | None) -> Tensor:
         """[1 + D_mtp] summed cross-entropy of each head."""
@@ -172,9 +263,19 @@ class Transformer(nn.Module):
             return heads_cross_entropy(hidden, head, labels, coefficients)
         return torch.stack([linear_cross_entropy(h, head, y) for h, y in zip(hidden, labels)])
 
-    def _stack_counts(self, stats: list[LayerStats], tokens: Tensor) -> Tensor:
-        counts = [s.expert_counts for s in stats]
-        return torch.stack(counts) if counts else tokens.new_zeros(0, self.config.n_routed_experts)
+    def _stack_counts(self, stats: dict[int, LayerStats], tokens: Tensor) -> Tensor:
+        nothing = tokens.new_zeros(self.config.n_routed_experts)
+        counts = [stats[n].expert_counts if n in stats else nothing for n in self.config.moe_layers]
+        return torch.stack(counts) if counts else nothing[None][:0]
+
+
+class _Batch(NamedTuple):
+    """A micro-batch as the layers see it: pieces that are computed here, and what they must know of whole sequences."""
+
+    tokens: Tensor  # [B', L + 1 + D_mtp]
+    documents: Tensor  # [B', L + 1 + D_mtp]
+    rotation: Rotation  # of the T positions
+    starts: Tensor | None  # [B, T] of their documents
 
 
 class Decoder(nn.Module):

@@ -3,8 +3,11 @@
 import torch
 
 from model.transformer import Transformer
+from parallel.context import share_sequences
 from parallel.engine import Engine, Fill, MakeOptimizer
 from parallel.layout import Layout
+from parallel.meshes import Meshes
+from parallel.pipeline import Pipeline
 
 
 def build_engine(
@@ -25,15 +28,19 @@ def build_engine(
         make_optimizer: called once with (name, tensor) of what this rank updates.
         clip: largest global gradient norm; None does not clip.
     """
+    meshes = Meshes(layout, device.type)
+    if layout.config.context > 1:
+        share_sequences(model, meshes.context)
+    pipeline = Pipeline(layout, meshes, model, device) if layout.config.pipeline > 1 else None
     # An engine's library is imported when it is used: DeepSpeed takes seconds, and need not be there for the others.
     if layout.config.engine == "ddp":
         from parallel.ddp import DDPEngine
 
-        return DDPEngine(model, device, fill, make_optimizer, clip)
+        return DDPEngine(model, device, fill, make_optimizer, clip, meshes, pipeline)
     if layout.config.engine == "fsdp":
         from parallel.fsdp import FSDPEngine
 
-        return FSDPEngine(layout, model, device, fill, make_optimizer, clip)
+        return FSDPEngine(layout, model, device, fill, make_optimizer, clip, meshes, pipeline)
     from parallel.deepspeed import ZeroEngine
 
-    return ZeroEngine(layout, model, device, fill, make_optimizer, clip)
+    return ZeroEngine(layout, model, device, fill, make_optimizer, clip, meshes)

@@ -7,17 +7,20 @@ A single rank has nothing to sum: it calls the model without the wrapper, whose 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from model.init import write_whole
 from model.transformer import Output, Transformer
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
+from parallel.meshes import Meshes
 from parallel.moments import moments, restore
+from parallel.pipeline import Pipeline
 from parallel.step import GlobalStep, step_optimizer
 
 
@@ -29,7 +32,8 @@ class DDPEngine(GlobalStep):
         device: where it shall be.
         fill: gives it its first weights, the same on every rank.
         make_optimizer: called once with the parameters.
-        clip: as of `GlobalStep`.
+        clip, pipeline: as of `GlobalStep`.
+        meshes: of its layout; None: all ranks read data of their own.
     """
 
     def __init__(
@@ -39,14 +43,17 @@ class DDPEngine(GlobalStep):
         fill: Fill,
         make_optimizer: MakeOptimizer,
         clip: float | None,
+        meshes: Meshes | None = None,
+        pipeline: Pipeline | None = None,
     ):
         model.to_empty(device=device)
         fill(model, write_whole)
-        super().__init__(model, device, clip)
-        self.gradient_copies = dist.get_world_size()
-        self.replicas = _replicas(model) if dist.get_world_size() > 1 else None
+        super().__init__(model, device, clip, pipeline)
+        self.group = meshes.in_stage.get_group() if meshes else dist.group.WORLD  # ranks that hold the same
+        self.gradient_copies = ranks = dist.get_world_size(self.group)
+        self.replicas = _replicas(model) if ranks > 1 and pipeline is None else None
         self.optimizer = make_optimizer(model.named_parameters())
-        self.buckets_are_final = dist.get_world_size() < 3
+        self.buckets_are_final = self.replicas is None or ranks < 3
 
     def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         if not self.buckets_are_final:
@@ -61,6 +68,13 @@ class DDPEngine(GlobalStep):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
+
+    def sum_gradients(self) -> None:
+        """After a pipeline has run dry: nothing is left that this could hide behind."""
+        for bucket in _buckets([p.grad for p in self.model.parameters() if p.grad is not None]):
+            whole = _flatten_dense_tensors(bucket)
+            dist.all_reduce(whole, group=self.group)
+            torch._foreach_copy_(bucket, _unflatten_dense_tensors(whole, bucket))
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -90,8 +104,10 @@ class DDPEngine(GlobalStep):
         self.scaling.load(state["loss_scale"])
 
     def parts(self) -> dict[str, Tensor]:
-        largest_first = sorted(self.model.named_parameters(), key=lambda item: -item[1].numel())
-        return {name: p.detach() for name, p in largest_first[dist.get_rank() :: dist.get_world_size()]}
+        elsewhere = self.pipeline.copies if self.pipeline else frozenset()
+        named = [(name, p.detach()) for name, p in self.model.named_parameters() if name not in elsewhere]
+        largest_first = sorted(named, key=lambda item: -item[1].numel())
+        return dict(largest_first[dist.get_rank(self.group) :: dist.get_world_size(self.group)])
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(parts)
@@ -119,6 +135,18 @@ def _replicas(model: Transformer) -> DistributedDataParallel:
         replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     replicas.register_comm_hook(None, _sum_over_ranks)
     return replicas
+
+
+def _buckets(tensors: Sequence[Tensor], size: int = 25 << 20) -> Iterator[list[Tensor]]:
+    """Tensors in groups of about so many bytes, DDP's own."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.nbytes for t in bucket) >= size:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def _sum_over_ranks(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -68,12 +68,13 @@ class ZeroEngine(GlobalStep):
         fill: Fill,
         make_optimizer: MakeOptimizer,
         clip: float | None,
+        meshes: Meshes,
     ):
         config = ds_config(layout.config, model.compute_dtype, clip, device)
         deepspeed = _import_deepspeed(device)
         self.is_sharded = layout.config.engine == "zero3"
         self.world_size = dist.get_world_size()
-        self.meshes = Meshes(layout, device.type) if layout.config.expert > 1 else None
+        self.meshes = meshes if layout.config.expert > 1 else None
         if self.is_sharded:
             _shard_parameters(deepspeed, model, device, config)
             fill(model, _write_piece)

@@ -164,7 +164,7 @@ def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
 def _fsdp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     part = sum(_elements(layout, name, shape) for name, shape in shapes.items())
     units = gathered_units(layout, shapes, sizes.element)
-    gathered = _at_work(units) if layout.config.reshard_after_forward else _all_at_once(units, sizes.micro_batches)
+    gathered = _at_work(units) if layout.config.reshards else _all_at_once(units, sizes.micro_batches)
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
     if layout.config.offload == "none":
         return Footprint(parameters, gradients, moments, gathered, host=0)

@@ -13,7 +13,8 @@ With `expert` the experts of a layer are first spread over ranks (`parallel.expe
 the ranks that have the same. The optimizer works on the local parts as plain tensors: Adam is elementwise, a shard needs no other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,11 +34,13 @@ from model.layers import RMSNorm
 from model.moe import MoE
 from model.router import Router
 from model.transformer import Output, Transformer
-from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
+from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
 from parallel.expert import spread_experts
+from parallel.fsdp_reduction import reduce_gradients, take_up_gradients
 from parallel.layout import Layout, cut_of
 from parallel.meshes import Meshes
 from parallel.moments import moments, restore
+from parallel.pipeline import Pipeline
 from parallel.shards import Shard
 from parallel.step import GlobalStep, step_optimizer
 
@@ -53,15 +56,18 @@ class FSDPEngine(GlobalStep):
         fill: Fill,
         make_optimizer: MakeOptimizer,
         clip: float | None,
+        meshes: Meshes,
+        pipeline: Pipeline | None = None,
     ):
-        super().__init__(model, device, clip)
+        super().__init__(model, device, clip, pipeline)
         self.gradient_copies = layout.config.replicate
-        self.reshards = layout.config.reshard_after_forward
+        self.reshards = layout.config.reshards
         self.offloads = layout.config.offload == "all"
-        meshes = Meshes(layout, device.type)
         if layout.config.expert > 1:
             spread_experts(model, meshes.expert, layout.config.fp8_dispatch)
         self.units = _shard(model, meshes, layout)
+        if pipeline:
+            pipeline.take_up = partial(take_up_gradients, self.units)
         _materialize(model, device, offload=self.offloads)
         self.units[-1].unshard()  # FSDP settles where its shards lie when it first gathers
         self._reshard()
@@ -81,6 +87,17 @@ class FSDPEngine(GlobalStep):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
+
+    def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
+        if self.pipeline:  # no backward pass knows that it is the last one
+            root = self.units[-1]
+            root.set_is_last_backward(False)
+            root.set_requires_gradient_sync(False)
+            root.set_reshard_after_backward(False)
+        return super().launch(micro_batches, settings)
+
+    def sum_gradients(self) -> None:
+        reduce_gradients(self.units)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
@@ -141,11 +158,11 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModul
     """Cut the model into the units that are gathered together, the root last: experts, blocks, embedding, and the rest."""
     compute = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    common: dict[str, Any] = {"reshard_after_forward": layout.config.reshard_after_forward, "mesh": meshes.dense}
+    common: dict[str, Any] = {"reshard_after_forward": layout.config.reshards, "mesh": meshes.dense}
     cut: dict[str, Any] = {"shard_placement_fn": lambda parameter: ShardDim(cut_of(parameter.shape, layout.shard))}
     if layout.config.offload == "all":
         common["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-    for block in model.model.layers:
+    for block in model.blocks:
         if layout.config.expert > 1 and isinstance(block.mlp, MoE):
             place = {"mesh": meshes.expert_shard, "shard_placement_fn": lambda _: ShardDim(1)}
             fully_shard(block.mlp.experts, **{**common, **place}, mp_policy=compute)
@@ -153,10 +170,12 @@ def _shard(model: Transformer, meshes: Meshes, layout: Layout) -> list[FSDPModul
             fully_shard([m for m in block.modules() if isinstance(m, RMSNorm | Router)], **common, mp_policy=exact)
         fully_shard(block, **common, **cut, mp_policy=compute)
         register_fsdp_forward_method(block, "decode")
-    embedding = fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
-    embedding.set_unshard_in_backward(False)  # its gradient asks for the tokens alone
+    if isinstance(model.model.embed_tokens, nn.Embedding):  # on this rank of a pipeline
+        embedding = fully_shard(model.model.embed_tokens, **common, mp_policy=exact)
+        embedding.set_unshard_in_backward(False)  # its gradient asks for the tokens alone
     fully_shard(model, **{**common, "reshard_after_forward": False}, mp_policy=exact)
-    for method in ("score", "decode", "decode_mtp"):
+    in_pipeline = ("forward_part", "score_part", "decode_part", "decode_mtp", "logits")
+    for method in in_pipeline if layout.config.pipeline > 1 else ("score", "decode", "decode_mtp"):
         register_fsdp_forward_method(model, method)
     if layout.config.expert > 1:
         _gather_ahead(model)
@@ -172,7 +191,7 @@ def _gather_ahead(model: Transformer) -> None:
     FSDP does so by itself as long as the host runs ahead of the device, which it cannot where it waits to learn how many tokens
     will arrive (`parallel.expert`).
     """
-    units = [_units_of(block) for block in model.model.layers]
+    units = [_units_of(block) for block in model.blocks]
     for earlier, later in pairwise(units):
         earlier[0].set_modules_to_forward_prefetch(later)
         later[0].set_modules_to_backward_prefetch(earlier)

@@ -1,11 +1,15 @@
 """Which process does what: a parallel configuration, checked against the number of processes and the model, becomes a `Layout`.
 
-This is the one place that knows how ranks are arranged. All of them read data; a rank's place is
+This is the one place that knows how ranks are arranged. A rank's place is
 
-    rank = replica · shard + place                      dense parameters are sharded over `place`, replicated over `replica`
+    rank = pipeline_rank · stage_ranks + in_stage       layers lie on one `pipeline_rank`, stage_ranks = processes / pipeline
+    in_stage = replica · shard + place                  dense parameters are sharded over `place`, replicated over `replica`
     place = expert_shard · expert + expert_rank         an expert's matrices lie on one `expert_rank`, sharded over `expert_shard`
+    in_stage = data_rank · context + context_rank       a sequence is shared by the ranks of one `data_rank`
 
-so that the ranks among which tokens travel to their experts are neighbours, on one node where they fit.
+so that the ranks among which tokens travel to their experts, and those that share a sequence, are neighbours, on one node where
+they fit. Ranks of one `pipeline_rank` are to each other what all are without a pipeline. All ranks read data: those that differ in
+`pipeline_rank` or `context_rank` alone read the same.
 """
 
 import json
@@ -17,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.flops import Recompute
+from parallel.placement import Placement, Schedule, place
 from parallel.proven import PROVEN, Cell
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]  # by how much of the model is spread
@@ -34,8 +39,14 @@ class ParallelConfig:
     engine: EngineName = "ddp"
     replicate: int = 1  # copies of the sharded model (HSDP); ddp has one on every rank by itself
     expert: int = 1  # ranks that share the experts of a layer
+    pipeline: int = 1  # ranks over which the layers are spread
+    schedule: Schedule = "1f1b"  # of the pipeline
+    stages_per_rank: int | None = None  # of the pipeline; None: 1 under 1f1b, else 2
+    context: int = 1  # ranks that share a sequence
     micro_batch: int = 1  # sequences in one forward pass of one process
-    reshard_after_forward: bool = True  # fsdp: free gathered parameters between forward and backward pass
+    reshard_after_forward: bool | None = (
+        None  # fsdp: free gathered parameters after the forward pass; None: not in a pipeline
+    )
     offload: Offload = "none"  # what lives in host memory
     recompute: Recompute = "none"
     fp8: bool = False  # the products of blocks in FP8 (`precision.fp8`)
@@ -43,10 +54,25 @@ class ParallelConfig:
     unproven: bool = False  # allow a layout without a row in PARITY.md
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # a user's own ds_config, merged into the derived one
 
+    @property
+    def reshards(self) -> bool:
+        """Whether fsdp frees gathered parameters between forward and backward pass."""
+        return self.pipeline == 1 if self.reshard_after_forward is None else self.reshard_after_forward
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline, on all its ranks."""
+        default = 1 if self.pipeline == 1 or self.schedule == "1f1b" else 2
+        return self.pipeline * (self.stages_per_rank or default)
+
 
 @dataclass(frozen=True)
 class Layout:
     """A configuration that fits a number of processes and, where one is given, a model.
+
+    Args:
+        lengths: T, or those of the run's stages. The layers of a pipeline are placed by what they cost at the first one; none:
+            at the model's own context.
 
     Raises:
         LayoutError: it does not; the message names the nearest that do.
@@ -55,17 +81,23 @@ class Layout:
     config: ParallelConfig
     world_size: int
     model: ModelConfig | None = None
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problem = _problem(self.config, self.world_size, self.model)
+        problem = _problem(self.config, self.world_size, self.model) or self._problem_of_lengths()
         if problem:
             fixes = nearest(self.config, self.world_size, self.model)
             raise LayoutError(f"{problem}; use {' or '.join(fixes)}" if fixes else problem)
 
     @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same layers, or parts of them."""
+        return self.world_size // self.config.pipeline
+
+    @property
     def shard(self) -> int:
-        """Ranks over which one copy of the model is spread; 1 under ddp."""
-        return 1 if self.config.engine == "ddp" else self.world_size // self.config.replicate
+        """Ranks over which one copy of the model, or of its stages on one pipeline rank, is spread; 1 under ddp."""
+        return 1 if self.config.engine == "ddp" else self.stage_ranks // self.config.replicate
 
     @property
     def expert_shard(self) -> int:
@@ -74,21 +106,68 @@ class Layout:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read different sequences: all of them, since expert parallelism borrows its ranks from data parallelism."""
-        return self.world_size
+        """Groups of ranks that read different sequences."""
+        return self.stage_ranks // self.config.context
 
-    def check_batch(self, sequences: int, fix: str | None = None) -> None:
-        """Refuse a global batch that the data ranks cannot share evenly; `fix` is what gives others, where the caller knows it."""
-        if sequences % self.data_ranks:
-            raise LayoutError(
-                f"schedule.batch_tokens: a global batch of {sequences} sequences does not divide over {self.data_ranks} "
-                f"processes; {fix or f'choose a multiple of {self.data_ranks} sequences'} or another number of processes"
+    def data_rank(self, rank: int) -> int:
+        """Which of them a rank belongs to."""
+        return rank % self.stage_ranks // self.config.context
+
+    @property
+    def placement(self) -> Placement:
+        """Which layers lie on which pipeline rank."""
+        assert self.model is not None
+        length = self.lengths[0] if self.lengths else self.model.max_position_embeddings
+        c = self.config
+        return place(self.model, length, c.pipeline, c.schedule, c.stages // c.pipeline)
+
+    def check_batch(self, sequences: int, micro_batch: int | None = None, fix: str | None = None) -> None:
+        """Refuse a global batch that the ranks cannot share evenly, or that does not fill a pipeline.
+
+        Args:
+            micro_batch: where it differs from the configuration's.
+            fix: what gives other batches, where the caller knows it.
+        """
+        ranks = self.data_ranks
+        if sequences % ranks:
+            groups = (
+                _processes(ranks)
+                if ranks == self.world_size
+                else f"{ranks} groups of {self.world_size // ranks} processes"
             )
+            raise LayoutError(
+                f"schedule.batch_tokens: a global batch of {sequences} sequences does not divide over {groups}; "
+                f"{fix or f'choose a multiple of {ranks} sequences'} or another number of processes"
+            )
+        c, size = self.config, micro_batch or self.config.micro_batch
+        chunks = -(-sequences // ranks // size)
+        rule = None
+        if c.pipeline > 1 and c.schedule in ("1f1b", "dualpipev") and chunks < c.stages:
+            rule = f"{c.schedule} needs as many micro-batches as stages, {c.stages}, at least"
+        elif c.schedule == "interleaved" and chunks % (rounds := max(1, chunks // c.pipeline)):
+            rule = f"interleaved needs micro-batches in {rounds} equal rounds"
+        if c.pipeline > 1 and rule:
+            share = sequences // ranks
+            raise LayoutError(
+                f"parallel.micro_batch = {size}: of {share} sequences for each rank that is {chunks} micro-batches, and {rule}; "
+                f"lower parallel.micro_batch, raise schedule.batch_tokens, or use another parallel.schedule"
+            )
+
+    def _problem_of_lengths(self) -> str | None:
+        pieces = 2 * self.config.context
+        for length in self.lengths if self.config.context > 1 else ():
+            if length % pieces:
+                return (
+                    f"parallel.context = {self.config.context}: cuts sequences into {pieces} equal pieces, "
+                    f"which {length} tokens do not give"
+                )
+        return None
 
 
 def cell(config: ParallelConfig) -> Cell:
     """The row of PARITY.md that a configuration needs."""
-    axes = {"replicate": config.replicate > 1, "expert": config.expert > 1}
+    axes = {"replicate": config.replicate > 1, "expert": config.expert > 1, "context": config.context > 1}
+    axes[config.schedule] = config.pipeline > 1
     axes |= {"recompute": config.recompute != "none", "offload": config.offload != "none"}
     axes["fp8"] = config.fp8
     return Cell(config.engine, frozenset(name for name, used in axes.items() if used))
@@ -108,7 +187,7 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
     best = [new for i, new in enumerate(changes) if sum(new.keys() == better.keys() for better in changes[:i]) < 2]
     texts = [" ".join(f"parallel.{name}={_show(value)}" for name, value in new.items()) for new in best[:3]]
 
-    unit = config.replicate * config.expert
+    unit = config.pipeline * math.lcm(config.context, config.replicate * config.expert)
     sizes = [size for size in (world_size // unit * unit, (world_size // unit + 1) * unit) if size > 0]
     return texts + [_processes(size) for size in sizes if _problem(config, size, model) is None][:1]
 
@@ -122,7 +201,11 @@ def _changes_that_work(config: ParallelConfig, world_size: int, model: ModelConf
         "replicate": divisors,
         "offload": get_args(Offload),
         "recompute": ["none"],
-        "reshard_after_forward": [True],
+        "pipeline": divisors,
+        "context": divisors,
+        "schedule": get_args(Schedule),
+        "stages_per_rank": [None],
+        "reshard_after_forward": [None],
         "deepspeed": [{}],
     }
     others = {name: [v for v in values if v != getattr(config, name)] for name, values in choices.items()}
@@ -145,7 +228,7 @@ def _cost(name: str, old: Any, new: Any) -> float:
         order = get_args(EngineName)
         changes_library = old.startswith("zero") != new.startswith("zero")
         return 3 + 6 * changes_library + 0.1 * abs(order.index(old) - order.index(new))
-    moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate") else 2
+    moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate", "pipeline", "context") else 2
     default = getattr(ParallelConfig(), name)
     return 10 if new == default else 10 + moved if old == default else moved
 
@@ -162,6 +245,7 @@ def _problem(config: ParallelConfig, world_size: int, model: ModelConfig | None)
     """The first rule that a configuration breaks, as `field = value: rule`."""
     problems = chain(
         _problems_of_engine(config),
+        _problems_of_pipeline(config),
         _problems_of_ranks(config, world_size),
         _problems_of_model(config, world_size, model) if model else [],
         _problems_of_proof(config),
@@ -174,7 +258,7 @@ def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
         if c.replicate != 1:
             has = "has a copy on every process" if c.engine == "ddp" else "has one copy, spread over all processes"
             yield f"parallel.replicate = {c.replicate}: belongs to fsdp; {c.engine} {has}"
-        if not c.reshard_after_forward:
+        if c.reshard_after_forward is False:
             yield f"parallel.reshard_after_forward = false: belongs to fsdp, not to {c.engine}"
     if c.engine in ("ddp", "zero3") and c.expert != 1:
         yield f"parallel.expert = {c.expert}: fsdp, zero1 and zero2 spread experts, {c.engine} does not"
@@ -188,16 +272,53 @@ def _problems_of_engine(c: ParallelConfig) -> Iterator[str]:
         yield f"parallel.offload = all: {c.engine} keeps whole parameters on every device; only its optimizer can go"
 
 
+def _problems_of_pipeline(c: ParallelConfig) -> Iterator[str]:
+    if c.pipeline == 1:
+        if c.schedule != "1f1b":
+            yield f"parallel.schedule = {c.schedule}: is for a parallel.pipeline above 1"
+        if c.stages_per_rank is not None:
+            yield f"parallel.stages_per_rank = {c.stages_per_rank}: is for a parallel.pipeline above 1"
+        return
+    if c.engine.startswith("zero"):
+        yield f"parallel.pipeline = {c.pipeline}: ddp and fsdp spread layers, {c.engine} does not"
+    if c.reshard_after_forward:
+        yield (
+            "parallel.reshard_after_forward = true: under a pipeline several micro-batches are under way, and parameters stay "
+            "gathered for all of them"
+        )
+    if c.offload != "none":
+        yield f"parallel.offload = {c.offload}: under a pipeline parameters and optimizer stay on the device"
+    given = c.stages_per_rank
+    if given is not None and (given < 2 if c.schedule == "interleaved" else given != c.stages // c.pipeline):
+        has = {"1f1b": "has one stage a rank", "interleaved": "has at least two stages a rank"}.get(
+            c.schedule, "has two stages a rank"
+        )
+        yield f"parallel.stages_per_rank = {given}: {c.schedule} {has}"
+
+
 def _problems_of_ranks(c: ParallelConfig, world_size: int) -> Iterator[str]:
-    if world_size % c.replicate:
-        yield f"parallel.replicate = {c.replicate}: does not divide {_processes(world_size)}"
-    elif world_size // c.replicate % c.expert:
-        shard = _processes(world_size // c.replicate)
-        ranks = shard if c.replicate == 1 else f"the {shard} of each of {c.replicate} copies"
+    if world_size % c.pipeline:
+        yield f"parallel.pipeline = {c.pipeline}: does not divide {_processes(world_size)}"
+        return
+    in_stage, of_each = world_size // c.pipeline, f" of each of {c.pipeline} pipeline ranks" * (c.pipeline > 1)
+    if in_stage % c.replicate:
+        yield f"parallel.replicate = {c.replicate}: does not divide {_processes(in_stage)}{of_each}"
+    elif in_stage // c.replicate % c.expert:
+        shard = _processes(in_stage // c.replicate)
+        ranks = f"{shard}{of_each}" if c.replicate == 1 else f"the {shard} of each of {c.replicate} copies"
         yield f"parallel.expert = {c.expert}: does not divide {ranks}"
+    if in_stage % c.context:
+        yield f"parallel.context = {c.context}: does not divide {_processes(in_stage)}{of_each}"
 
 
 def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -> Iterator[str]:
+    if c.pipeline > 1:
+        interior = c.stages - 2
+        if model.num_hidden_layers < max(interior, 1):
+            yield (
+                f"parallel.pipeline = {c.pipeline}: {c.stages} stages need a layer each but the first and the last, and "
+                f"model.num_hidden_layers = {model.num_hidden_layers}"
+            )
     if c.expert == 1:
         return
     if model.n_moe_layers == 0:
@@ -206,7 +327,7 @@ def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -
         yield f"parallel.expert = {c.expert}: does not divide model.n_routed_experts = {model.n_routed_experts}"
     if c.engine != "fsdp":
         return
-    parts = world_size // c.replicate // c.expert
+    parts = world_size // c.pipeline // c.replicate // c.expert
     for name, rows in (("hidden_size", model.hidden_size), ("moe_intermediate_size", 2 * model.moe_intermediate_size)):
         if rows % parts:
             value = getattr(model, name)

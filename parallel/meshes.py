@@ -6,15 +6,32 @@ from parallel.layout import Layout
 
 
 class Meshes:
-    """The device meshes of a layout. Making them is collective and done once a run."""
+    """The device meshes of a layout, those of this rank's stages. Making them is collective and done once a run."""
 
     def __init__(self, layout: Layout, device_type: str):
-        replicate, shard, expert = layout.config.replicate, layout.shard, layout.config.expert
-        self._dense = init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-        self._experts = init_device_mesh(
-            device_type, (replicate, shard // expert, expert), mesh_dim_names=("replicate", "expert_shard", "expert")
+        c = layout.config
+        pipeline, replicate, shard, context, expert = c.pipeline, c.replicate, layout.shard, c.context, c.expert
+        copies = layout.stage_ranks // shard  # of the model: replicas, or the ranks of ddp
+        dense = init_device_mesh(
+            device_type, (pipeline, copies, shard), mesh_dim_names=("pipeline", "replicate", "shard")
         )
+        self.pipeline = dense["pipeline"]  # ranks that have the same place among those of their stages
+        self._dense = dense["replicate", "shard"]
+        if expert > 1:
+            self._experts = init_device_mesh(
+                device_type,
+                (pipeline, copies, shard // expert, expert),
+                mesh_dim_names=("pipeline", "replicate", "expert_shard", "expert"),
+            )["replicate", "expert_shard", "expert"]
+        if context > 1:
+            self.context = init_device_mesh(
+                device_type, (layout.world_size // context, context), mesh_dim_names=("data", "context")
+            )["context"]  # ranks that share sequences
         self._replicates = replicate > 1
+        by_stage = init_device_mesh(
+            device_type, (pipeline, layout.stage_ranks), mesh_dim_names=("pipeline", "in_stage")
+        )
+        self.in_stage = by_stage["in_stage"]  # ranks with the same stages
 
     @property
     def dense(self) -> DeviceMesh:

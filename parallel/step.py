@@ -1,7 +1,8 @@
 """One optimizer step, written once for all engines, so that no engine can have a mathematics of its own.
 
     1. n_k ← valid targets of head k in the global batch            (one reduction of 1 + D integers)
-    2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n
+    2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n; micro-batches go
+                                              through one after the other, or through a pipeline (`parallel.pipeline`)
     3. losses and expert counts of the global batch                  (one reduction for all layers, MTP included)
     4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   with a non-finite ‖g‖ nothing is updated; nor with an FP8 scale that is out
                                               of bounds (`parallel.fp8_scales`)
@@ -23,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import balance
-from model.loss import count_targets, head_coefficients
+from model.loss import head_coefficients
 from model.router import Router
 from model.transformer import Output, Transformer
 from parallel.engine import MeanLosses, MicroBatch, Pending, State, StepResult, StepSettings
+from parallel.footprint import parameter_shapes
 from parallel.fp8_scales import StepScales, forget_scales, scales_of_step
 from parallel.loss_scale import LossScale
+from parallel.pipeline import Objective, Pipeline
 
 
 class GlobalStep(ABC):
@@ -38,17 +41,21 @@ class GlobalStep(ABC):
         model: parameters fp32; under fp16 compute its loss is scaled dynamically.
         device: where it computes.
         clip: largest global gradient norm; None does not clip.
+        pipeline: through which micro-batches go; None: they go through the model.
     """
 
     gradient_copies: int  # how many ranks hold each element of the gradient
     copied: frozenset[str] = frozenset()
     fp8_max_scale: float = 512.0
 
-    def __init__(self, model: Transformer, device: torch.device, clip: float | None):
+    def __init__(self, model: Transformer, device: torch.device, clip: float | None, pipeline: Pipeline | None = None):
         self.model = model
         self.device = device
         self.clip = clip
-        self.routers = [module for module in model.modules() if isinstance(module, Router)]
+        self.pipeline = pipeline
+        self.routers = {
+            int(name.split(".")[2]): m for name, m in model.named_modules() if isinstance(m, Router)
+        }  # by layer
         self.scaling = LossScale(model.compute_dtype is torch.float16, device)
 
     @abstractmethod
@@ -58,6 +65,10 @@ class GlobalStep(ABC):
     @abstractmethod
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add the gradients of `loss` to those of the step. Over ranks they are summed, not averaged."""
+
+    def sum_gradients(self) -> None:
+        """Sum over ranks the gradients that came through a pipeline, where `forward` and `backward` are not called."""
+        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
@@ -93,13 +104,13 @@ class GlobalStep(ABC):
         targets = self._targets_of_global_batch(micro_batches)
         coefficients = head_coefficients(targets, settings.lambda_)
         forget_scales(self.model.fp8)
-        outputs = []
-        for index, batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            output = self.forward(batch, coefficients, is_last)
-            loss = output.losses.objective(targets, settings.batch, settings.lambda_, settings.alpha)
-            self.backward(loss * self.scaling.scale, is_last)
-            outputs.append(output)
+        outputs = self._forward_and_backward(
+            micro_batches,
+            coefficients,
+            lambda losses: (
+                losses.objective(targets, settings.batch, settings.lambda_, settings.alpha) * self.scaling.scale
+            ),
+        )
         with torch.no_grad():
             means, counts = _sum_of_global_batch(outputs, targets, settings.batch)
             scales = scales_of_step(self.model.fp8, self.fp8_max_scale)
@@ -111,12 +122,27 @@ class GlobalStep(ABC):
                 numbers["scales"] = scales.largest
         return Pending(numbers, partial(_read, self._names, scales))
 
+    def _forward_and_backward(
+        self, micro_batches: Sequence[MicroBatch], coefficients: Tensor, objective: Objective
+    ) -> Sequence[Output]:
+        """Gradients of the step, summed over ranks and micro-batches; losses and counts of this rank."""
+        if self.pipeline is not None:
+            outputs = self.pipeline.run(micro_batches, coefficients, objective)
+            self.sum_gradients()
+            self.pipeline.sum_shared(self.gradients())
+            return outputs
+        outputs = []
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            output = self.forward(batch, coefficients, is_last)
+            self.backward(objective(output.losses), is_last)
+            outputs.append(output)
+        return outputs
+
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
-        depths = self.model.config.num_nextn_predict_layers
-        local = [count_targets(b.tokens, b.documents, depths, self.model.mask_documents) for b in micro_batches]
-        targets = torch.stack(local).sum(0)
-        dist.all_reduce(targets)
+        targets = torch.stack([self.model.count_targets(b.tokens, b.documents) for b in micro_batches]).sum(0)
+        dist.all_reduce(targets, group=self.pipeline.in_stage if self.pipeline else None)
         return targets
 
     def _update(self, lr: float, scales: StepScales | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +161,8 @@ class GlobalStep(ABC):
 
     def _squares(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """[parameters] fp64 ‖g‖² of each over all ranks; from one reduction, so that it has the same bits on each of them."""
-        filled = {name: part for name, part in gradients.items() if part.numel()}
+        elsewhere = self.pipeline.copies if self.pipeline else frozenset()
+        filled = {name: part for name, part in gradients.items() if part.numel() and name not in elsewhere}
         norms = dict(zip(filled, torch._foreach_norm(list(filled.values())))) if filled else {}
         zero = next(iter(norms.values())).new_zeros(()) if norms else torch.zeros((), device=self.device)
         squares = torch.stack([norms.get(name, zero) for name in self._names]).to(self.device).double().square()
@@ -146,17 +173,21 @@ class GlobalStep(ABC):
 
     def _balance(self, counts: Tensor, gamma: float, skip: Tensor) -> Tensor:
         """Move every router's bias, unless the step is skipped. Returns them all, [MoE layers, E]."""
-        if not self.routers:
-            return counts.new_zeros(counts.shape, dtype=torch.float32)
-        biases = [router.e_score_correction_bias for router in self.routers]
-        before = torch.stack(biases)
-        after = torch.where(skip, before, balance.update(before, counts, gamma))
-        torch._foreach_copy_(biases, list(after.unbind()))
-        return after
+        all_biases = counts.new_zeros(counts.shape, dtype=torch.float32)
+        if self.routers:
+            rows = [self.model.config.moe_layers.index(layer) for layer in self.routers]
+            biases = [router.e_score_correction_bias for router in self.routers.values()]
+            before = torch.stack(biases)
+            after = torch.where(skip, before, balance.update(before, counts[rows], gamma))
+            torch._foreach_copy_(biases, list(after.unbind()))
+            all_biases[rows] = after
+        if self.pipeline:
+            dist.all_reduce(all_biases, group=self.pipeline.group)
+        return all_biases
 
     @cached_property
     def _names(self) -> list[str]:
-        return [name for name, _ in self.model.named_parameters()]
+        return list(parameter_shapes(self.model.config))
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, lr: float, divisor: Tensor, skip: Tensor) -> None:

@@ -101,7 +101,7 @@ def _ddp(layout: Layout, shapes: Shapes) -> Iterator[Flow]:
 
 
 def _fsdp(layout: Layout, shapes: Shapes, micro_batches: int, element_size: int) -> Iterator[Flow]:
-    reshards, expert = layout.config.reshard_after_forward, layout.config.expert
+    reshards, expert = layout.config.reshards, layout.config.expert
     times = micro_batches if reshards else 1
     for name, shape in shapes.items():
         what = _what(name, shape)

@@ -127,7 +127,7 @@ def generate(
     ended = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
     new = tokens
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.decode(new, caches)[:, -1])  # [B, V]
+        logits = model.logits(model.decode(new, caches)[:, -1])  # [B, V]
         new = _choose(logits, temperature, generator)  # [B, 1]
         if eos is not None:
             new = new.masked_fill(ended, eos)
@@ -189,7 +189,7 @@ class _Speculation:
     def _verify(self, unread: Tensor, drafts: Tensor) -> Tensor:
         """Read tokens and drafts, [1, U] and [1, d]; the drafts that were right and the choice after them, [1, right + 1]."""
         hidden = self.model.decode(torch.cat((unread, drafts), dim=1), self.caches)  # [1, U + d, D]
-        choices = self.model.lm_head(hidden[:, unread.shape[1] - 1 :]).argmax(-1)  # [1, d + 1]
+        choices = self.model.logits(hidden[:, unread.shape[1] - 1 :]).argmax(-1)  # [1, d + 1]
         right = (choices[0, :-1] == drafts[0]).long().cumprod(0).tolist()
         for depth, hit in enumerate(right):
             self.drafted[depth] += 1
@@ -211,7 +211,7 @@ class _Speculation:
             states = self.model.decode_mtp(depth, self.hidden[depth - 1][:, start:n], ahead, cache)
             self.hidden[depth] = torch.cat((self.hidden[depth][:, :start], states), dim=1)
             cache.crop(max(n + 1 - depth, 0))
-            tokens = torch.cat((tokens, self.model.lm_head(states[:, -1:]).argmax(-1)), dim=1)
+            tokens = torch.cat((tokens, self.model.logits(states[:, -1:]).argmax(-1)), dim=1)
         return tokens[:, n + 1 :]
 
 

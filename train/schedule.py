@@ -111,7 +111,7 @@ class Schedule:
             multiple = math.lcm(self.config.batch_multiple, ranks)
             fix = f"write schedule.batch_tokens={asked} schedule.batch_multiple={multiple}"
         for sequences in self.batches():
-            layout.check_batch(sequences, fix)
+            layout.check_batch(sequences, fix=fix)
 
     def step_at(self, tokens: int) -> float:
         """Steps made when `tokens` have been consumed: whole where a step starts, between two whole numbers elsewhere."""

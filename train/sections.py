@@ -38,7 +38,6 @@ from train.fields import (
     Share,
     WholePoints,
     mistake,
-    only_built,
     whole_number,
 )
 from train.published import PUBLISHED, published
@@ -181,6 +180,10 @@ class DataSection(Section):
         """The sequence length as [tokens, T], with an entry for every stage."""
         return tuple((state.from_tokens, state.sequence_length) for state in self.consumption())
 
+    def longest(self, tokens: int) -> int:
+        """The longest T of the stages that have begun by the step that starts after `tokens` tokens."""
+        return max(length for start, length in self.lengths if start <= tokens)
+
 
 def _as_ds_config(value: Any) -> Any:
     """A map as it is, or what the JSON file of this path has in it: the recipe keeps the content, whatever becomes of the file."""
@@ -210,11 +213,14 @@ class ParallelSection(Section):
     engine: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"  # fsdp is FSDP2, zero is DeepSpeed's
     replicate: PositiveCount = 1  # fsdp: copies of the model, each sharded over its part of the processes (HSDP)
     expert: PositiveCount = 1  # processes that share the experts of a layer; tokens travel among them
-    pipeline: Annotated[PositiveCount, only_built(1)] = 1
-    context: Annotated[PositiveCount, only_built(1)] = 1
+    pipeline: PositiveCount = 1  # processes over which the layers are spread
+    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"  # of the pipeline
+    stages_per_rank: PositiveCount | None = None  # of the pipeline; None: 1 under 1f1b, else 2
+    context: PositiveCount = 1  # processes that share each sequence
     micro_batch: PositiveCount = 1  # sequences in one forward pass of one process
-    schedule: Annotated[Literal["1f1b", "interleaved", "zbv", "dualpipev"], only_built("1f1b")] = "1f1b"  # of pipelines
-    reshard_after_forward: StrictBool = True  # fsdp: free gathered parameters between forward and backward pass
+    reshard_after_forward: StrictBool | None = (
+        None  # fsdp: free gathered parameters after forward; None: not in a pipeline
+    )
     offload: Literal["none", "optimizer", "all"] = "none"  # to the host: zero, its optimizer; fsdp and zero3, all
     recompute: Literal["none", "selective", "full"] | None = None  # None: selective on a GPU, none on a CPU
     unproven: StrictBool = False  # run a layout that has no row in parallel/PARITY.md

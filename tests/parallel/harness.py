@@ -7,7 +7,7 @@ losses, gradient norm, every gradient and moment, and in the expert biases.
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def build(case: Case, device: str = "cpu") -> Engine:
         )
     apply_recompute(model, case.parallel.recompute)
     return build_engine(
-        Layout(case.parallel, dist.get_world_size(), case.model),
+        Layout(case.parallel, dist.get_world_size(), case.model, (LENGTH,)),
         model,
         torch.device(device),
         lambda model, write: initialize(model, 0, "cpu", write),
@@ -131,7 +131,8 @@ def _train(case: Case) -> dict[str, Any]:
 
 def micro_batches(case: Case, step: int) -> list[Batch]:
     """This rank's share of a step."""
-    rank, share = dist.get_rank(), SEQUENCES // dist.get_world_size()
+    layout = Layout(replace(case.parallel, unproven=True), dist.get_world_size(), case.model, (LENGTH,))
+    rank, share = layout.data_rank(dist.get_rank()), SEQUENCES // layout.data_ranks
     mine = [part[rank * share : (rank + 1) * share] for part in global_batch(step)]
     return [Batch(*parts) for parts in zip(*(part.split(case.parallel.micro_batch) for part in mine))]
 

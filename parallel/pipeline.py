@@ -1,0 +1,316 @@
+"""Pipeline parallelism: the layers lie on several ranks, and the micro-batches of a step follow each other through them.
+
+PyTorch's schedules (`torch.distributed.pipelining`) say in what order a rank runs the chunks, forward and backward, of its stages,
+and its runtime runs them and sends between ranks what leaves a stage; `parallel.timeline` draws them. A chunk is ours (`Stage`):
+
+    forward     states of the stage before [B', L, D] → states for the next one, or losses
+    backward    gradients of these states, and of what the stage adds to the objective itself: the balance loss of its layers
+    weights     zero-bubble schedules only: the gradients of weights, put aside in the backward pass (`model.ops.weight_gradient`)
+
+Only states and their gradients travel. Tokens do not: ranks at the same place of all stages read the same ones, so targets, MTP
+inputs, rotary positions and document starts are where they are needed.
+
+Which layers a stage has is decided by what they cost (`parallel.placement`). The embedding goes with the first stage, the final
+norm, the heads and all MTP modules with the last. Under a V-shaped schedule these are on one rank, so that embedding and head are
+there once for the main model and for MTP, as in DeepSeek's own system (V3 §3.2.2); under the others the last rank has a copy of the
+embedding, and the gradients of both are summed.
+
+A stage receives into memory that it allocates then, for one micro-batch, of the shape that it knows from the tokens: neither the
+number of micro-batches nor their sizes cost memory, and no pass is run to find out shapes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.stage import _PipelineStageBase
+
+from model.attention import LatentCache
+from model.layers import split_backward
+from model.loss import Losses
+from model.ops.weight_gradient import WeightGradients, put_aside
+from model.transformer import Output, Part, Scores, Transformer
+from parallel.engine import MicroBatch
+from parallel.layout import Layout
+from parallel.meshes import Meshes
+
+Objective = Callable[[Losses], Tensor]  # what a backward pass starts from
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "1f1b": lambda stages, *args, **options: Schedule1F1B(stages[0], *args, **options),
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+SUMS = ("nats", "hits", "targets", "expert_counts")  # of `Scores`
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class Pipeline:
+    """The stages of this rank, and the way of micro-batches through all of them.
+
+    Args:
+        model: on the meta device; what lies on other ranks is taken out of it. Its `score`, `decode`, `decode_mtp` and `logits`
+            then go through all ranks, and must be called by all of them.
+
+    Attributes:
+        copies: names of parameters that are here and, counted for the model, on another rank.
+        take_up: called when gradients of weights have been added after their backward pass.
+    """
+
+    def __init__(self, layout: Layout, meshes: Meshes, model: Transformer, device: torch.device):
+        self.model, self.device = model, device
+        self.placement = layout.placement
+        self.schedule = layout.config.schedule
+        self.group = meshes.pipeline.get_group()
+        self.in_stage = meshes.in_stage.get_group()
+        self.rank, last = dist.get_rank(self.group), self.group.size() - 1
+        self.parts = parts_of(layout)
+        self.mine = self.placement.stages_of(self.rank)
+        shared = model.config.num_nextn_predict_layers > 0 and self.placement.rank_of(len(self.parts) - 1) != 0
+        self.copies = frozenset({EMBEDDING} if shared and self.rank == last else ())
+        self.holders = _ends_of(layout, meshes.pipeline) if shared else None  # of the embedding
+        self.take_up: Callable[[], None] = lambda: None
+        self.schedules: dict[int, Any] = {}  # by the number of micro-batches
+        keep_parts(model, [self.parts[stage] for stage in self.mine])
+        if self.schedule in ("zbv", "dualpipev"):
+            split_backward(model)
+        _go_through_all_ranks(self, model)
+
+    def run(self, micro_batches: Sequence[MicroBatch], coefficients: Tensor, objective: Objective) -> list[Output]:
+        """Forward and backward pass of a step's micro-batches. Returns what each stage here adds to losses and counts."""
+        schedule = self._schedule(len(micro_batches))
+        stages: list[Stage] = schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+        for stage in stages:
+            stage.begin(micro_batches, coefficients, objective)
+        schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
+        return [output for stage in stages for output in stage.outputs]
+
+    def sum_shared(self, gradients: dict[str, Tensor]) -> None:
+        """Sum the gradients of the embedding's copies, on whose ranks it is the same shard."""
+        if self.holders is not None and EMBEDDING in gradients:
+            dist.all_reduce(gradients[EMBEDDING], group=self.holders)
+
+    def through(self, run: Callable[[int, Tensor | None], Tensor | None], shape: Sequence[int]) -> Tensor | None:
+        """Let one batch go through all stages, forward alone.
+
+        Args:
+            run: a stage by its number, with the states that come in.
+            shape: of the states that leave a stage.
+
+        Returns:
+            What the last stage gave out, where it is.
+        """
+        x: Tensor | None = None
+        for stage in self.mine:
+            if stage > 0 and (source := self.placement.rank_of(stage - 1)) != self.rank:
+                x = torch.empty(shape, dtype=self.model.compute_dtype, device=self.device)
+                dist.recv(x, group=self.group, group_src=source)
+            x = run(stage, x)
+            if stage + 1 < len(self.parts) and (target := self.placement.rank_of(stage + 1)) != self.rank:
+                assert x is not None
+                dist.isend(x.contiguous(), group=self.group, group_dst=target)
+        return x
+
+    def from_last(self, x: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """To all ranks what the one with the last stage has."""
+        source = self.placement.rank_of(len(self.parts) - 1)
+        if self.rank != source:
+            x = torch.empty(shape, dtype=self.model.compute_dtype, device=self.device)
+        assert x is not None
+        x = x.contiguous()
+        dist.broadcast(x, group=self.group, group_src=source)
+        return x
+
+    def _schedule(self, micro_batches: int) -> Any:
+        if micro_batches not in self.schedules:
+            stages = [Stage(self, number) for number in self.mine]
+            make = SCHEDULES[self.schedule]
+            self.schedules[micro_batches] = make(stages, micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False)
+        return self.schedules[micro_batches]
+
+
+class Stage(_PipelineStageBase):
+    """A stage as PyTorch's schedules run it. Chunks are called by the number of their micro-batch."""
+
+    def __init__(self, pipeline: Pipeline, number: int):
+        super().__init__(nn.Identity(), number, len(pipeline.parts), pipeline.device, pipeline.group)
+        self.pipeline, self.part = pipeline, pipeline.parts[number]
+
+    def begin(self, micro_batches: Sequence[MicroBatch], coefficients: Tensor, objective: Objective) -> None:
+        """A step."""
+        self.micro_batches, self.coefficients, self.objective = micro_batches, coefficients, objective
+        self.outputs: list[Output] = []
+        self.incoming: dict[int, Tensor] = {}  # states of the stage before
+        self.under_way: dict[int, tuple[Tensor | None, Tensor | None, Tensor]] = {}  # came in, goes out, objective
+        self.of_outgoing: dict[int, Tensor] = {}  # gradients from the stage behind
+        self.of_incoming: dict[int, Tensor] = {}  # gradients for the stage before
+        self.later: dict[int, WeightGradients] = {}
+
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
+    ) -> Tensor:
+        batch, x = self.micro_batches[fwd_chunk_id], self.incoming.pop(fwd_chunk_id, None)
+        if x is not None:
+            x.requires_grad_()
+        out, output = self.pipeline.model.forward_part(self.part, x, batch.tokens, batch.documents, self.coefficients)
+        objective = self.objective(output.losses)
+        self.under_way[fwd_chunk_id] = x, out, objective
+        losses = Losses(*(part.detach() for part in output.losses))
+        self.outputs.append(Output(losses, output.expert_counts))
+        return objective.detach() if out is None else out
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        x, out, objective = self.under_way.pop(bwd_chunk_id)
+        gradients: dict[Tensor, Tensor | None] = {objective: None} if objective.requires_grad else {}
+        if out is not None:
+            gradients[out] = self.of_outgoing.pop(bwd_chunk_id)
+        if full_backward:
+            torch.autograd.backward(list(gradients), list(gradients.values()))
+        else:
+            with put_aside() as self.later[bwd_chunk_id]:
+                torch.autograd.backward(list(gradients), list(gradients.values()))
+        if x is not None:
+            assert x.grad is not None
+            self.of_incoming[bwd_chunk_id] = x.grad
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        self.later.pop(bwd_chunk_id).run()
+        self.pipeline.take_up()
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return [] if self.is_first else self._receive(self.incoming, fwd_chunk_id, self.stage_index - 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        out = self.under_way[fwd_chunk_id][1]
+        return [] if out is None else self._send(out.detach(), self.stage_index + 1)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return [] if self.is_last else self._receive(self.of_outgoing, bwd_chunk_id, self.stage_index + 1)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return [] if self.is_first else self._send(self.of_incoming.pop(bwd_chunk_id), self.stage_index - 1)
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        self.incoming[mb_index] = prev_stage_outputs.detach()
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return self.of_incoming.pop(mb_index)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        self.of_outgoing[mb_index] = next_stage_bwd_outputs
+
+    def clear_runtime_states(self) -> None:
+        """`begin` has done so."""
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Gradients are summed over ranks after the schedule, by the engine."""
+
+    def _receive(self, into: dict[int, Tensor], chunk: int, stage: int) -> list[dist.P2POp]:
+        shape = self.pipeline.model.hidden_shape(self.micro_batches[chunk].tokens)
+        into[chunk] = torch.empty(shape, dtype=self.pipeline.model.compute_dtype, device=self.device)
+        return self._transfer(dist.irecv, into[chunk], stage)
+
+    def _send(self, tensor: Tensor, stage: int) -> list[dist.P2POp]:
+        return self._transfer(dist.isend, tensor.contiguous(), stage)
+
+    def _transfer(self, how: Any, tensor: Tensor, stage: int) -> list[dist.P2POp]:
+        return [dist.P2POp(how, tensor, group_peer=self.stage_index_to_group_rank[stage], group=self.group)]
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """A message to and from every neighbour on another rank: NCCL makes a pair's communicator at their first."""
+        ops = []
+        for how, stage in [
+            (dist.irecv, self.stage_index - 1),
+            (dist.isend, self.stage_index + 1),
+            (dist.isend, self.stage_index - 1),
+            (dist.irecv, self.stage_index + 1),
+        ]:
+            if 0 <= stage < self.num_stages and self.stage_index_to_group_rank[stage] != self.group_rank:
+                ops += self._transfer(how, torch.zeros(1, device=self.device), stage)
+        return ops
+
+    def _prepare_forward_infra(self, *_: Any, **__: Any) -> Any:
+        """Shapes are those of the micro-batches, and states go to the next stage alone: there is nothing to find out."""
+        self.args_recv_info, self.act_send_info = {0: ()}, {}
+
+    def _prepare_backward_infra(self, *_: Any, **__: Any) -> Any:
+        """As before the forward pass."""
+
+    def _create_grad_recv_info(self, act_send_info: Any) -> Any:
+        """Not asked for."""
+
+
+class Absent(nn.Module):
+    """In the place of a module that lies on another rank."""
+
+
+def parts_of(layout: Layout) -> list[Part]:
+    """What each stage computes."""
+    placement = layout.placement
+    last = len(placement.layers) - 1
+    return [Part(layers, stage == 0, stage == last) for stage, layers in enumerate(placement.layers)]
+
+
+def keep_parts(model: Transformer, parts: Sequence[Part]) -> None:
+    """Take out of a model what none of the parts asks for."""
+    config, decoder = model.config, model.model
+    has_last = any(part.last for part in parts)
+    layers = {layer for part in parts for layer in part.layers}
+    layers |= set(range(config.num_hidden_layers, len(decoder.layers))) if has_last else set()
+    for layer in range(len(decoder.layers)):
+        if layer not in layers:
+            decoder.layers[layer] = Absent()
+    if not any(part.first for part in parts) and not (has_last and config.num_nextn_predict_layers):
+        decoder.embed_tokens = Absent()  # type: ignore[assignment]
+    if not has_last:
+        decoder.norm = Absent()  # type: ignore[assignment]
+        model.lm_head = Absent()  # type: ignore[assignment]
+
+
+def _ends_of(layout: Layout, pipeline: DeviceMesh) -> dist.ProcessGroup:
+    """The group of this rank's place in the first and in the last stage; every rank makes the groups of all places."""
+    step, last = layout.stage_ranks, layout.config.pipeline - 1
+    groups = [dist.new_group([place, last * step + place]) for place in range(step)]
+    return groups[dist.get_rank() % step]
+
+
+def _go_through_all_ranks(pipeline: Pipeline, model: Transformer) -> None:
+    """Let the model's methods that are called between steps give their answer on all ranks."""
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    decode_mtp, logits, parts = model.decode_mtp, model.logits, pipeline.parts
+    has_last = len(parts) - 1 in pipeline.mine
+
+    def score(tokens: Tensor, documents: Tensor) -> Scores:
+        """Each rank's own part of it: all are sums."""
+        found: list[Scores] = []
+
+        def run(stage: int, x: Tensor | None) -> Tensor | None:
+            x, scores = model.score_part(parts[stage], x, tokens, documents)
+            found.append(scores)
+            return x
+
+        pipeline.through(run, model.hidden_shape(tokens))
+        together = {name: torch.stack([getattr(scores, name) for scores in found]).sum(0) for name in SUMS}
+        return Scores(**together, labels=torch.cat([scores.labels for scores in found]))
+
+    def decode(tokens: Tensor, caches: list[LatentCache]) -> Tensor:
+        shape = (*tokens.shape, width)
+        return pipeline.from_last(
+            pipeline.through(lambda stage, x: model.decode_part(parts[stage], x, tokens, caches), shape), shape
+        )
+
+    def decode_with_mtp(depth: int, hidden: Tensor, next_tokens: Tensor, cache: LatentCache) -> Tensor:
+        h = decode_mtp(depth, hidden, next_tokens, cache) if has_last else None
+        return pipeline.from_last(h, (*next_tokens.shape, width))
+
+    def logits_of_last(hidden: Tensor) -> Tensor:
+        return pipeline.from_last(logits(hidden) if has_last else None, (*hidden.shape[:-1], vocabulary))
+
+    model.score, model.decode = score, decode  # type: ignore[method-assign]
+    model.decode_mtp, model.logits = decode_with_mtp, logits_of_last  # type: ignore[method-assign]
