@@ -43,11 +43,8 @@ from parallel.expert import TO_HOST, WAIT_FOR_ROWS
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {torch.ops.rorqual.route.default, TO_HOST}
-EXCHANGES = {
-    c10d.all_to_all_single.default,
-    c10d.wait_tensor.default,
-    WAIT_FOR_ROWS,
-}  # of integers: how many rows there are
+# Of integers (how many tokens each expert gets) kept in every mode.
+EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default, WAIT_FOR_ROWS}
 GROUPED_PRODUCTS = {torch.ops.rorqual.multiply_groups.default, torch.ops.rorqual.fp8_multiply_groups.default}
 SUM = torch.ops.rorqual.sum_rows.default
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
