@@ -7,12 +7,14 @@ from model.rope import Rotation
 
 
 def make_inputs(B=2, T=17, H=3, nope=8, rope=4, v=6, dtype=torch.float32, requires_grad=True, queries=None):
-    """q, kv, k_rope and the rotation, as `AttentionBackend` takes them; k_rope is a view, as the model makes it, and so are queries
-    where they are fewer."""
+    """q, kv, k_rope and the rotation, as `AttentionBackend` takes them; k_rope is a view, as the model makes it. Where queries are
+    fewer, all are views of a longer sequence, of which nothing else may be read."""
     q = torch.randn(B, T, H, nope + rope, dtype=dtype)
     kv = torch.randn(B, T, H, nope + v, dtype=dtype)
     k_rope = torch.randn(B, T, 10 + rope, dtype=dtype)[..., 10:]
-    q = q[:, T - (queries or T) :]
+    if queries is not None:
+        q = q[:, T - queries :]
+        kv, k_rope = (torch.cat((x, torch.full_like(x, float("nan"))), 1)[:, :T] for x in (kv, k_rope))
     angle = torch.arange(T).unsqueeze(-1) * torch.rand(rope // 2)
     return *(x.requires_grad_(requires_grad) for x in (q, kv, k_rope)), Rotation(angle.cos(), angle.sin())
 
