@@ -5,6 +5,7 @@ Parameter names are those of `transformers`' in-memory DeepseekV3, so
 `model.layers.{num_hidden_layers + k}`, as in the released weights.
 """
 
+from dataclasses import replace
 from itertools import chain
 from typing import Literal, NamedTuple, cast
 
@@ -26,7 +27,7 @@ from model.ops.cross_entropy import IGNORE, count_hits, heads_cross_entropy, lin
 from model.ops.experts import ExpertsBackend
 from model.ops.fp8.arithmetic import Fp8
 from model.ops.fp8.kernels import Kernels
-from model.rope import Rotation, rotation
+from model.rope import Rotation, rotation, softmax_scale
 from model.router import Router
 
 
@@ -131,13 +132,13 @@ class Transformer(nn.Module):
         sums = tokens.new_zeros(1 + self.config.num_nextn_predict_layers, dtype=torch.float32)
         if part.last:
             sums = self._sum_losses([h.flatten(0, 1) for h in hidden], self._labels(batch), coefficients)
-        losses = Losses(
-            main=sums[0],
-            mtp=sums[1:],
+        losses = Losses(  # copies, since FSDP's hooks are not for views
+            main=sums[0].clone(),
+            mtp=sums[1:].clone(),
             balance=sum((s.balance for s in stats.values()), sums.new_zeros(())),
             counts=self.count_targets(tokens, documents),
         )
-        return None if part.last else hidden[0], Output(losses, self._stack_counts(stats, tokens))
+        return None if part.last else hidden[0].contiguous(), Output(losses, self._stack_counts(stats, tokens))
 
     def score(self, tokens: Tensor, documents: Tensor) -> Scores:
         """Evaluate the same micro-batch that `forward` would learn from. Both [B, T + 1 + D_mtp]."""
@@ -182,6 +183,16 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, MultiHeadLatentAttention | Router):
                 module.context = context
+
+    def set_positions(self, config: ModelConfig) -> None:
+        """Go on as the model of a config that differs in its context and YaRN only (`ModelConfig.at_length`)."""
+        mine = self.config
+        same = replace(config, max_position_embeddings=mine.max_position_embeddings, rope_scaling=mine.rope_scaling)
+        assert same == mine, f"{config} is another model than {mine}"
+        self.config = config
+        for module in self.modules():
+            if isinstance(module, MultiHeadLatentAttention):
+                module.scale = softmax_scale(config)
 
     def _read(self, tokens: Tensor, documents: Tensor) -> "_Batch":
         """What a micro-batch [B, T + 1 + D_mtp] is to the layers."""

@@ -6,6 +6,8 @@ and its runtime runs them and sends between ranks what leaves a stage; `parallel
     forward     states of the stage before [B', L, D] → states for the next one, or losses
     backward    gradients of these states, and of what the stage adds to the objective itself: the balance loss of its layers
     weights     zero-bubble schedules only: the gradients of weights, put aside in the backward pass (`model.ops.weight_gradient`)
+    overlap     DualPipeV with experts on several ranks: a forward and a backward chunk of different micro-batches in turns, so that
+                tokens of one travel while the other computes (`parallel.overlap`)
 
 Only states and their gradients travel. Tokens do not: ranks at the same place of all stages read the same ones, so targets, MTP
 inputs, rotary positions and document starts are where they are needed.
@@ -20,6 +22,7 @@ number of micro-batches nor their sizes cost memory, and no pass is run to find 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import OVERLAP_F_B
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from model.attention import LatentCache
@@ -37,6 +41,7 @@ from model.transformer import Output, Part, Scores, Transformer
 from parallel.engine import MicroBatch
 from parallel.layout import Layout
 from parallel.meshes import Meshes
+from parallel.overlap import Turns
 
 Objective = Callable[[Losses], Tensor]  # what a backward pass starts from
 SCHEDULES: dict[str, Callable[..., Any]] = {
@@ -75,6 +80,8 @@ class Pipeline:
         self.holders = _ends_of(layout, meshes.pipeline) if shared else None  # of the embedding
         self.take_up: Callable[[], None] = lambda: None
         self.schedules: dict[int, Any] = {}  # by the number of micro-batches
+        tokens_travel = layout.config.expert > 1
+        self.turns = Turns() if tokens_travel and self.schedule == "dualpipev" else None
         keep_parts(model, [self.parts[stage] for stage in self.mine])
         if self.schedule in ("zbv", "dualpipev"):
             split_backward(model)
@@ -129,7 +136,10 @@ class Pipeline:
         if micro_batches not in self.schedules:
             stages = [Stage(self, number) for number in self.mine]
             make = SCHEDULES[self.schedule]
-            self.schedules[micro_batches] = make(stages, micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False)
+            schedule = make(stages, micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False)
+            if self.turns is not None:
+                schedule.register_custom_function(OVERLAP_F_B, partial(run_overlapped, self.turns))
+            self.schedules[micro_batches] = schedule
         return self.schedules[micro_batches]
 
 
@@ -244,6 +254,31 @@ class Stage(_PipelineStageBase):
 
     def _create_grad_recv_info(self, act_send_info: Any) -> Any:
         """Not asked for."""
+
+
+def run_overlapped(turns: Turns, action: Any, context: Any) -> None:
+    """A forward and a backward chunk of the two stages of a rank, while tokens of the other travel (`parallel.overlap`).
+
+    The schedule's runtime calls it in place of running one after the other. What that does around a chunk is done here too:
+    receive, note the loss, and hand on to a stage on the same rank.
+    """
+    runtime = context.schedule_ref
+    forward, backward = action.sub_actions
+    stages: dict[int, Stage] = {stage.stage_index: stage for stage in runtime._stages}
+    ahead, back = stages[forward.stage_index], stages[backward.stage_index]
+    for received, part in ((runtime.fwd_recv_ops, forward), (runtime.bwd_recv_ops, backward)):
+        for work in received.pop((part.stage_index, part.microbatch_index), []):
+            work.wait()
+    out, _ = turns.run(
+        lambda: ahead.forward_one_chunk(forward.microbatch_index, ()),
+        lambda: back.backward_one_chunk(backward.microbatch_index),
+    )
+    runtime._maybe_compute_loss(ahead, out, context.target_mbs, forward.microbatch_index)
+    if ahead.stage_index + 1 in stages:
+        stages[ahead.stage_index + 1].set_local_fwd_input(out, forward.microbatch_index)
+    if back.stage_index - 1 in stages:
+        gradient = back.get_local_bwd_output(backward.microbatch_index)
+        stages[back.stage_index - 1].set_local_bwd_input(gradient, backward.microbatch_index)
 
 
 class Absent(nn.Module):
