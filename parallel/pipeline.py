@@ -29,7 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
@@ -42,14 +41,10 @@ from parallel.engine import MicroBatch
 from parallel.layout import Layout
 from parallel.meshes import Meshes
 from parallel.overlap import Turns
+from parallel.placement import V_SHAPED
+from parallel.timeline import SCHEDULES
 
 Objective = Callable[[Losses], Tensor]  # what a backward pass starts from
-SCHEDULES: dict[str, Callable[..., Any]] = {
-    "1f1b": lambda stages, *args, **options: Schedule1F1B(stages[0], *args, **options),
-    "interleaved": ScheduleInterleaved1F1B,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
 SUMS = ("nats", "hits", "targets", "expert_counts")  # of `Scores`
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -83,7 +78,7 @@ class Pipeline:
         tokens_travel = layout.config.expert > 1
         self.turns = Turns() if tokens_travel and self.schedule == "dualpipev" else None
         keep_parts(model, [self.parts[stage] for stage in self.mine])
-        if self.schedule in ("zbv", "dualpipev"):
+        if self.schedule in V_SHAPED:  # whose backward passes are in two parts
             split_backward(model)
         _go_through_all_ranks(self, model)
 
@@ -119,7 +114,9 @@ class Pipeline:
             x = run(stage, x)
             if stage + 1 < len(self.parts) and (target := self.placement.rank_of(stage + 1)) != self.rank:
                 assert x is not None
-                dist.isend(x.contiguous(), group=self.group, group_dst=target)
+                if self.sent is not None:  # one message may be on its way beside the work; a forgotten one never arrives
+                    self.sent.wait()
+                self.sent = dist.isend(x.contiguous(), group=self.group, group_dst=target)
         return x
 
     def from_last(self, x: Tensor | None, shape: Sequence[int]) -> Tensor:
