@@ -73,7 +73,8 @@ class Recipe(Section):
         given |= {"fp8": self.precision.fp8, "fp8_dispatch": self.precision.fp8_dispatch}
         values = {field.name: given[field.name] for field in dataclasses.fields(ParallelConfig)}
         values["deepspeed"] = values["deepspeed"] or {}
-        return Layout(ParallelConfig(**values), world_size, self.model_config_resolved())
+        lengths = tuple(length for _, length in self.data.lengths)
+        return Layout(ParallelConfig(**values), world_size, self.model_config_resolved(), lengths)
 
     @property
     def on_gpu(self) -> bool:
@@ -130,7 +131,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         try:
-            context = self.model_config_resolved().max_position_embeddings
+            config = self.model_config_resolved()
         except (ConfigError, OSError, ValueError) as error:
             raise _model_mistake(self.model, error) from None
         self._check_fp8()
@@ -138,13 +139,7 @@ class Recipe(Section):
         lengths = self.data.lengths
         names = ["data.sequence_length", *(f"data.stages.{i}.sequence_length" for i in range(len(self.data.stages)))]
         for name, (_, length) in zip(names, lengths):
-            if length > context:
-                raise mistake(
-                    f"is more than model.max_position_embeddings = {context}",
-                    f"lower it or write model.max_position_embeddings={length}",
-                    field=name,
-                    value=length,
-                )
+            _check_context(config, name, length, lengths[0][1])
         if lengths[-1][0] >= self.schedule.tokens:
             raise mistake(
                 f"begins at {lengths[-1][0]:,} tokens, and the run ends at {self.schedule.tokens:,}",
@@ -279,6 +274,25 @@ def _apply(values: dict[str, Any], override: str) -> None:
             )
         values = inside
     values[keys[-1]] = value
+
+
+def _check_context(config: ModelConfig, name: str, length: int, first: int) -> None:
+    """The model must read sequences of `length` tokens; `first` is the length that the run begins with."""
+    context, yarn = config.max_position_embeddings, config.rope_scaling
+    if length > context:
+        fix = f"lower it or write model.max_position_embeddings={length}"
+        if length > first and yarn is None:
+            scaling = f"{{type: yarn, factor: {-(-length // context)}, original_max_position_embeddings: {context}}}"
+            fix += f", and to extend the context there by YaRN model.rope_scaling='{scaling}'"
+        raise mistake(f"is more than model.max_position_embeddings = {context}", fix, field=name, value=length)
+    if yarn and length > yarn.factor * yarn.original_max_position_embeddings:
+        reach = f"{yarn.factor:g} · {yarn.original_max_position_embeddings}"
+        raise mistake(
+            f"is more than model.rope_scaling.factor · original_max_position_embeddings = {reach}, as far as YaRN reaches",
+            f"lower it or write a factor of {-(-length // yarn.original_max_position_embeddings)}",
+            field=name,
+            value=length,
+        )
 
 
 def _model_mistake(section: ModelSection, error: Exception) -> Exception:

@@ -18,7 +18,6 @@ from data.validation import validation_batches
 from train.config import Recipe, RecipeError
 from train.fields import value_at
 from train.generate import load_tokenizer
-from train.launch import Process
 from train.planning.advice import law_warnings
 from train.position import Begun, Position, check_unchanged
 from train.ranks import Ranks
@@ -58,7 +57,6 @@ class Corpus:
     ) -> None:
         self.recipe = recipe
         section = recipe.data
-        self.length = section.sequence_length  # of the validation windows, whatever stage the run is in
         self.depths = recipe.model_config_resolved().num_nextn_predict_layers
         self.tokens_per_evaluation = recipe.evaluate.tokens
         self.start = Position() if record is None else Position.of(record)
@@ -79,7 +77,9 @@ class Corpus:
         self.validation = [Store.open(source.path) for source in section.validation or section.train]
         for store in self.validation:
             check_same_tokenizer(self.samples.stores[0], store)
-        next(self._validation_batches(1, 0, 1))  # what cannot be validated on is refused now, not after the last step
+        for length in {section.consumption()[start.stage].sequence_length for start in starts}:
+            # What cannot be validated on is refused now, not after the last step.
+            next(self.validation_batches(length, 0, 1, 1))
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -126,13 +126,12 @@ class Corpus:
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def validation_batches(self, process: Process, micro_batch: int) -> Iterator[tuple[str, Batch]]:
-        """(source, batch) of this rank's share of the validation windows."""
-        return self._validation_batches(micro_batch, process.rank, process.world_size)
-
-    def _validation_batches(self, batch: int, rank: int, world_size: int) -> Iterator[tuple[str, Batch]]:
+    def validation_batches(
+        self, length: int, reader: int, readers: int, micro_batch: int
+    ) -> Iterator[tuple[str, Batch]]:
+        """(source, batch) of one reader's share of the validation windows, each as long as a sequence of the run's stage."""
         limit = self.tokens_per_evaluation
-        return validation_batches(self.validation, self.length, self.depths, batch, limit, rank, world_size)
+        return validation_batches(self.validation, length, self.depths, micro_batch, limit, reader, readers)
 
     def _stage_at(self, tokens: int) -> int:
         """Number of the stage that a step belongs to which starts after `tokens` tokens."""

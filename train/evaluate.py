@@ -20,8 +20,6 @@ from data.store import Store
 from data.tokenizer import fingerprint
 from data.validation import validation_batches
 from model.balance import max_violation
-from model.loss import targets_at
-from model.ops.cross_entropy import IGNORE
 from model.transformer import Transformer
 from train.config import RecipeError
 from train.generate import load_model
@@ -55,7 +53,8 @@ class Evaluation:
 def evaluate_source(source: Path, store: Path, sequence_length: int | None, max_tokens: int | None) -> Evaluation:
     """Evaluate a run, checkpoint or Hugging Face folder on the validation split of a store.
 
-    Windows are as long as the run's own, and masked at documents if its were, unless `sequence_length` says otherwise.
+    Windows are as long as the sequences of the run's last step, unless `sequence_length` says otherwise, and masked at documents
+    if its were.
 
     Raises:
         CheckpointError, ConfigError, DataError: the weights or the store cannot be read.
@@ -66,7 +65,7 @@ def evaluate_source(source: Path, store: Path, sequence_length: int | None, max_
         dtype = torch.bfloat16 if process.device.type == "cuda" else torch.float32
         model, tokenizer = load_model(source, dtype, process.device)
         context = model.config.max_position_embeddings
-        sequence_length = sequence_length or open_weights(source).data.get("sequence_length", min(512, context))
+        sequence_length = sequence_length or open_weights(source).sequence_length or min(512, context)
         if sequence_length > context:
             raise RecipeError(
                 f"sequence_length = {sequence_length}: the model reads at most {context} tokens; lower it"
@@ -106,9 +105,8 @@ def evaluate(model: Transformer, batches: Iterable[tuple[str, Batch]], token_byt
         scores = model.score(tokens, documents)
         if is_empty:  # this rank took part because a model that is spread over ranks needs all of them
             continue
-        labels = [targets_at(tokens, documents, k, depths, model.mask_documents) for k in range(depths + 1)]
-        size = token_bytes[labels[0][labels[0] != IGNORE]].sum()
-        row += torch.stack([scores.nats, size, *((y != IGNORE).sum() for y in labels), *scores.hits]).double()
+        size = token_bytes[scores.labels].sum()
+        row += torch.cat([torch.stack([scores.nats, size]), scores.targets, scores.hits]).double()
         counts += scores.expert_counts
     results = {}
     for source, row in sums.items():

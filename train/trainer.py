@@ -86,6 +86,8 @@ class Trainer:
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
         self.skipped = record.get("skipped", 0)  # steps that updated nothing
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
+        self.config = recipe.model_config_resolved()  # of its longest sequences
+        self.is_extended = _began_extended(recipe, record)
         self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
         self.engine: Engine = self._build_engine()
         ema = recipe.optimizer.ema
@@ -145,7 +147,7 @@ class Trainer:
 
     def _build_engine(self) -> Engine:
         recipe = self.recipe
-        config = recipe.model_config_resolved()
+        config = self._model_at(self.tokens)
         compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
         of_experts = [] if fp8 else examine_experts(config, compute, self.process.device)
@@ -176,12 +178,16 @@ class Trainer:
         if source and self.newest is None:
             _start_from(model, source, write)
 
+    def _model_at(self, tokens: int) -> ModelConfig:
+        """The model of the step that starts after so many tokens. What has been extended stays so, however short the sequences."""
+        return self.config if self.is_extended else self.config.at_length(self.recipe.data.longest(tokens))
+
     def _read_ahead(self) -> Steps:
         """This rank's micro-batches of the steps that are left, made by processes that start now."""
         loader = Loader(
             self.corpus.samples,
-            self.process.rank,
-            self.process.world_size,
+            self.layout.data_rank(self.process.rank),
+            self.layout.data_ranks,
             0 if self._is_over else self.recipe.data.workers,
             pin=self.process.device.type == "cuda",
         )
@@ -203,6 +209,7 @@ class Trainer:
         for batch in batches:
             expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
+        self.engine.model.set_positions(self._model_at(step.first_token))
         pending = self.engine.launch(on_device, step.settings)
         if self.ema:
             self.ema.update(lambda: pending.result().skipped)
@@ -230,7 +237,7 @@ class Trainer:
         if result.exploded:
             run_log.say(f"step {launched.number} is skipped: {result.exploded[0]}")
         validates = self._validates(launched.number)
-        run_log.write(metrics, self._evaluate() if validates else None)
+        run_log.write(metrics, self._evaluate(launched.step) if validates else None)
         if validates:
             run_log.start_step()
         return result
@@ -243,10 +250,13 @@ class Trainer:
     def _validates(self, number: int) -> bool:
         return (self._is_finished and number == self.step) or _is_multiple(number, self.recipe.evaluate.every_steps)
 
-    def _evaluate(self) -> Evaluation:
-        """Validate, and let the model write samples, on all ranks together."""
+    def _evaluate(self, step: Step) -> Evaluation:
+        """Validate after a step, on windows as long as its sequences, and let the model write samples: on all ranks together."""
         model = self.engine.model
-        batches = self.corpus.validation_batches(self.process, self.recipe.parallel.micro_batch)
+        reader = self.layout.data_rank(self.process.rank), self.layout.data_ranks
+        batches = self.corpus.validation_batches(
+            step.sequence_length, *reader, self.recipe.micro_batch(step.first_token)
+        )
         evaluation = evaluate(model, batches, self.corpus.token_bytes)
         if prompts := self.recipe.evaluate.sample_prompts:
             # On all ranks: none of them may hold the whole model.
@@ -409,8 +419,24 @@ def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def _began_extended(recipe: Recipe, record: dict[str, Any]) -> bool:
+    """Whether the weights that a run continues with, or else begins with, have read their positions by YaRN already."""
+    if record:
+        return ModelConfig.from_hf(record["model"]).yarn is not None
+    source = recipe.run.initialize_from
+    return source is not None and open_weights(source).config.yarn is not None
+
+
 def _check_start(config: ModelConfig, theirs: ModelConfig, source: str) -> None:
-    """Refuse weights without a tensor of the model, or with one of another shape; where only MTP layers are missing, say so."""
+    """Refuse weights without a tensor of the model, or with one of another shape; where only MTP layers are missing, say so.
+    Refuse weights that have learnt to read positions by another YaRN than the model's."""
+    if theirs.yarn is not None and theirs.yarn != config.yarn:
+        keys = ("rope_scaling", "max_position_embeddings")
+        fix = " ".join(f"model.{key}='{json.dumps(theirs.to_hf()[key])}'" for key in keys)
+        raise RecipeError(
+            f"run.initialize_from = {source}: YaRN has extended its context by a factor of {theirs.yarn.factor:g}, and the "
+            f"model has {'another' if config.yarn else 'none'}; positions must keep their angles; write {fix}"
+        )
     found = state_shapes(theirs)
 
     def unlike(config: ModelConfig) -> tuple[str, torch.Size] | None:

@@ -17,6 +17,8 @@ from model.config import ConfigError, ModelConfig
 from model.hf import NamedTensor, from_hf, state_shapes
 from train import checkpoint
 from train.checkpoint import CheckpointError
+from train.fields import value_at
+from train.sections import DataSection
 
 GROUP_BYTES = 128 << 20  # read at once from a checkpoint, or one tensor where that is larger
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -27,6 +29,7 @@ class Weights(Protocol):
 
     config: ModelConfig
     data: Mapping[str, Any]  # the data section that they were trained with; empty where it is not known
+    sequence_length: int | None  # T of the last step; None where it is not known
     tokenizer: Path | None  # the folder of its files; None where an imported folder had none
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -80,6 +83,7 @@ class CheckpointWeights:
         self.path = path
         self.config = ModelConfig.from_hf(run["model"])
         self.data = run.get("recipe", {}).get("data", {})
+        self.sequence_length = _last_length(self.data, run)
         self.tokenizer = _tokenizer_of(path, run)
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -106,6 +110,7 @@ class FolderWeights:
     def __init__(self, path: Path):
         self.path = path
         self.data: Mapping[str, Any] = {}
+        self.sequence_length: int | None = None
         config = _read_json(path / "config.json")
         self.config = ModelConfig.from_hf(config)
         self.fp8 = bool(config.get("quantization_config"))
@@ -150,6 +155,15 @@ class FolderWeights:
 def is_buffer(name: str) -> bool:
     """Whether a name of the state is a buffer: the expert bias is the only one."""
     return name.endswith(".e_score_correction_bias")
+
+
+def _last_length(data: Mapping[str, Any], run: Mapping[str, Any]) -> int | None:
+    """T of the stage that the last step of a run belongs to."""
+    begun = run.get("data_sections")
+    if not begun:
+        length: int | None = data.get("sequence_length")
+        return length
+    return value_at(DataSection.model_validate(data).lengths, begun[-1]["from_tokens"])
 
 
 def _tokenizer_of(path: Path, run: dict[str, Any]) -> Path | None:

@@ -75,6 +75,20 @@ def test_yarn_does_not_act_within_the_original_context(context):
     assert softmax_scale(config) == softmax_scale(plain) == pytest.approx(192**-0.5)  # 0.072169
 
 
+def test_the_length_of_sequences_decides_where_yarn_acts():
+    v3 = ModelConfig.from_hf(load_preset("v3"))
+    for length in (512, 4096):
+        short = v3.at_length(length)
+        assert short.yarn is None and short.max_position_embeddings == 4096
+        assert short.at_length(length) == short
+    for length in (4097, 32_768, 131_072):
+        assert v3.at_length(length) is v3 and v3.yarn.factor == 40
+    shorter = v3.override({"max_position_embeddings": 2048})
+    assert shorter.at_length(2048) == shorter
+    plain = v3.override({"rope_scaling": None})
+    assert plain.at_length(512) is plain
+
+
 def test_the_softmax_scale_of_v3_and_v2_lite():
     # (0.1 · ln 40 + 1)² / √192 = 1.36889² · 0.072169
     assert softmax_scale(ModelConfig.from_hf(load_preset("v3"))) == pytest.approx(0.135234, abs=5e-7)

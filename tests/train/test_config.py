@@ -1,6 +1,7 @@
 """Recipes: what they accept, and the one line that answers a mistake."""
 
 import json
+import shlex
 
 import pytest
 from pydantic import ValidationError
@@ -197,6 +198,28 @@ def test_a_sequence_longer_than_the_models_context_is_refused():
     assert mistake_of("data.sequence_length=1024") == (
         "data.sequence_length = 1024: is more than model.max_position_embeddings = 512; "
         "lower it or write model.max_position_embeddings=1024"
+    )
+
+
+def test_a_stage_beyond_the_context_says_how_to_extend_it():
+    """What it says to write works."""
+    longer = "data.stages=[{from_tokens: 100, sequence_length: 2048}]"
+    line = mistake_of(longer)
+    assert line.startswith("data.stages.0.sequence_length = 2048: is more than model.max_position_embeddings = 512; ")
+    fix = line.partition("write ")[2].replace(", and to extend the context there by YaRN", "")
+    changes = shlex.split(fix)
+    assert [change.partition("=")[0] for change in changes] == ["model.max_position_embeddings", "model.rope_scaling"]
+    config = load_recipe("tiny", [*FIXED, longer, *changes]).model_config_resolved()
+    assert config.at_length(512).yarn is None
+    assert (config.at_length(2048).yarn.factor, config.at_length(2048).max_position_embeddings) == (4, 2048)
+
+
+def test_a_sequence_longer_than_yarn_reaches_is_refused():
+    scaling = "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 128}"
+    load_recipe("tiny", [*FIXED, scaling, "data.sequence_length=512"])
+    assert mistake_of(scaling, "model.max_position_embeddings=1024", "data.sequence_length=1024") == (
+        "data.sequence_length = 1024: is more than model.rope_scaling.factor · original_max_position_embeddings = 4 · 128, as far "
+        "as YaRN reaches; lower it or write a factor of 8"
     )
 
 
