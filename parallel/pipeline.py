@@ -75,6 +75,7 @@ class Pipeline:
         self.holders = _ends_of(layout, meshes.pipeline) if shared else None  # of the embedding
         self.take_up: Callable[[], None] = lambda: None
         self.schedules: dict[int, Any] = {}  # by the number of micro-batches
+        self.sent: dist.Work | None = None  # the last message of `through`
         tokens_travel = layout.config.expert > 1
         self.turns = Turns() if tokens_travel and self.schedule == "dualpipev" else None
         keep_parts(model, [self.parts[stage] for stage in self.mine])
@@ -114,8 +115,8 @@ class Pipeline:
             x = run(stage, x)
             if stage + 1 < len(self.parts) and (target := self.placement.rank_of(stage + 1)) != self.rank:
                 assert x is not None
-                if self.sent is not None:  # one message may be on its way beside the work; a forgotten one never arrives
-                    self.sent.wait()
+                if self.sent is not None:
+                    self.sent.wait()  # and kept until then: what gloo has not sent of a forgotten message never arrives
                 self.sent = dist.isend(x.contiguous(), group=self.group, group_dst=target)
         return x
 
