@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.ops.attention import AttentionBackend
+from model.ops.attention.once import once_per_batch
 from model.rope import Rotation
 from model.transformer import Transformer
 
@@ -59,10 +60,10 @@ class ZigZag:
         starts: Tensor | None,
     ) -> Tensor:
         length, outputs = q.shape[1], []
-        for piece, queries in zip(self.mine, q.chunk(2)):
-            begin, end = piece * length, (piece + 1) * length
+        of_pieces = (None, None) if starts is None else _of_pieces(starts, self.pieces, self.mine)
+        for piece, queries, of_piece in zip(self.mine, q.chunk(2), of_pieces):
+            end = (piece + 1) * length
             seen = Rotation(*(part[:end] for part in rotation))
-            of_piece = None if starts is None else starts[:, begin:end]
             outputs.append(backend(queries, kv[:, :end], k_rope[:, :end], seen, scale, of_piece))
         return torch.cat(outputs)
 
@@ -82,6 +83,13 @@ class ZigZag:
         both = whole.unflatten(1, (self.pieces, -1)).transpose(0, 1)  # [2C, B, L, …]
         first, second = both.chunk(2)
         return torch.stack((first, second.flip(0)), dim=1).flatten(0, 2)
+
+
+@once_per_batch
+def _of_pieces(starts: Tensor, number: int, mine: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """[B, T] → [B, L] of each piece; the same tensors for all layers, which attention knows its masks by."""
+    pieces = starts.chunk(number, dim=1)
+    return pieces[mine[0]], pieces[mine[1]]
 
 
 class _Gather(torch.autograd.Function):
