@@ -43,13 +43,20 @@ def test_no_cut_is_better(sizes: dict[str, int], schedule: Schedule, ranks: int,
     found = place(config, LENGTH, ranks, schedule, stages_per_rank)
     layers, tail = costs_of_layers(config)
 
-    def goals(cut: tuple[range, ...]) -> tuple[int, int, int]:
+    def sizes(cut: tuple[range, ...]) -> tuple[list[int], list[int]]:
         stages = [sum(layers[layer] for layer in part) for part in cut]
         stages[-1] += tail
-        loads = [sum(stages[stage] for stage in found.stages_of(rank)) for rank in range(ranks)]
-        return max(loads), max(stages), sum(cost**2 for cost in stages + loads)
+        return [sum(stages[stage] for stage in found.stages_of(rank)) for rank in range(ranks)], stages
 
-    assert goals(found.layers) == min(map(goals, every_cut(config.num_hidden_layers, ranks * stages_per_rank)))
+    def squares(cut: tuple[range, ...]) -> int:
+        return sum(cost**2 for costs in sizes(cut) for cost in costs)
+
+    cuts = list(every_cut(config.num_hidden_layers, ranks * stages_per_rank))
+    for largest in (lambda cut: max(sizes(cut)[0]), lambda cut: max(sizes(cut)[1])):
+        least = min(map(largest, cuts))
+        cuts = [cut for cut in cuts if largest(cut) <= 1.01 * least]
+    assert found.layers in cuts
+    assert squares(found.layers) == min(map(squares, cuts))
 
 
 def costs_of_layers(config: ModelConfig) -> tuple[list[int], int]:
@@ -101,6 +108,13 @@ def test_costs_are_shares_of_what_a_token_costs(depth: int) -> None:
     assert modules / (placement.costs[8] / len(placement.layers[8])) == pytest.approx(
         1.15 * depth, abs=0.01
     )  # eh_proj: 0.15
+
+
+def test_dense_layers_do_not_drive_stages_apart() -> None:
+    # The head and two MTP modules are 6.5 layers, so seven ranks share 59, three of them nine. With a dense layer, 0.3 % cheaper,
+    # on each of these the largest rank would be as little smaller, and its stages of one layer and eight.
+    placement = place(replace(V3, num_nextn_predict_layers=2), 4096, 8, "zbv", 2)
+    assert all(3 <= len(part) <= 5 for part in placement.layers[1:-1])
 
 
 def test_a_v_brings_first_and_last_stage_to_one_rank() -> None:
