@@ -5,7 +5,7 @@
 Every storage that an operation of the step touches is counted from its first appearance until it is freed (`live_bytes`). It
 belongs to parameters, gradients or moments, or to the part of the model whose forward pass made it and left it for the backward
 pass. The peak is no sum: gradients appear where activations vanish, and a block at work needs room of its own. On a GPU the
-allocator's peak stands beside it. The account is that of `rorqual plan`: `parallel.footprint` and `model.flops`.
+allocator's peak stands beside it. The account is that of `rorqual plan`: `parallel.footprint` and `model.activations`.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from sides import compute_dtype
 from torch import nn
 
 from data.files import replace_file
+from model.activations import Device, activation_bytes, working_bytes
 from model.block import Block
-from model.flops import Device, Recompute, activation_bytes, working_bytes
+from model.flops import Recompute
 from model.layers import MLP
 from model.moe import MoE
 from model.transformer import Transformer

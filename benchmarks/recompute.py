@@ -24,7 +24,8 @@ from contestants import CLIP, LR, OPTIMIZER, Shape, without_weights
 from live_bytes import LiveBytes
 
 from data.files import replace_file
-from model.flops import Recompute, activation_bytes
+from model.activations import activation_bytes
+from model.flops import Recompute
 from model.init import initialize
 from parallel.build import build_engine
 from parallel.engine import StepSettings

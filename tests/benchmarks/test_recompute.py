@@ -1,4 +1,4 @@
-"""What `recompute.py` measures is what `model.flops.activation_bytes` says, on one rank and on two that share the experts."""
+"""What `recompute.py` measures is what `model.activations.activation_bytes` says, on one rank and on two that share the experts."""
 
 import json
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from model.flops import activation_bytes, flops_mfu, flops_scaling, parameter_counts, working_bytes
+from model.activations import activation_bytes, working_bytes
+from model.flops import flops_mfu, flops_scaling, parameter_counts
 from parallel.ds_config import ds_config
 from parallel.footprint import footprint, peak_bytes
 from parallel.layout import Layout
