@@ -10,12 +10,14 @@ Of a feed-forward network, routed experts included, the output of the last produ
 module one does, that of the norm behind the block; there what the experts make of a token is kept, summed.
 
 With expert parallelism `selective` keeps rows as they arrive, so that none travels twice, and what experts hand out where it comes
-home, to be weighed: 2·K·D elements a token and layer beyond what one device keeps. Under `full` rows travel again.
+home, to be weighed: 2·K·D elements a token and layer beyond what one device keeps. Under `full` rows travel again. So with context
+parallelism: `selective` keeps the latents and rotary keys of whole sequences, R + rope numbers for each of their tokens, and makes
+keys and values of them again; under `full` they are gathered again.
 
 In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` is what it is
 without FP8: it keeps the outputs of products in the compute dtype, and quantises their inputs again. So it saves norms and
 attention's queries, keys and values, as the report does, but of feed-forward networks it keeps more than `none`: gate and up in
-two bytes for one. `model.flops.activation_bytes` counts both.
+two bytes for one. `model.activations.activation_bytes` counts both.
 
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
@@ -43,8 +45,12 @@ from parallel.expert import TO_HOST, WAIT_FOR_ROWS
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 ROUTING = {torch.ops.rorqual.route.default, TO_HOST}
-# Of integers (how many tokens each expert gets) kept in every mode.
-EXCHANGES = {c10d.all_to_all_single.default, c10d.wait_tensor.default, WAIT_FOR_ROWS}
+# Of integers (how many tokens each expert gets) kept in every mode. What sets off and the wait for it go together: both are kept,
+# or both run again.
+EXCHANGES = {
+    c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default, c10d.all_reduce.default,
+    c10d.wait_tensor.default, WAIT_FOR_ROWS,
+}  # fmt: skip
 GROUPED_PRODUCTS = {torch.ops.rorqual.multiply_groups.default, torch.ops.rorqual.fp8_multiply_groups.default}
 SUM = torch.ops.rorqual.sum_rows.default
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
