@@ -138,7 +138,7 @@ class Transformer(nn.Module):
             balance=sum((s.balance for s in stats.values()), sums.new_zeros(())),
             counts=self.count_targets(tokens, documents),
         )
-        return None if part.last else hidden[0].contiguous(), Output(losses, self._stack_counts(stats, tokens))
+        return None if part.last else hidden[0], Output(losses, self._stack_counts(stats, tokens))
 
     def score(self, tokens: Tensor, documents: Tensor) -> Scores:
         """Evaluate the same micro-batch that `forward` would learn from. Both [B, T + 1 + D_mtp]."""
@@ -209,25 +209,24 @@ class Transformer(nn.Module):
         """States after a part, [B', L, D]: of the last one normed, for the main head and each MTP depth. MoE stats by layer."""
         depths = self.config.num_nextn_predict_layers
         length = batch.tokens.shape[1] - 1 - depths
-        stats = {}
+        stats: dict[int, LayerStats | None] = {}
         embedded = self.embed(batch.tokens[:, : length + depths]) if part.first or (part.last and depths) else None
         if part.first:
             assert embedded is not None
             x = embedded[:, :length]
+        blocks = self.main_layers
         for layer in part.layers:
-            x, stats[layer] = self.main_layers[layer](x, batch.rotation, batch.starts)
+            x, stats[layer] = blocks[layer](x, batch.rotation, batch.starts)
         assert x is not None
-        hidden = [x]
-        if part.last:
-            hidden = [self.model.norm(x)]
-            for depth, module in enumerate(self.mtp_layers, start=1):
-                assert embedded is not None
-                ahead = embedded[:, depth : depth + length]
-                h, stats[self.config.num_hidden_layers + depth - 1] = module(
-                    hidden[-1], ahead, batch.rotation, batch.starts
-                )
-                hidden.append(h)
-        return hidden, {layer: s for layer, s in stats.items() if s is not None}
+        if not part.last:
+            return [x if part.layers else x.clone()], _of_moe(stats)  # no view of what is embedded, for FSDP's hooks
+        hidden = [self.model.norm(x)]
+        for depth, module in enumerate(self.mtp_layers, start=1):
+            assert embedded is not None
+            ahead = embedded[:, depth : depth + length]
+            h, stats[part.layers.stop + depth - 1] = module(hidden[-1], ahead, batch.rotation, batch.starts)
+            hidden.append(h)
+        return hidden, _of_moe(stats)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T] → [B, T, D] in the compute dtype; all later layers follow it."""
@@ -287,6 +286,10 @@ class _Batch(NamedTuple):
     documents: Tensor  # [B', L + 1 + D_mtp]
     rotation: Rotation  # of the T positions
     starts: Tensor | None  # [B, T] of their documents
+
+
+def _of_moe(stats: dict[int, LayerStats | None]) -> dict[int, LayerStats]:
+    return {layer: of_layer for layer, of_layer in stats.items() if of_layer is not None}
 
 
 class Decoder(nn.Module):
