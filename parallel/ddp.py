@@ -86,10 +86,13 @@ class DDPEngine(GlobalStep):
         self.optimizer.zero_grad()
 
     def state(self) -> State:
+        own = moments(self.optimizer, self.model.named_parameters())
         return {
-            "parameters": dict(self.model.named_parameters()),
+            "parameters": self._without_copies(dict(self.model.named_parameters())),
             "buffers": dict(self.model.named_buffers()),
-            **moments(self.optimizer, self.model.named_parameters()),
+            "exp_avg": self._without_copies(own["exp_avg"]),
+            "exp_avg_sq": self._without_copies(own["exp_avg_sq"]),
+            "steps": own["steps"],
             "loss_scale": self.scaling.state(),
         }
 
@@ -100,13 +103,13 @@ class DDPEngine(GlobalStep):
             for name, tensor in own[kind].items():
                 if tensor is not state[kind][name]:
                     tensor.copy_(state[kind][name])
-        restore(self.optimizer, self.model.named_parameters(), state)
+        restore(self.optimizer, self.model.named_parameters(), state, self.copies)
+        self._fill_copies(self.optimizer, dict(self.model.named_parameters()))
         self.scaling.load(state["loss_scale"])
 
     def parts(self) -> dict[str, Tensor]:
-        elsewhere = self.pipeline.copies if self.pipeline else frozenset()
-        named = [(name, p.detach()) for name, p in self.model.named_parameters() if name not in elsewhere]
-        largest_first = sorted(named, key=lambda item: -item[1].numel())
+        named = self._without_copies({name: p.detach() for name, p in self.model.named_parameters()})
+        largest_first = sorted(named.items(), key=lambda item: -item[1].numel())
         return dict(largest_first[dist.get_rank(self.group) :: dist.get_world_size(self.group)])
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -119,25 +119,26 @@ class FSDPEngine(GlobalStep):
         return {
             "parameters": self.gather(self.parts()),
             "buffers": dict(self.model.named_buffers()),
-            "exp_avg": self.gather(own["exp_avg"]),
-            "exp_avg_sq": self.gather(own["exp_avg_sq"]),
+            "exp_avg": self.gather(self._without_copies(own["exp_avg"])),
+            "exp_avg_sq": self.gather(self._without_copies(own["exp_avg_sq"])),
             "steps": own["steps"],
             "loss_scale": self.scaling.state(),
         }
 
     @torch.no_grad()
     def load(self, state: State) -> None:
-        for name, local in self._locals():
-            local.copy_(_local(state["parameters"][name]))
+        for name, part in self.parts().items():
+            part.copy_(_local(state["parameters"][name]))
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state["buffers"][name])
         local_moments = {kind: {n: _local(t) for n, t in state[kind].items()} for kind in ("exp_avg", "exp_avg_sq")}
-        restore(self.optimizer, self._locals(), {**local_moments, "steps": state["steps"]})
+        restore(self.optimizer, self._locals(), {**local_moments, "steps": state["steps"]}, self.copies)
+        self._fill_copies(self.optimizer, dict(self._locals()))
         self.scaling.load(state["loss_scale"])
         self._reshard()
 
     def parts(self) -> dict[str, Tensor]:
-        return dict(self._locals())
+        return self._without_copies(dict(self._locals()))
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self.shards[name].as_whole(part) for name, part in parts.items()}

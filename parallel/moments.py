@@ -1,6 +1,6 @@
 """An Adam optimizer's state under the names of its parameters, never their index or group, so that it outlives any regrouping."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -30,15 +30,25 @@ def moments(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters)
 
 
 @torch.no_grad()
-def restore(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, state: Mapping[str, Any]) -> None:
-    """Take back what `moments` handed out; tensors that are the optimizer's own already are left as they are."""
+def restore(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: NamedParameters,
+    state: Mapping[str, Any],
+    elsewhere: Set[str] = frozenset(),
+) -> None:
+    """Take back what `moments` handed out; tensors that are the optimizer's own already are left as they are.
+
+    Args:
+        elsewhere: parameters whose moments come from elsewhere.
+    """
     named_parameters = list(named_parameters)
     own = moments(optimizer, named_parameters)
     for key in ("exp_avg", "exp_avg_sq"):
-        assert own[key].keys() == state[key].keys(), f"{key}: {own[key].keys() ^ state[key].keys()}"
-        for name, tensor in own[key].items():
-            if tensor is not state[key][name]:
-                tensor.copy_(state[key][name])
+        names = own[key].keys() - elsewhere
+        assert names == state[key].keys(), f"{key}: {names ^ state[key].keys()}"
+        for name in names:
+            if own[key][name] is not state[key][name]:
+                own[key][name].copy_(state[key][name])
     for _, parameter in named_parameters:
         if parameter in optimizer.state:
             optimizer.state[parameter]["step"].fill_(int(state["steps"]))

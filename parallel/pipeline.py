@@ -21,7 +21,7 @@ A stage receives into memory that it allocates then, for one micro-batch, of the
 number of micro-batches nor their sizes cost memory, and no pass is run to find out shapes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,12 @@ class Pipeline:
         """Sum the gradients of the embedding's copies, on whose ranks it is the same shard."""
         if self.holders is not None and EMBEDDING in gradients:
             dist.all_reduce(gradients[EMBEDDING], group=self.holders)
+
+    def fill_copies(self, *sections: Mapping[str, Tensor]) -> None:
+        """Give the embedding's copy, in each of some sections of an engine's state, the values of the first rank's."""
+        for section in sections:
+            if self.holders is not None and EMBEDDING in section:
+                dist.broadcast(section[EMBEDDING], group=self.holders, group_src=0)
 
     def through(self, run: Callable[[int, Tensor | None], Tensor | None], shape: Sequence[int]) -> Tensor | None:
         """Let one batch go through all stages, forward alone.

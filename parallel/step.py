@@ -31,6 +31,7 @@ from parallel.engine import MeanLosses, MicroBatch, Pending, State, StepResult, 
 from parallel.footprint import parameter_shapes
 from parallel.fp8_scales import StepScales, forget_scales, scales_of_step
 from parallel.loss_scale import LossScale
+from parallel.moments import moments
 from parallel.pipeline import Objective, Pipeline
 
 
@@ -53,6 +54,7 @@ class GlobalStep(ABC):
         self.device = device
         self.clip = clip
         self.pipeline = pipeline
+        self.copies = pipeline.copies if pipeline else frozenset()  # parameters that another rank's state has
         self.routers = {
             int(name.split(".")[2]): m for name, m in model.named_modules() if isinstance(m, Router)
         }  # by layer
@@ -139,6 +141,16 @@ class GlobalStep(ABC):
             outputs.append(output)
         return outputs
 
+    def _without_copies(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What belongs to the state of this rank."""
+        return {name: tensor for name, tensor in named.items() if name not in self.copies}
+
+    def _fill_copies(self, optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
+        """Copies of parameters are what a loaded state made of the originals, moments included."""
+        if self.pipeline:
+            own = moments(optimizer, named.items())
+            self.pipeline.fill_copies(named, own["exp_avg"], own["exp_avg_sq"])
+
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""
         targets = torch.stack([self.model.count_targets(b.tokens, b.documents) for b in micro_batches]).sum(0)
@@ -161,8 +173,7 @@ class GlobalStep(ABC):
 
     def _squares(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """[parameters] fp64 ‖g‖² of each over all ranks; from one reduction, so that it has the same bits on each of them."""
-        elsewhere = self.pipeline.copies if self.pipeline else frozenset()
-        filled = {name: part for name, part in gradients.items() if part.numel() and name not in elsewhere}
+        filled = {name: part for name, part in gradients.items() if part.numel() and name not in self.copies}
         norms = dict(zip(filled, torch._foreach_norm(list(filled.values())))) if filled else {}
         zero = next(iter(norms.values())).new_zeros(()) if norms else torch.zeros((), device=self.device)
         squares = torch.stack([norms.get(name, zero) for name in self._names]).to(self.device).double().square()
