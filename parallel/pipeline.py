@@ -346,6 +346,8 @@ def _go_through_all_ranks(pipeline: Pipeline, model: Transformer) -> None:
 
     def decode_with_mtp(depth: int, hidden: Tensor, next_tokens: Tensor, cache: LatentCache) -> Tensor:
         h = decode_mtp(depth, hidden, next_tokens, cache) if has_last else None
+        if not has_last:  # how far a module has read is known everywhere
+            cache.length += next_tokens.shape[1]
         return pipeline.from_last(h, (*next_tokens.shape, width))
 
     def logits_of_last(hidden: Tensor) -> Tensor:
