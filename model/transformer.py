@@ -89,6 +89,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config, backend, experts_ops.BACKENDS[experts])
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.fp8: dict[str, Fp8] = compute_in_fp8(self.model.layers, fp8) if fp8 else {}
+        self.fp8_names = tuple(self.fp8)  # of the whole model, where only a part of it is here too
 
     @property
     def device(self) -> torch.device:

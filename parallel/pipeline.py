@@ -310,6 +310,8 @@ def keep_parts(model: Transformer, parts: Sequence[Part]) -> None:
     if not has_last:
         decoder.norm = Absent()  # type: ignore[assignment]
         model.lm_head = Absent()  # type: ignore[assignment]
+    here = dict(model.named_modules())
+    model.fp8 = {name: fp8 for name, fp8 in model.fp8.items() if name in here}
 
 
 def _ends_of(layout: Layout, pipeline: DeviceMesh) -> dist.ProcessGroup:

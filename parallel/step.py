@@ -115,7 +115,7 @@ class GlobalStep(ABC):
         )
         with torch.no_grad():
             means, counts = _sum_of_global_batch(outputs, targets, settings.batch)
-            scales = scales_of_step(self.model.fp8, self.fp8_max_scale)
+            scales = scales_of_step(self.model.fp8, self.model.fp8_names, self.fp8_max_scale, self.device)
             squares, grad_norm, skip = self._update(settings.lr, scales)
             biases = self._balance(counts, settings.gamma, skip)
             numbers = {"means": means, "counts": counts, "biases": biases, "squares": squares, "norm": grad_norm}

@@ -44,7 +44,7 @@ class RunLog:
         self._sinks: list[Any] = []
         if not self.is_first:
             return
-        computes = torch.float8_e4m3fn if model.fp8 else model.compute_dtype
+        computes = torch.float8_e4m3fn if model.fp8_names else model.compute_dtype
         self.peak = process.world_size * peak_flops(process.device, computes)
         self.folder = folder = Path(recipe.run.dir)
         with written_into(folder):
