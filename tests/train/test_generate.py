@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from model.config import ConfigError, YarnScaling
-from tests.small_model import small_model
+from model.init import initialize, write_whole
+from model.transformer import Transformer
+from parallel.build import build_engine
+from parallel.layout import Layout, ParallelConfig
+from tests.small_model import small_config, small_model
 from train.generate import generate
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.7)
@@ -167,3 +171,41 @@ def test_text_may_fill_the_context_to_its_last_position():
     model = small_model()
     for mtp in (False, True):
         assert generate(model, prompt(10), 54, mtp=mtp).tokens.shape == (1, 64)
+
+
+def texts(model):
+    """Drawn, greedy and speculated text, and how often drafts were right."""
+    drawn = generate(model, prompt(5, batch=2), 10, temperature=1.0)
+    return (
+        drawn.tokens.tolist(),
+        generate(model, prompt(5), 20).tokens.tolist(),
+        generate(model, prompt(5), 20, mtp=True),
+    )
+
+
+def texts_of_a_pipeline(config, schedule):
+    layout = Layout(ParallelConfig(pipeline=2, schedule=schedule), 2, config)
+    with torch.device("meta"):
+        model = Transformer(config)
+    build_engine(
+        layout,
+        model,
+        torch.device("cpu"),
+        lambda model, write: initialize(model, 0, "cpu", write),
+        lambda named: torch.optim.AdamW([p for _, p in named], fused=True),
+        None,
+    )
+    return texts(model)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_text_of_a_pipeline_is_that_of_one_process(workers, schedule):
+    config = small_config(num_nextn_predict_layers=2)
+    model = Transformer(config)
+    initialize(model, 0, "cpu", write_whole)
+    *expected, fast = texts(model)
+    assert fast.tokens.tolist() == expected[1] and fast.accepted < fast.drafted
+    for *found, same in workers.run(2, texts_of_a_pipeline, config, schedule):
+        assert found == expected
+        assert torch.equal(same.tokens, fast.tokens)
+        assert (same.drafted, same.accepted) == (fast.drafted, fast.accepted)
