@@ -14,8 +14,9 @@ they fit. Ranks of one `pipeline_rank` are to each other what all are without a 
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, combinations, product
 from typing import Any, Literal, get_args
 
@@ -26,6 +27,9 @@ from parallel.proven import PROVEN, Cell
 
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]  # by how much of the model is spread
 Offload = Literal["none", "optimizer", "all"]
+
+
+NUMBERS = ("expert", "replicate", "pipeline", "context")  # fields that divide processes
 
 
 class LayoutError(ValueError):
@@ -62,8 +66,7 @@ class ParallelConfig:
     @property
     def stages(self) -> int:
         """Of the pipeline, on all its ranks."""
-        default = 1 if self.pipeline == 1 or self.schedule == "1f1b" else 2
-        return self.pipeline * (self.stages_per_rank or default)
+        return self.pipeline * (self.stages_per_rank or default_stages(self))
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Layout:
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problem = _problem(self.config, self.world_size, self.model) or self._problem_of_lengths()
+        problem = _problem(self.config, self.world_size, self.model, self.lengths)
         if problem:
-            fixes = nearest(self.config, self.world_size, self.model)
+            fixes = nearest(self.config, self.world_size, self.model, self.lengths)
             raise LayoutError(f"{problem}; use {' or '.join(fixes)}" if fixes else problem)
 
     @property
@@ -113,7 +116,7 @@ class Layout:
         """Which of them a rank belongs to."""
         return rank % self.stage_ranks // self.config.context
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         """Which layers lie on which pipeline rank."""
         assert self.model is not None
@@ -139,29 +142,16 @@ class Layout:
                 f"schedule.batch_tokens: a global batch of {sequences} sequences does not divide over {groups}; "
                 f"{fix or f'choose a multiple of {ranks} sequences'} or another number of processes"
             )
-        c, size = self.config, micro_batch or self.config.micro_batch
-        chunks = -(-sequences // ranks // size)
-        rule = None
-        if c.pipeline > 1 and c.schedule in ("1f1b", "dualpipev") and chunks < c.stages:
-            rule = f"{c.schedule} needs as many micro-batches as stages, {c.stages}, at least"
-        elif c.schedule == "interleaved" and chunks % (rounds := max(1, chunks // c.pipeline)):
-            rule = f"interleaved needs micro-batches in {rounds} equal rounds"
-        if c.pipeline > 1 and rule:
-            share = sequences // ranks
+        share, size = sequences // ranks, micro_batch or self.config.micro_batch
+        if rule := _problem_of_micro_batches(self.config, -(-share // size)):
+            name = "parallel.micro_batch" if size == self.config.micro_batch else "data.stages: micro_batch"
+            sizes = sorted(range(1, share + 1), key=lambda other: (other > size, abs(other - size)))
+            fits = next((s for s in sizes if not _problem_of_micro_batches(self.config, -(-share // s))), None)
+            others = f"give the batch at least {ranks * self.config.stages} sequences (schedule.batch_tokens)"
             raise LayoutError(
-                f"parallel.micro_batch = {size}: of {share} sequences for each rank that is {chunks} micro-batches, and {rule}; "
-                f"lower parallel.micro_batch, raise schedule.batch_tokens, or use another parallel.schedule"
+                f"{name} = {size}: of a batch of {sequences} sequences that is {-(-share // size)} a rank, and {rule}; "
+                f"{f'write micro_batch={fits}' if fits else others}, or parallel.schedule=zbv, which takes any number"
             )
-
-    def _problem_of_lengths(self) -> str | None:
-        pieces = 2 * self.config.context
-        for length in self.lengths if self.config.context > 1 else ():
-            if length % pieces:
-                return (
-                    f"parallel.context = {self.config.context}: cuts sequences into {pieces} equal pieces, "
-                    f"which {length} tokens do not give"
-                )
-        return None
 
 
 def cell(config: ParallelConfig) -> Cell:
@@ -173,7 +163,14 @@ def cell(config: ParallelConfig) -> Cell:
     return Cell(config.engine, frozenset(name for name, used in axes.items() if used))
 
 
-def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None = None) -> list[str]:
+def default_stages(config: ParallelConfig) -> int:
+    """Stages of a rank where the configuration does not say."""
+    return 1 if config.pipeline == 1 or config.schedule == "1f1b" else 2
+
+
+def nearest(
+    config: ParallelConfig, world_size: int, model: ModelConfig | None = None, lengths: Sequence[int] = ()
+) -> list[str]:
     """Up to three sets of changes that make a configuration work, as they would be written in a recipe, and a number of processes
     on which it works as it is.
 
@@ -181,7 +178,7 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
     of the same library (DeepSpeed, or PyTorch alone); what gives something up or adds something comes last. Of those that change
     the same fields the best two are named, and none that changes more fields than the best.
     """
-    changes = list(_changes_that_work(config, world_size, model))
+    changes = list(_changes_that_work(config, world_size, lambda new: _problem(new, world_size, model, lengths)))
     changes.sort(key=lambda new: sum(_cost(name, getattr(config, name), value) for name, value in new.items()))
     changes = [new for new in changes if len(new) <= len(changes[0])]
     best = [new for i, new in enumerate(changes) if sum(new.keys() == better.keys() for better in changes[:i]) < 2]
@@ -189,37 +186,47 @@ def nearest(config: ParallelConfig, world_size: int, model: ModelConfig | None =
 
     unit = config.pipeline * math.lcm(config.context, config.replicate * config.expert)
     sizes = [size for size in (world_size // unit * unit, (world_size // unit + 1) * unit) if size > 0]
-    return texts + [_processes(size) for size in sizes if _problem(config, size, model) is None][:1]
+    return texts + [_processes(size) for size in sizes if _problem(config, size, model, lengths) is None][:1]
 
 
-def _changes_that_work(config: ParallelConfig, world_size: int, model: ModelConfig | None) -> Iterator[dict[str, Any]]:
-    """All changes of one and two fields, and of more where these do not help; none that changes a field needlessly."""
+def _changes_that_work(
+    config: ParallelConfig, world_size: int, problem: Callable[[ParallelConfig], str | None]
+) -> Iterator[dict[str, Any]]:
+    """All changes of one and two fields, and of more where these do not help; none that changes a field needlessly.
+
+    Of three fields and more only near numbers are tried, or the search would take minutes.
+    """
     divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
     choices: dict[str, Sequence[Any]] = {
         "engine": get_args(EngineName),
-        "expert": divisors,
-        "replicate": divisors,
+        **dict.fromkeys(NUMBERS, divisors),
         "offload": get_args(Offload),
         "recompute": ["none"],
-        "pipeline": divisors,
-        "context": divisors,
         "schedule": get_args(Schedule),
         "stages_per_rank": [None],
         "reshard_after_forward": [None],
         "deepspeed": [{}],
     }
-    others = {name: [v for v in values if v != getattr(config, name)] for name, values in choices.items()}
     found: list[dict[str, Any]] = []
-    for fields in range(1, len(others) + 1):
+    for fields in range(1, len(choices) + 1):
         if found and fields > 2:
             return
+        if fields == 3:
+            choices |= {name: _near(getattr(config, name), divisors) for name in NUMBERS}
+        others = {name: [v for v in values if v != getattr(config, name)] for name, values in choices.items()}
         for names in combinations(others, fields):
             for values in product(*(others[name] for name in names)):
                 new = dict(zip(names, values))
-                works = _problem(replace(config, **new), world_size, model) is None
+                works = problem(replace(config, **new)) is None
                 if works and not any(fewer.items() < new.items() for fewer in found):
                     found.append(new)
                     yield new
+
+
+def _near(number: int, among: Sequence[int]) -> list[int]:
+    """1, and the nearest numbers on both sides."""
+    smaller, larger = [n for n in among if n < number], [n for n in among if n > number]
+    return sorted({1, *smaller[-2:], *larger[:1]})
 
 
 def _cost(name: str, old: Any, new: Any) -> float:
@@ -228,7 +235,7 @@ def _cost(name: str, old: Any, new: Any) -> float:
         order = get_args(EngineName)
         changes_library = old.startswith("zero") != new.startswith("zero")
         return 3 + 6 * changes_library + 0.1 * abs(order.index(old) - order.index(new))
-    moved = 1 + abs(math.log2(new / old)) if name in ("expert", "replicate", "pipeline", "context") else 2
+    moved = 1 + abs(math.log2(new / old)) if name in NUMBERS else 2
     default = getattr(ParallelConfig(), name)
     return 10 if new == default else 10 + moved if old == default else moved
 
@@ -241,12 +248,15 @@ def _processes(number: int) -> str:
     return f"{number} process" + ("es" if number > 1 else "")
 
 
-def _problem(config: ParallelConfig, world_size: int, model: ModelConfig | None) -> str | None:
+def _problem(
+    config: ParallelConfig, world_size: int, model: ModelConfig | None, lengths: Sequence[int] = ()
+) -> str | None:
     """The first rule that a configuration breaks, as `field = value: rule`."""
     problems = chain(
         _problems_of_engine(config),
         _problems_of_pipeline(config),
         _problems_of_ranks(config, world_size),
+        _problems_of_lengths(config, lengths),
         _problems_of_model(config, world_size, model) if model else [],
         _problems_of_proof(config),
     )
@@ -289,7 +299,7 @@ def _problems_of_pipeline(c: ParallelConfig) -> Iterator[str]:
     if c.offload != "none":
         yield f"parallel.offload = {c.offload}: under a pipeline parameters and optimizer stay on the device"
     given = c.stages_per_rank
-    if given is not None and (given < 2 if c.schedule == "interleaved" else given != c.stages // c.pipeline):
+    if given is not None and (given < 2 if c.schedule == "interleaved" else given != default_stages(c)):
         has = {"1f1b": "has one stage a rank", "interleaved": "has at least two stages a rank"}.get(
             c.schedule, "has two stages a rank"
         )
@@ -309,6 +319,28 @@ def _problems_of_ranks(c: ParallelConfig, world_size: int) -> Iterator[str]:
         yield f"parallel.expert = {c.expert}: does not divide {ranks}"
     if in_stage % c.context:
         yield f"parallel.context = {c.context}: does not divide {_processes(in_stage)}{of_each}"
+
+
+def _problems_of_lengths(c: ParallelConfig, lengths: Sequence[int]) -> Iterator[str]:
+    pieces = 2 * c.context
+    for length in lengths if c.context > 1 else ():
+        if length % pieces:
+            yield (
+                f"parallel.context = {c.context}: cuts sequences into {pieces} equal pieces, which a sequence_length of {length} "
+                "does not give"
+            )
+
+
+def _problem_of_micro_batches(c: ParallelConfig, number: int) -> str | None:
+    """The rule of its schedule that a number of micro-batches breaks, as PyTorch has it."""
+    if c.pipeline == 1:
+        return None
+    if c.schedule in ("1f1b", "dualpipev") and number < c.stages:
+        return f"{c.schedule} needs as many micro-batches as stages, {c.stages}, at least"
+    rounds = max(1, number // c.pipeline)
+    if c.schedule == "interleaved" and number % rounds:
+        return f"interleaved needs them in {rounds} equal rounds"
+    return None
 
 
 def _problems_of_model(c: ParallelConfig, world_size: int, model: ModelConfig) -> Iterator[str]:
