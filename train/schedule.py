@@ -95,10 +95,11 @@ class Schedule:
         """Every global batch of the run in sequences, ascending, each once; the layout must divide all of them."""
         return sorted({span.sequences for span in self.spans})
 
-    def check_layout(self, layout: Layout, is_begun: bool = False) -> None:
-        """Refuse processes that cannot share every batch evenly.
+    def check_layout(self, layout: Layout, micro_batch: Callable[[int], int], is_begun: bool = False) -> None:
+        """Refuse processes that cannot share every batch evenly, or a pipeline that one of them does not fill.
 
         Args:
+            micro_batch: sequences of a micro-batch in the step that starts after so many tokens.
             is_begun: the run has begun, so that its law chooses no more.
 
         Raises:
@@ -110,8 +111,8 @@ class Schedule:
             asked = "ramp" if isinstance(law.batch_tokens, tuple) else "auto"
             multiple = math.lcm(self.config.batch_multiple, ranks)
             fix = f"write schedule.batch_tokens={asked} schedule.batch_multiple={multiple}"
-        for sequences in self.batches():
-            layout.check_batch(sequences, fix=fix)
+        for sequences, size in sorted({(span.sequences, micro_batch(span.first_token)) for span in self.spans}):
+            layout.check_batch(sequences, size, fix)
 
     def step_at(self, tokens: int) -> float:
         """Steps made when `tokens` have been consumed: whole where a step starts, between two whole numbers elsewhere."""

@@ -80,7 +80,7 @@ class Trainer:
             log.warning("%s", told)
         recipe = self.recipe
         self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
-        self.schedule.check_layout(self.layout, is_begun=bool(record))
+        self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
         self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed

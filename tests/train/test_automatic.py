@@ -123,10 +123,10 @@ def test_a_batch_of_a_law_that_the_processes_cannot_share_names_what_helps(tiny_
         "write schedule.batch_tokens=ramp schedule.batch_multiple=6 or another number of processes" in run.said
     )
     helped = load_recipe("tiny", [*run.arguments(*changes)[1:], "schedule.batch_multiple=6"])
-    Schedule(helped.schedule, helped.data.lengths).check_layout(helped.layout(3))
+    Schedule(helped.schedule, helped.data.lengths).check_layout(helped.layout(3), helped.micro_batch)
     schedule = Schedule(load_recipe("tiny", run.arguments(*changes)[1:]).schedule, LENGTH)
     with pytest.raises(LayoutError, match="does not divide over 3 processes; choose a multiple of 3 sequences"):
-        schedule.check_layout(helped.layout(3), is_begun=True)
+        schedule.check_layout(helped.layout(3), helped.micro_batch, is_begun=True)
 
 
 def test_a_ramp_takes_the_samples_that_a_constant_batch_takes_in_the_same_order(

@@ -30,7 +30,7 @@ def amounts(recipe: Recipe, schedule: Schedule, world_size: int) -> dict[str, An
     """
     config = recipe.model_config_resolved()
     layout = recipe.layout(world_size)
-    schedule.check_layout(layout)
+    schedule.check_layout(layout, recipe.micro_batch)
     if layout.config.deepspeed:
         device = torch.device("cuda" if recipe.on_gpu else "cpu")
         ds_config(layout.config, DTYPES[recipe.compute], recipe.optimizer.clip, device)

@@ -43,7 +43,7 @@ def preflight(path: Path, ladder: Ladder, processes: int) -> None:
         asked = wanted(ladder, losses, cells.sequence_length)
         for cell in asked:
             recipe = cells.recipe(cell)
-            _schedule(recipe).check_layout(recipe.layout(processes))
+            _schedule(recipe).check_layout(recipe.layout(processes), recipe.micro_batch)
         longest = cells.recipe(max(asked, key=cells.tokens))  # it needs the most text
         Corpus(longest, _schedule(longest))
     except (RecipeError, LayoutError, ConfigError) as error:
