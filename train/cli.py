@@ -44,7 +44,7 @@ app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(scaling, name="scaling")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, or a YAML file.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, v3-long, or a YAML file.")]
 DataRecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="default, or a YAML file: a data recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value …", help="Changes to the recipe.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `data prepare` made.")]

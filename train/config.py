@@ -166,6 +166,12 @@ class Recipe(Section):
         """What compiled blocks go together with."""
         parallel = self.parallel
         problems = {
+            "a pipeline runs its stages in parts, which compiled blocks do not have; write parallel.pipeline=1": (
+                parallel.pipeline > 1
+            ),
+            "nobody has run compiled blocks that exchange latents with other processes; write parallel.context=1": (
+                parallel.context > 1
+            ),
             "what recomputes watches every operation of a block, and a compiled one shows none; write parallel.recompute=none": (
                 self.recompute != "none"
             ),
@@ -215,7 +221,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read a built-in recipe or a YAML file, apply `key.sub=value` overrides in order, and validate.
 
     Args:
-        name_or_path: tiny, small, v2-lite or v3; else the path of a file.
+        name_or_path: tiny, small, v2-lite, v3 or v3-long; else the path of a file.
         overrides: each `section.key=value`; the value is read as YAML, so that lists and maps work.
 
     Raises:
@@ -332,9 +338,7 @@ def _one_line(error: ValidationError) -> str:
     line = _explain(errors[0])
     if len(errors) == 1:
         return line
-    more = f" (and {len(errors) - 1} more)"
-    unbuilt = "; not built yet"
-    return line.removesuffix(unbuilt) + more + unbuilt if line.endswith(unbuilt) else line + more
+    return f"{line} (and {len(errors) - 1} more)"
 
 
 def _explain(error: Any) -> str:

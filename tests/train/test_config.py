@@ -46,8 +46,8 @@ run: {dir: runs/a}
 """
 
 
-def test_the_built_in_recipes_are_four_and_load():
-    assert builtin_recipes() == ["small", "tiny", "v2-lite", "v3"]
+def test_the_built_in_recipes_are_five_and_load():
+    assert builtin_recipes() == ["small", "tiny", "v2-lite", "v3", "v3-long"]
     for name in builtin_recipes():
         recipe = load_recipe(name)
         Schedule(recipe.schedule, recipe.data.lengths).settings(0)
@@ -61,6 +61,17 @@ def test_the_v3_recipe_is_the_published_run():
     assert (recipe.schedule.lr, recipe.schedule.warmup_steps, recipe.schedule.shape) == (2.2e-4, 2000, "v3")
     assert (recipe.optimizer.betas, recipe.optimizer.weight_decay, recipe.optimizer.clip) == ((0.9, 0.95), 0.1, 1.0)
     assert recipe.model_config_resolved().yarn is None  # pretraining at 4K uses plain RoPE
+
+
+def test_the_v3_long_recipe_is_the_published_extension():
+    recipe = load_recipe("v3-long")
+    first, second = Schedule(recipe.schedule, recipe.data.lengths).spans
+    assert (first.steps, first.sequence_length, first.sequences) == (1000, 32_768, 1920)
+    assert (second.steps, second.sequence_length, second.sequences) == (1000, 131_072, 480)
+    assert {
+        Schedule(recipe.schedule, recipe.data.lengths).learning_rate(span.first_token) for span in (first, second)
+    } == {7.3e-6}
+    assert recipe.model_config_resolved().at_length(32_768).yarn.factor == 40
 
 
 def test_the_v2_lite_recipe_has_the_papers_schedule_and_v3s_balancing():
@@ -537,7 +548,7 @@ def test_a_duplicate_key_is_a_mistake_with_its_line(tmp_path):
 
 def test_a_recipe_that_is_not_there_names_the_built_in_ones():
     assert mistake_of(recipe="tinny") == (
-        "recipe 'tinny': must be a file or one of small, tiny, v2-lite, v3; did you mean tiny?"
+        "recipe 'tinny': must be a file or one of small, tiny, v2-lite, v3, v3-long; did you mean tiny?"
     )
 
 
