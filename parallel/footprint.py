@@ -22,20 +22,29 @@ stages 1 and 2, of the gradients under 3; under 2 of the gradients too where a s
 
 FP8 changes nothing of this: weights are quantised where they are used, and forgotten.
 
-Counted is the fullest rank. Activations are not, nor buffers of the communication: DeepSpeed's have 5·10⁸ elements each.
+In a pipeline P is what lies on one pipeline rank, the copy of the embedding included, W and s are ranks of one stage, and fsdp has
+everything whole throughout the step. The activations of several micro-batches lie there at once: `under_way` plays the order of the
+schedule through. Ranks that share sequences hold what ranks without context parallelism do.
+
+Counted is the fullest rank, of a pipeline rank. Buffers of the communication are not: DeepSpeed's have 5·10⁸ elements each.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from model.activations import Device, activation_bytes, put_aside_bytes, working_bytes
 from model.config import ModelConfig
 from model.hf import state_shapes
+from model.transformer import Part
 from parallel.layout import Layout, cut_of
+from parallel.pipeline import EMBEDDING, parts_of
+from parallel.timeline import order_of
 
 Shapes = Mapping[str, torch.Size]
 
@@ -57,8 +66,20 @@ class Footprint(NamedTuple):
         return self.parameters + self.gradients + self.moments + self.gathered
 
 
+class Activations(NamedTuple):
+    """Bytes of a rank's activations."""
+
+    kept: int  # most at once of what forward passes leave for their backward passes
+    working: int  # beside them for a while
+
+
 def footprint(
-    layout: Layout, config: ModelConfig, element_size: int = 4, moment_size: int = 4, micro_batches: int = 1
+    layout: Layout,
+    config: ModelConfig,
+    element_size: int = 4,
+    moment_size: int = 4,
+    micro_batches: int = 1,
+    pipeline_rank: int = 0,
 ) -> Footprint:
     """What one rank holds.
 
@@ -67,9 +88,9 @@ def footprint(
         moment_size: bytes of an element of each of the two moments.
         micro_batches: of a rank in a step.
     """
-    tensors = state_shapes(config)
-    biases = sum(4 * tensor.numel() for name, tensor in tensors.items() if name.endswith(BIAS))
-    shapes = parameter_shapes(config)
+    tensors = _on(layout, _tensors(config), pipeline_rank)
+    biases = sum(4 * shape.numel() for name, shape in tensors.items() if name.endswith(BIAS))
+    shapes = {name: shape for name, shape in tensors.items() if not name.endswith(BIAS)}
     count = {"ddp": _ddp, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3, "fsdp": _fsdp}[layout.config.engine]
     held = count(layout, shapes, _Sizes(element_size, moment_size, micro_batches))
     return held._replace(parameters=held.parameters + biases)
@@ -82,7 +103,7 @@ def peak_bytes(
 
     Args:
         held: what it holds throughout.
-        activations, working: of one micro-batch (`model.flops.activation_bytes`, `working_bytes`).
+        activations, working: of one micro-batch (`model.activations.activation_bytes`, `working_bytes`), or of those under way.
 
     A single process whose step is one micro-batch has no gradients while it goes forward, and in the backward pass they take
     the place of activations: then the peak is where the backward pass begins, with the gradient of the head, which is among the
@@ -95,9 +116,122 @@ def peak_bytes(
     return held.device - held.gradients + max(activations + first, held.gradients) + working
 
 
+def under_way(
+    layout: Layout,
+    config: ModelConfig,
+    pipeline_rank: int = 0,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    micro_batches: int,
+    element_size: int,
+    device: Device = "cpu",
+) -> Activations:
+    """Activations of a rank.
+
+    Args:
+        micro_batch: sequences.
+        micro_batches: of a rank in a step.
+        element_size: bytes of the compute dtype.
+    """
+    c = layout.config
+    common: dict[str, Any] = {
+        "micro_batch": micro_batch,
+        "sequence_length": sequence_length,
+        "element_size": element_size,
+        "casts_weights": c.engine != "fsdp",  # which gathers them in the compute dtype
+        "fp8": c.fp8,
+        "context": c.context,
+    }
+    recomputes: dict[str, Any] = {"recompute": c.recompute, "device": device}
+    spreads = c.expert > 1
+
+    def kept(part: Part | None) -> int:
+        parts = activation_bytes(
+            config, **common, **recomputes, spreads_experts=spreads, fp8_dispatch=c.fp8_dispatch, part=part
+        )
+        return sum(parts.values())
+
+    if c.pipeline == 1:
+        return Activations(kept(None), working_bytes(config, **common, **recomputes))
+    parts, placement = parts_of(layout), layout.placement
+    mine = placement.stages_of(pipeline_rank)
+    state = micro_batch * sequence_length // c.context * config.hidden_size * element_size
+    stages = {}
+    for stage in mine:
+        from_here, to_here = stage > 0 and stage - 1 in mine, stage + 1 in mine
+        sends = (stage + 1 < c.stages and not to_here) + (stage > 0 and not from_here)
+        stages[stage] = _Held(
+            kept(parts[stage]) - (state if from_here else 0),  # what that stage hands on is counted there
+            put_aside_bytes(config, **common, spreads_experts=spreads, part=parts[stage]),
+            0 if c.schedule == "1f1b" else sends * state,
+        )
+    working = max(working_bytes(config, **common, **recomputes, part=parts[stage]) for stage in mine)
+    return Activations(_most_at_once(layout, pipeline_rank, micro_batches, stages), working)
+
+
+class _Held(NamedTuple):
+    """Bytes of one micro-batch in one stage."""
+
+    forward: int  # from its forward pass to its backward pass
+    aside: int  # between the two parts of its backward pass
+    sent: int  # then, to the end of the step: PyTorch's runtime keeps all messages but those of 1f1b
+
+
+def _most_at_once(layout: Layout, pipeline_rank: int, micro_batches: int, stages: Mapping[int, _Held]) -> int:
+    """The largest sum, in the order of the schedule, of what micro-batches leave in the stages of a rank."""
+    c = layout.config
+    enough = min(micro_batches, 2 * c.stages)  # more fill no pipeline further, and only leave what they sent
+    order = order_of(c.schedule, c.pipeline, c.stages // c.pipeline, enough)[pipeline_rank]
+    now = most = 0
+    for action in order:
+        of_input, of_weights = ({work.stage for work in action if work.kind == kind} for kind in ("B", "W"))
+        for kind, stage, _ in action:
+            held = stages[stage]
+            if kind == "F":
+                now += held.forward
+            elif kind == "B":
+                now += held.sent - held.forward + (0 if stage in of_weights else held.aside)
+            elif stage not in of_input:
+                now -= held.aside
+            most = max(most, now)
+    return most + (micro_batches - enough) * sum(held.sent for held in stages.values())
+
+
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Shapes of the parameters, without the buffers."""
-    return {name: tensor.shape for name, tensor in state_shapes(config).items() if not name.endswith(BIAS)}
+    return {name: shape for name, shape in _tensors(config).items() if not name.endswith(BIAS)}
+
+
+def shapes_on(layout: Layout, config: ModelConfig, pipeline_rank: int) -> dict[str, torch.Size]:
+    """Those that lie on a pipeline rank."""
+    return _on(layout, parameter_shapes(config), pipeline_rank)
+
+
+@cache
+def _tensors(config: ModelConfig) -> Shapes:
+    return {name: tensor.shape for name, tensor in state_shapes(config).items()}
+
+
+def _on(layout: Layout, shapes: Shapes, pipeline_rank: int) -> dict[str, torch.Size]:
+    """As `parallel.pipeline.keep_parts` leaves them."""
+    if layout.config.pipeline == 1:
+        return dict(shapes)
+    assert layout.model is not None
+    model, parts = layout.model, parts_of(layout)
+    mine = [parts[stage] for stage in layout.placement.stages_of(pipeline_rank)]
+    has_first, has_last = any(part.first for part in mine), any(part.last for part in mine)
+    layers = {layer for part in mine for layer in part.layers}
+
+    def is_here(name: str) -> bool:
+        if name.startswith("model.layers."):
+            layer = int(name.split(".")[2])
+            return has_last if layer >= model.num_hidden_layers else layer in layers
+        if name == EMBEDDING:
+            return has_first or (has_last and model.num_nextn_predict_layers > 0)
+        return has_last
+
+    return {name: shape for name, shape in shapes.items() if is_here(name)}
 
 
 def gathered_units(layout: Layout, shapes: Shapes, element_size: int) -> dict[str, "Unit"]:
@@ -164,7 +298,8 @@ def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
 def _fsdp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     part = sum(_elements(layout, name, shape) for name, shape in shapes.items())
     units = gathered_units(layout, shapes, sizes.element)
-    gathered = _at_work(units) if layout.config.reshards else _all_at_once(units, sizes.micro_batches)
+    sums = sizes.micro_batches > 1 or layout.config.pipeline > 1
+    gathered = _at_work(units) if layout.config.reshards else _all_at_once(units, sums)
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
     if layout.config.offload == "none":
         return Footprint(parameters, gradients, moments, gathered, host=0)
@@ -181,10 +316,10 @@ def _at_work(units: Mapping[str, Unit]) -> int:
     return units["root"].bytes + max(begin, *between, end)
 
 
-def _all_at_once(units: Mapping[str, Unit], micro_batches: int) -> int:
+def _all_at_once(units: Mapping[str, Unit], sums: bool) -> int:
     """All parameters, and the gradients of one unit, or of all where they are summed over micro-batches first."""
     elements = [unit.elements for unit in units.values()]
-    return sum(unit.bytes for unit in units.values()) + 4 * (sum(elements) if micro_batches > 1 else max(elements))
+    return sum(unit.bytes for unit in units.values()) + 4 * (sum(elements) if sums else max(elements))
 
 
 def _elements(layout: Layout, name: str, shape: torch.Size) -> int:

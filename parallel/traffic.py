@@ -5,6 +5,7 @@ A collective over n ranks with a whole tensor of S bytes, as a ring does it:
     all-reduce                              a rank sends 2·(n−1)/n·S
     all-gather, reduce-scatter, reduce                     (n−1)/n·S
     all-to-all of rows                                     (n−1)/n·S      in expectation: the routing decides
+    from one rank to another                                       S
 
 The S of a step, with P parameters: X of experts, V·D of the embedding, H of the head and the final norm, G of the other norms
 and the gates, M of all other matrices. m micro-batches; a bytes to an element of the compute dtype; s ranks share a model, e of
@@ -25,26 +26,40 @@ them its experts; r replicas:
                               With FP8 dispatch the way to the experts, forward and recomputed, and the way there of the gradients
                               of what they hand out have D + ⌈D/128⌉ bytes a row in place of D · a
 
+    with context parallelism  latents and rotary keys, R + rope numbers a token and layer, over C ranks:
+                              all-gather      layers · C · tokens · (R + rope) · a; twice where `full` recomputation gathers again
+                              reduce-scatter  the same, once: their gradients
+                              Keys and values would be H · (nope + rope + v) numbers in place of R + rope: 71 times more in V3.
+
+    in a pipeline             P and all else is what lies on the pipeline rank, `fsdp` is kept gathered, and ranks are those of its
+                              stages. Where the next stage lies on another rank, states go there, where the one before does, their
+                              gradients: tokens · D · a each. An embedding that lies on two ranks: all-reduce of 4VD/s over both.
+
+`tokens` are those that one rank computes: with context parallelism pieces of sequences.
+
 Gradients travel in fp32, weights under FSDP in the dtype that computes with them, under DeepSpeed in fp32. FSDP pads each
 parameter to a multiple of s rows and ZeRO-3 to a multiple of s elements, which is counted here; ZeRO-1 and 2 pad their flat
 weights by fewer than 2s elements an optimizer group, which is not.
 
 Left out is what has a few kilobytes: targets, losses with the expert counts, the norm, and FP8's largest scales (`GlobalStep`), the
-counts of each layer's rows before they travel (int64), DDP's buckets after its first backward pass, and DeepSpeed's own norm.
+counts of each layer's rows before they travel (int64), how often the balance loss sees each expert in sequences that ranks share,
+DDP's buckets after its first backward pass, and DeepSpeed's own norm.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from model.config import ModelConfig
 from model.ops.fp8.quantize import TILE
-from parallel.footprint import Shapes, parameter_shapes
+from parallel.footprint import Shapes, shapes_on
 from parallel.layout import Layout, cut_of
+from parallel.pipeline import EMBEDDING
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all", "send"]
 GRADIENT = 4  # bytes of an element of a gradient, and of a master weight
 
 # DeepSpeed's defaults, in elements.
@@ -67,20 +82,24 @@ class Flow(NamedTuple):
 
 def sent(collective: Collective, ranks: int, whole: float) -> float:
     """Bytes that a rank sends for tensors of `whole` bytes, on a ring; mean over the ranks."""
+    if collective == "send":
+        return whole
     return (2 if collective == "all_reduce" else 1) * (ranks - 1) / ranks * whole
 
 
 def step_traffic(
-    layout: Layout, config: ModelConfig, *, tokens: int, micro_batches: int, element_size: int
+    layout: Layout, config: ModelConfig, *, tokens: int, micro_batches: int, element_size: int, pipeline_rank: int = 0
 ) -> list[Flow]:
     """What travels in one optimizer step.
 
     Args:
-        tokens: predicted tokens of one rank in the step, all its micro-batches together.
+        tokens: predicted tokens that one rank computes in the step, all its micro-batches together.
         micro_batches: of one rank in the step.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
+        pipeline_rank: whose flows they are.
     """
-    shapes = parameter_shapes(config)
+    shapes = shapes_on(layout, config, pipeline_rank)
+    flows: Iterable[Flow]
     if layout.config.engine == "ddp":
         flows = _ddp(layout, shapes)
     elif layout.config.engine == "fsdp":
@@ -90,14 +109,20 @@ def step_traffic(
     else:
         flows = _zero(layout, shapes, micro_batches)
     whole: Counter[tuple[str, Collective, int]] = Counter()
-    for flow in [*flows, *_tokens(layout, config, tokens, element_size)]:
+    if layout.config.pipeline > 1:
+        flows = chain(
+            flows, _states(layout, config, pipeline_rank, tokens * element_size), _copies(layout, shapes, pipeline_rank)
+        )
+    if layout.config.context > 1:
+        flows = chain(flows, _latents(layout, config, shapes, tokens * element_size))
+    for flow in chain(flows, _tokens(layout, config, shapes, tokens, element_size)):
         whole[flow[:3]] += flow.whole
     return [Flow(*key, size) for key, size in whole.items() if key[2] > 1]
 
 
 def _ddp(layout: Layout, shapes: Shapes) -> Iterator[Flow]:
     for shape in shapes.values():
-        yield Flow("gradients", "all_reduce", layout.world_size, GRADIENT * shape.numel())
+        yield Flow("gradients", "all_reduce", layout.stage_ranks, GRADIENT * shape.numel())
 
 
 def _fsdp(layout: Layout, shapes: Shapes, micro_batches: int, element_size: int) -> Iterator[Flow]:
@@ -174,8 +199,36 @@ def _runs_again(layout: Layout, config: ModelConfig, name: str) -> bool:
     return not (ends_with_experts or name.endswith(".mlp.down_proj.weight"))
 
 
-def _tokens(layout: Layout, config: ModelConfig, tokens: int, element_size: int) -> Iterator[Flow]:
-    rows = config.n_moe_layers * tokens * config.num_experts_per_tok
+def _states(layout: Layout, config: ModelConfig, rank: int, size: int) -> Iterator[Flow]:
+    """States for the next stage, their gradients for the one before, where these lie on other ranks. size: of a number a token."""
+    placement = layout.placement
+    for stage in placement.stages_of(rank):
+        if stage + 1 < layout.config.stages and placement.rank_of(stage + 1) != rank:
+            yield Flow("states", "send", 2, size * config.hidden_size)
+        if stage > 0 and placement.rank_of(stage - 1) != rank:
+            yield Flow("gradients of states", "send", 2, size * config.hidden_size)
+
+
+def _copies(layout: Layout, shapes: Shapes, rank: int) -> Iterator[Flow]:
+    """The gradient of an embedding that the first stage's rank and the last one's have."""
+    ends = {layout.placement.rank_of(stage) for stage in (0, layout.config.stages - 1)}
+    if len(ends) > 1 and rank in ends and layout.model and layout.model.num_nextn_predict_layers:
+        rows, width = shapes[EMBEDDING]
+        yield Flow("gradients", "all_reduce", 2, GRADIENT * (_ceil(rows, layout.shard) // layout.shard) * width)
+
+
+def _latents(layout: Layout, config: ModelConfig, shapes: Shapes, size: int) -> Iterator[Flow]:
+    """Latents and rotary keys, between ranks that share sequences. size: of a number a token here."""
+    layers = sum(name.endswith(".kv_b_proj.weight") for name in shapes)
+    ranks = layout.config.context
+    whole = layers * ranks * size * (config.kv_lora_rank + config.qk_rope_head_dim)
+    yield Flow("latents", "all_gather", ranks, whole * (2 if layout.config.recompute == "full" else 1))
+    yield Flow("gradients of latents", "reduce_scatter", ranks, whole)
+
+
+def _tokens(layout: Layout, config: ModelConfig, shapes: Shapes, tokens: int, element_size: int) -> Iterator[Flow]:
+    layers = sum(name.endswith(".mlp.gate.weight") for name in shapes)
+    rows = layers * tokens * config.num_experts_per_tok
     size = bytes_of_row(layout, config.hidden_size, element_size)
     yield Flow("tokens", "all_to_all", layout.config.expert, rows * size)
 

@@ -1,8 +1,10 @@
 """The footprint of a layout against what the engines hold, and against arithmetic by hand where no machine is large enough."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from model.config import ModelConfig, load_preset
 from model.flops import parameter_counts
 from model.hf import state_shapes
 from model.moe import Experts
-from parallel.footprint import Footprint, footprint, gathered_units
+from parallel.footprint import Footprint, footprint, gathered_units, under_way
 from parallel.layout import Layout, ParallelConfig
-from tests.parallel.harness import CONFIG, SETTINGS, Case, build, micro_batches
+from parallel.pipeline import Stage
+from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
 from tests.small_model import small_config
 
 FSDP = ParallelConfig("fsdp", micro_batch=2)
@@ -78,6 +81,33 @@ def test_fsdp_gathers_the_units_that_are_counted(workers, reshard, dtype):
     assert [rank["whole"] for rank in ranks] == [expected] * 2
     if dtype is torch.float32:  # elsewhere FSDP accumulates where nobody else can look
         assert [rank["accumulated"] for rank in ranks] == [4 * sum(unit.elements for unit in units.values())] * 2
+
+
+@pytest.mark.parametrize(
+    "schedule, recompute", [("1f1b", "none"), ("zbv", "none"), ("zbv", "full"), ("dualpipev", "selective")]
+)
+def test_a_pipeline_rank_has_as_many_activations_as_are_counted(workers, schedule, recompute):
+    """After every chunk, beside parameters and gradients. What has just arrived, a state or two, is not counted, nor pieces of
+    the batch."""
+    parallel = ParallelConfig("ddp", pipeline=2, schedule=schedule, recompute=recompute, micro_batch=2)
+    check_under_way(workers, parallel, 0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_ranks_that_share_sequences_keep_what_is_counted(workers, recompute):
+    """After a forward pass. Of the whole sequences each has latents, keys and values."""
+    check_under_way(workers, ParallelConfig("ddp", context=2, recompute=recompute, micro_batch=16), 0.01)
+
+
+def check_under_way(workers: Any, parallel: ParallelConfig, slack: float) -> None:
+    layout = Layout(parallel, 2, CONFIG, (LENGTH,))
+    size = parallel.micro_batch
+    for rank, most in enumerate(workers.run(2, most_alive, Case(parallel))):
+        counted = under_way(
+            layout, CONFIG, rank // layout.stage_ranks, sequence_length=LENGTH, micro_batch=size,
+            micro_batches=SEQUENCES // size, element_size=4,
+        ).kept  # fmt: skip
+        assert most == pytest.approx(counted, rel=slack)
 
 
 # What no machine here can hold ----------------------------------------------------------------------------------------
@@ -201,6 +231,51 @@ def bytes_of(tensors: Iterable[Tensor | None]) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
     return sum(storages.values())
+
+
+def most_alive(case: Case) -> int:
+    """As one rank: most bytes that live after a chunk of a step and did not before the step, without gradients."""
+    engine: Any = build(case)
+    batches = micro_batches(case, 0)
+    marks: list[int] = []  # bytes of gradients at each
+
+    def mark(returned: Any = None) -> None:
+        marks.append(sum(p.grad.nbytes for p in engine.model.parameters() if p.grad is not None))
+        with torch.profiler.record_function(f"mark {len(marks)}"):
+            pass
+
+    def marked(run: Any) -> Any:
+        def run_and_mark(*args: Any, **kwargs: Any) -> Any:
+            returned = run(*args, **kwargs)
+            mark()
+            return returned
+
+        return run_and_mark
+
+    for _ in range(2):  # one-time allocations; DDP makes its buckets anew in the second step
+        engine.step(batches, SETTINGS)
+    chunks = ["forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"]
+    patches = [patch.object(Stage, name, marked(getattr(Stage, name))) for name in chunks]
+    patches += [
+        patch.object(engine, "backward", marked(engine.backward)),
+        patch.object(engine, "forward", marked(engine.forward)),
+    ]
+    with ExitStack() as stack:
+        for each in patches:
+            stack.enter_context(each)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+            engine._forward_and_backward(
+                batches, torch.ones(3), lambda losses: losses.main + losses.mtp.sum() + losses.balance
+            )
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live, found = 0, {}
+    for event in events:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+        elif event.name().startswith("mark "):
+            found[int(event.name().split()[1])] = live
+    return max(found[number] - gradients for number, gradients in enumerate(marks, start=1))
 
 
 def biases(config: ModelConfig) -> int:

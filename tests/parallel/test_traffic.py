@@ -2,14 +2,21 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.attention import MultiHeadLatentAttention
+from model.config import ModelConfig, load_preset
+from model.init import initialize
+from model.rope import Rotation
 from model.router import Router, Routing
+from model.transformer import Transformer
+from parallel.context import ZigZag
 from parallel.layout import Layout, ParallelConfig
 from parallel.traffic import Flow, sent, step_traffic
 from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
@@ -27,13 +34,16 @@ class Step(NamedTuple):
 
 
 def count(case: Case) -> dict[int, Step]:
-    """As one rank: a step of one micro-batch and one of two; recomputing, one of two."""
+    """As one rank: a step of one micro-batch and one of two; recomputing, one of two; in a pipeline one of all."""
     engine = build(case)
     away = PairsAway(engine.model, case.parallel.expert)
+    numbers = (1, 2) if case.parallel.recompute == "none" else (2,)
+    if case.parallel.pipeline > 1:
+        numbers = (len(micro_batches(case, 0)),)
     for _ in range(WARMUP[case.parallel.engine]):
-        engine.step(micro_batches(case, 0)[:1], SETTINGS)
+        engine.step(micro_batches(case, 0)[: numbers[0]], SETTINGS)
     counted = {}
-    for number in (1, 2) if case.parallel.recompute == "none" else (2,):
+    for number in numbers:
         away.pairs = 0
         with TrafficCounter() as counter:
             engine.step(micro_batches(case, 1)[:number], SETTINGS)
@@ -76,6 +86,17 @@ LAYOUTS = {
         2,
         ParallelConfig("fsdp", expert=2, recompute="full", fp8=True, fp8_dispatch=True),
     ),
+    "context": (2, ParallelConfig("fsdp", context=2)),
+    "context, recomputing some": (2, ParallelConfig("ddp", context=2, recompute="selective")),
+    "context, recomputing": (4, ParallelConfig("fsdp", context=2, expert=2, recompute="full")),
+    "1f1b": (2, ParallelConfig("ddp", pipeline=2)),
+    "1f1b, shards": (4, ParallelConfig("fsdp", pipeline=2)),
+    "dualpipev, context": (4, ParallelConfig("ddp", pipeline=2, schedule="dualpipev", context=2)),
+    # Not under dualpipev, which runs backward passes in a thread that the counter does not see.
+    "zbv, experts, context": (
+        4,
+        ParallelConfig("fsdp", pipeline=2, schedule="zbv", context=2, expert=2, recompute="selective"),
+    ),
     "zero1": (2, ParallelConfig("zero1")),
     "zero2": (2, ParallelConfig("zero2")),
     "zero1, experts": (4, ParallelConfig("zero1", expert=2)),
@@ -109,9 +130,52 @@ def test_padding_of_uneven_shards_is_counted(workers):
     check(workers.run(4, count, Case(config_of(config, 4), model=uneven)), config, 4, uneven)
 
 
+def test_v3_sends_latents_with_a_71st_of_the_bytes_of_keys_and_values(workers):
+    """512 + 64 numbers a token and layer, in place of 128 · (128 + 64 + 128); their gradients too. Attention is that of V3."""
+    latents, keys_and_values = workers.run(2, exchange, False), workers.run(2, exchange, True)
+    for (sent_latents, found), (sent_both, expected) in zip(latents, keys_and_values):
+        assert sent_latents == {("all_gather", 2): 4 * TOKENS * 576, ("reduce_scatter", 2): 4 * TOKENS * 576}
+        assert sent_both == {("all_gather", 2): 4 * TOKENS * 40960, ("reduce_scatter", 2): 4 * TOKENS * 40960}
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+TOKENS = 16
+ONE_LAYER = replace(
+    ModelConfig.from_hf(load_preset("v3")), vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    first_k_dense_replace=1, num_nextn_predict_layers=0, q_lora_rank=None,
+)  # fmt: skip
+
+
+def exchange(keys_and_values: bool) -> tuple[dict[tuple[str, int], int], Tensor]:
+    """As one of two ranks that share a sequence: bytes that a forward and a backward pass send, and a gradient."""
+    attention = attend_to_exchanged_keys_and_values if keys_and_values else MultiHeadLatentAttention.forward
+    with patch.object(MultiHeadLatentAttention, "forward", attention):
+        model = Transformer(ONE_LAYER)
+        initialize(model, seed=0)
+        model.set_context(ZigZag(torch.distributed.group.WORLD))
+        tokens = torch.arange(TOKENS + 1)[None]
+        with TrafficCounter() as counter:
+            model(tokens, torch.zeros_like(tokens), torch.ones(1)).losses.main.backward()
+    return by_kind(counter.calls), model.main_layers[0].self_attn.kv_a_proj_with_mqa.weight.grad
+
+
+def attend_to_exchanged_keys_and_values(
+    self: MultiHeadLatentAttention, x: Tensor, rotation: Rotation, starts: Tensor | None
+) -> Tensor:
+    """`MultiHeadLatentAttention.forward` as others do it: each rank makes keys and values of its pieces alone, and sends them."""
+    q, latent, k_rope = self._project(x)
+    of_nope, values = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split((self.nope, self.v_dim), dim=-1)
+    keys = torch.cat((of_nope, k_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)), dim=-1)  # [B', L, H, nope + rope]
+    keys, values = self.context.gather(keys, values)
+    kv = torch.cat((keys[..., : self.nope], values), dim=-1)
+    k_rope = keys[..., self.nope :].mean(2)  # the same in every head
+    return self.o_proj(self.context.attend(self.backend, q, kv, k_rope, rotation, self.scale, starts).flatten(-2))
+
+
 def config_of(config: ParallelConfig, world_size: int) -> ParallelConfig:
-    """Two micro-batches in this rank's share of a step."""
-    return replace(config, micro_batch=SEQUENCES // world_size // 2)
+    """Two micro-batches in this rank's share of a step, in a pipeline as many as the largest of these has stages."""
+    share = SEQUENCES // (world_size // config.pipeline // config.context)
+    return replace(config, micro_batch=share // (2 if config.pipeline == 1 else 4), unproven=True)
 
 
 def check(
@@ -122,20 +186,26 @@ def check(
     element_size: int = 4,
 ) -> None:
     """Hold the steps of all ranks against the formula."""
-    layout = Layout(config, world_size, model)
+    layout = Layout(config_of(config, world_size), world_size, model, (LENGTH,))
     for number in steps[0]:
-        tokens = number * SEQUENCES // world_size // 2 * LENGTH
-        flows = step_traffic(layout, model, tokens=tokens, micro_batches=number, element_size=element_size)
-        fixed = [flow for flow in flows if flow.collective != "all_to_all"]
-        for rank in range(world_size):
-            assert by_kind(weights_and_gradients(steps[rank][number].calls)) == by_kind(fixed)
-        check_tokens([step[number] for step in steps], flows, config, model, element_size)
+        tokens = number * layout.config.micro_batch * LENGTH // config.context
+        flows = [
+            step_traffic(
+                layout, model, tokens=tokens, micro_batches=number, element_size=element_size,
+                pipeline_rank=rank // layout.stage_ranks,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        for step, of_rank in zip(steps, flows):
+            fixed = [flow for flow in of_rank if flow.collective != "all_to_all"]
+            assert by_kind(weights_and_gradients(step[number].calls)) == by_kind(fixed)
+        check_tokens([step[number] for step in steps], list(chain(*flows)), config, model, element_size)
 
 
 def check_tokens(
     steps: list[Step], flows: list[Flow], config: ParallelConfig, model: ModelConfig, element_size: int
 ) -> None:
-    """Rows sent to other ranks: to the byte those that routing sends away, and about those of the formula."""
+    """Rows sent to other ranks: to the byte those that routing sends away, and about those of the formula for all ranks."""
     found = sum(call.sent for step in steps for call in tokens_of(step.calls))
     leaving = sum(step.leaving for step in steps)
     if config.recompute != "none":
@@ -149,15 +219,16 @@ def check_tokens(
         plain,
     ]  # rows to the experts and home; the gradients of those that came home, and back
     assert found == leaving * sum(trips + ([there, plain] if config.recompute == "full" else []))
-    expected = len(steps) * sum(flow.sent for flow in flows if flow.collective == "all_to_all")
+    expected = sum(flow.sent for flow in flows if flow.collective == "all_to_all")
     assert found == pytest.approx(expected, rel=0.2)  # popular experts are where chance put them
 
 
 def by_kind(transfers: list[Any]) -> dict[tuple[str, int], int]:
-    """Bytes of whole tensors by (collective, ranks)."""
+    """Bytes of whole tensors by (collective, ranks), but those that a rank has with itself."""
     whole: Counter[tuple[str, int]] = Counter()
     for transfer in transfers:
-        whole[transfer.collective, transfer.ranks] += transfer.whole
+        if transfer.ranks > 1:
+            whole[transfer.collective, transfer.ranks] += transfer.whole
     return dict(whole)
 
 

@@ -80,6 +80,23 @@ def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: A
     return [Call("all_to_all", group.size(), rows.dtype, rows.nbytes, to_others * rows[:1].nbytes)]
 
 
+def _gather_by_name(part: Tensor, ranks: int, group_name: Any) -> list[Call]:
+    return [Call("all_gather", ranks, part.dtype, ranks * part.nbytes)]
+
+
+def _scatter_by_name(whole: Tensor, operation: str, ranks: int, group_name: Any) -> list[Call]:
+    return [Call("reduce_scatter", ranks, whole.dtype, whole.nbytes)]
+
+
+def _reduce_by_name(tensor: Tensor, operation: str, group_name: Any) -> list[Call]:
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    return [Call("all_reduce", group.size(), tensor.dtype, tensor.nbytes)]
+
+
+def _send(tensors: list[Tensor], *_: Any) -> list[Call]:
+    return [Call("send", 2, tensor.dtype, tensor.nbytes, tensor.nbytes) for tensor in tensors]
+
+
 def _call(collective: Collective, group: Any, *whole: Tensor) -> Call:
     ranks = dist.ProcessGroup.unbox(group).size()
     return Call(collective, ranks, whole[0].dtype, sum(tensor.nbytes for tensor in whole))
@@ -94,5 +111,10 @@ KNOWN: dict[str, Callable[..., list[Call]]] = {
     "reduce_": _reduce,
     "broadcast_": _broadcast,
     "all_to_all_single": _all_to_all,
+    "all_gather_into_tensor": _gather_by_name,
+    "reduce_scatter_tensor": _scatter_by_name,
+    "all_reduce": _reduce_by_name,
+    "send": _send,
+    "recv_": lambda *_: [],
     "wait_tensor": lambda *_: [],
 }
