@@ -3,7 +3,9 @@
 Starting a process and importing torch costs seconds; making a process group costs milliseconds.
 """
 
+import gc
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from tests.processes import PROCESSES
 
-# DTensor's caches and DeepSpeed keep the groups of earlier functions, and gloo's threads look for work a hundred times a second.
+# Groups of earlier functions linger, DeepSpeed's for good, and gloo's threads look for work a hundred times a second.
 MOST_THREADS = 60
 
 
@@ -81,4 +83,19 @@ def _serve(pipe: Connection) -> None:
             value, failure = None, traceback.format_exc()
         finally:
             dist.destroy_process_group()
-        pipe.send((value, failure, len(os.listdir("/proc/self/task"))))
+        if _threads() > MOST_THREADS:
+            _forget_groups()
+        pipe.send((value, failure, _threads()))
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _forget_groups() -> None:
+    """Earlier functions' groups, with their threads, are kept by engines, which are cycles, and by DTensor's cache of shardings."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
+    gc.collect()
