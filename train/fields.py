@@ -23,21 +23,6 @@ def mistake(rule: str, fix: str, **where: Any) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{rule}; {fix}", {"rule": rule, "fix": fix, **where})
 
 
-def not_built(instead: str, **where: Any) -> PydanticCustomError:
-    return mistake(instead, "not built yet", **where)
-
-
-def only_built(*values: Any) -> AfterValidator:
-    """Refuse the legal values of a field that the code does not have yet."""
-
-    def check(value: Any) -> Any:
-        if value not in values:
-            raise not_built(f"use {' or '.join(show(known) for known in values)}")
-        return value
-
-    return AfterValidator(check)
-
-
 def show(value: Any) -> str:
     """A value as it stands in a recipe, in at most 60 characters of one line."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

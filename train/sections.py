@@ -1,6 +1,6 @@
 """The sections of a recipe, one frozen model each. A section checks itself; what spans sections is checked in `train.config`.
 
-Every key is written out with its default. A value whose feature has not been built is refused with 'not built yet'.
+Every key is written out with its default.
 """
 
 import dataclasses

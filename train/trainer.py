@@ -148,17 +148,18 @@ class Trainer:
     def _build_engine(self) -> Engine:
         recipe = self.recipe
         config = self._model_at(self.tokens)
-        compute, recompute = DTYPES[recipe.compute], self.layout.config.recompute
+        compute, recompute, context = DTYPES[recipe.compute], self.layout.config.recompute, self.layout.config.context
         fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
         of_experts = [] if fp8 else examine_experts(config, compute, self.process.device)
         masked, length = recipe.data.mask_documents, recipe.data.sequence_length
-        attends = Workload(config, recipe.micro_batch(0), length, masked, compute, recompute == "selective")
+        pieces = 2 * context if context > 1 else 1
+        attends = Workload(config, recipe.micro_batch(0), length, masked, compute, recompute == "selective", pieces)
         self.attention, who_attends = choose_attention(
             recipe.run.attention, attends, self.process.device, self.ranks.first
         )
         with torch.device("meta"):
             model = Transformer(config, compute_dtype=compute, attention=self.attention, mask_documents=masked, fp8=fp8)
-        rows = recipe.micro_batch(0) * length
+        rows = recipe.micro_batch(0) * length // context
         products = partial(workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, compute)
         who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
         self.who_computes = who_attends + who_multiplies + of_experts

@@ -290,20 +290,6 @@ def test_a_batch_that_is_not_whole_sequences_is_refused(batch):
     assert line.endswith("10,000 is not a multiple of data.sequence_length = 256; write for example 9984")
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "parallel.pipeline=2",
-        "parallel.context=2",
-        "parallel.schedule=zbv",
-    ],
-)
-def test_what_has_no_code_yet_is_refused_as_not_built_yet(override):
-    line = mistake_of(override)
-    assert line.startswith(override.split("=")[0])
-    assert line.endswith("; not built yet")
-
-
 STEP_LAW = ["schedule.law=step-law", "schedule.lr=auto", "schedule.batch_tokens=auto"]
 
 
@@ -528,9 +514,6 @@ def test_a_ds_config_that_cannot_be_used_is_a_mistake(text, rule, tmp_path):
 
 def test_of_several_mistakes_the_first_is_explained_and_the_others_are_counted():
     assert mistake_of("schedule.lr=-1", "run.dir=5", "run.seed=-1").endswith("write it like 0.1 or 4e-4 (and 2 more)")
-    assert mistake_of("parallel.pipeline=2", "parallel.context=2") == (
-        "parallel.pipeline = 2: use 1 (and 1 more); not built yet"
-    )
 
 
 def test_a_missing_key_says_where_it_goes(tmp_path):
