@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import signal
+import runpy
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PROCESSES
 from tests.small_run import STEPS, Run
 from train.cli import main
 from train.config import load_recipe
@@ -19,30 +20,54 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 
-def launch(*command: str) -> subprocess.Popen[str]:
-    """Start a launcher as a shell would, from the repository's root."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+class Launcher:
+    """A launcher as a shell starts it, from the repository's root, in a fork of the tests' server: it imports torch too.
+
+    The processes that it starts are new ones.
+    """
+
+    def __init__(self, said: Path, command: str, *words: str) -> None:
+        self._said = said
+        self.process = PROCESSES.Process(target=_launch, args=(said, [str(BIN / command), *words]))
+        self.process.start()
+
+    def wait(self) -> tuple[int | None, str]:
+        """Its exit code and standard error."""
+        self.process.join(120)
+        self.process.kill()
+        return self.process.exitcode, self._said.read_text("utf-8")
 
 
-def test_torchrun_is_stopped_by_a_signal_and_accelerate_continues_the_same_run(run: Run, whole: Run) -> None:
+def _launch(said: Path, words: list[str]) -> None:
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def test_torchrun_is_stopped_by_a_signal_and_accelerate_continues_the_same_run(
+    run: Run, whole: Run, tmp_path: Path
+) -> None:
     """Two processes, then one, as accelerate has on a CPU; the losses are those of a run that nothing stopped."""
-    torchrun = launch(str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "-m", "train", *run.arguments())
+    torchrun = Launcher(
+        tmp_path / "torchrun", "torchrun", "--standalone", "--nproc-per-node=2", "-m", "train", *run.arguments()
+    )
     deadline = time.monotonic() + 90
-    while len(steps(run)) < 3 and torchrun.poll() is None:
+    while len(steps(run)) < 3 and torchrun.process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    torchrun.send_signal(signal.SIGTERM)
-    _, said = torchrun.communicate(timeout=60)
+    torchrun.process.terminate()
+    _, said = torchrun.wait()
     reached = len(steps(run))
     assert 3 <= reached < STEPS, said
     assert run.record(reached)["world_size"] == 2
     assert f"stopped at step {reached} of {STEPS}; start the same command again to continue from" in said
 
     one = ("--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
-    accelerate = launch(str(BIN / "accelerate"), "launch", *one, "-m", "train", *run.arguments())
-    _, said = accelerate.communicate(timeout=120)
-    assert accelerate.returncode == 0, said
+    code, said = Launcher(tmp_path / "accelerate", "accelerate", "launch", *one, "-m", "train", *run.arguments()).wait()
+    assert code == 0, said
     found = [step["loss"] for step in run.metrics()]
     expected = [step["loss"] for step in whole.metrics()]
     assert len(found) == STEPS
