@@ -383,6 +383,9 @@ def _amounts(recipe: Recipe, processes: int | None) -> dict[str, Any]:
 
 def _print_table(amounts: dict[str, Any]) -> None:
     for name, value in amounts.items():
+        if isinstance(value, list):
+            print("\n    ".join([name.replace("_", " "), *value]))
+            continue
         print(
             f"{name.replace('_', ' '):32} {value:,}"
             if isinstance(value, int)
