@@ -51,6 +51,8 @@ Shapes = Mapping[str, torch.Size]
 BIAS = "e_score_correction_bias"  # of the routers: a buffer, whole on the device of every rank
 MAX_LIVE = 10**9  # elements
 
+_order = cache(order_of)  # takes PyTorch longer than all else here
+
 
 class Footprint(NamedTuple):
     """Bytes of the fullest rank: on its device, and what is offloaded to its host."""
@@ -182,7 +184,7 @@ def _most_at_once(layout: Layout, pipeline_rank: int, micro_batches: int, stages
     """The largest sum, in the order of the schedule, of what micro-batches leave in the stages of a rank."""
     c = layout.config
     enough = min(micro_batches, 2 * c.stages)  # more fill no pipeline further, and only leave what they sent
-    order = order_of(c.schedule, c.pipeline, c.stages // c.pipeline, enough)[pipeline_rank]
+    order = _order(c.schedule, c.pipeline, c.stages // c.pipeline, enough)[pipeline_rank]
     now = most = 0
     for action in order:
         of_input, of_weights = ({work.stage for work in action if work.kind == kind} for kind in ("B", "W"))
