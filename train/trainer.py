@@ -36,6 +36,7 @@ from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.compiled import compile_blocks
 from parallel.engine import Engine, State, StepResult
+from parallel.placement import describe
 from parallel.recompute import apply_recompute
 from train.checkpoint import CheckpointError, Checkpoints, read_run
 from train.config import Recipe, RecipeError
@@ -46,6 +47,7 @@ from train.generate import continue_texts
 from train.late import Late, Launched
 from train.launch import Process
 from train.optimizer import HostEMA, build_optimizer
+from train.planning.plan import bubble_share, micro_batches_of
 from train.ranks import Ranks
 from train.runlog import RunLog, written_into
 from train.schedule import Schedule, Step
@@ -102,8 +104,7 @@ class Trainer:
             asked_to_stop = stack.enter_context(_listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
-            run_log.say(self._layout_in_words())
-            for line in self.who_computes:
+            for line in self._layout_in_words() + self.who_computes:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
@@ -374,13 +375,19 @@ class Trainer:
                 with replace_file(folder / "report.json") as path:
                     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    def _layout_in_words(self) -> str:
+    def _layout_in_words(self) -> list[str]:
         config = self.layout.config
         keys = {"engine": config.engine} | self.recipe.parallel.model_dump(exclude_defaults=True)
         if config.recompute != "none":  # a GPU's default too
             keys["recompute"] = config.recompute
         settings = ", ".join(f"{key} {value}" for key, value in keys.items())
-        return f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
+        line = f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
+        if config.pipeline == 1 or self._is_over:
+            return [line]
+        _, micro_batches = micro_batches_of(self.recipe, self.layout, self.schedule.spans_from(self.tokens)[0])
+        waits = bubble_share(self.layout, micro_batches)
+        said = f"pipeline: {config.schedule}, {micro_batches} micro-batches a step, of which processes wait {waits:.1%}, as counted"
+        return [line, said, *describe(self.layout.placement)]
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
