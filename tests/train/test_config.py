@@ -459,6 +459,8 @@ def test_what_does_not_go_with_fp8_is_refused(changes, line):
         (["parallel.engine=zero1"], "write parallel.engine=ddp or fsdp"),
         (["parallel={engine: fsdp, expert: 2}"], "write parallel.expert=1"),
         (["parallel.engine=fsdp", "run.compile=graphs"], "write parallel.engine=ddp, or run.compile=false"),
+        (["parallel.pipeline=2"], "write parallel.pipeline=1"),
+        (["parallel.context=2"], "write parallel.context=1"),
     ],
 )
 def test_what_does_not_go_with_compiled_blocks_is_refused(changes, says):

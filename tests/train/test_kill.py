@@ -76,9 +76,9 @@ def test_a_signal_saves_and_says_where_to_continue(run: Run, whole: Run, number:
     assert run.metrics() == whole.metrics()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp parallel.pipeline=2 parallel.micro_batch=4", "zero3"])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(run: Run, engine: str) -> None:
-    processes = run.start(f"parallel.engine={engine}", processes=2)
+    processes = run.start(*f"parallel.engine={engine}".split(), processes=2)
     processes.until(lambda: lines(run) >= 3)
     processes.send(signal.SIGUSR1, rank=1)
     assert processes.wait() == [0, 0], run.said
