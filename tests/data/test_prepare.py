@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,7 +24,7 @@ from data.prepare.work import Share, Work
 from data.progress import Progress
 from data.recipe import DataRecipe, Given
 from data.report.shape import Report
-from data.store import inspect_document, verify_store
+from data.store import Store, inspect_document, verify_store
 from data.tokenizer import fingerprint
 from tests.conftest import write_tiny_recipe
 from tests.processes import PROCESSES
@@ -38,46 +39,67 @@ def content(store):
 
 @pytest.fixture
 def recipe(tmp_path):
+    return small_recipe(tmp_path)
+
+
+def small_recipe(folder):
     """Many small shards and files, and every kind of stage."""
-    tiny = write_tiny_recipe(tmp_path, documents=120, vocab_size=400).model_dump(mode="json")
+    tiny = write_tiny_recipe(folder, documents=120, vocab_size=400).model_dump(mode="json")
     tiny |= {"shard_bytes": 16_000, "tokens_per_file": 3_000, "fim_rate": 0.2, "split_joined_rate": 0.2}
     tiny["dedup"] = {"exact": True, "minhash": {}}
     tiny["steps"] = [{"kind": "normalise"}, {"kind": "pii"}]
     return DataRecipe.model_validate(tiny)
 
 
-def test_the_store_does_not_depend_on_the_number_of_workers(recipe, tmp_path):
-    one = prepare(recipe, tmp_path / "one", workers=1)
+class Once(NamedTuple):
+    """A store that one process made undisturbed."""
+
+    recipe: DataRecipe
+    store: Store
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("once")
+    recipe = small_recipe(folder)
+    process = PROCESSES.Process(target=prepare, args=(recipe, folder / "store", 1))
+    process.start()
+    started = time.monotonic()  # the tests' server is there
+    process.join()
+    seconds = time.monotonic() - started
+    return Once(recipe, Store.open(folder / "store"), seconds)
+
+
+def test_the_store_does_not_depend_on_the_number_of_workers(once, tmp_path):
+    one = once.store
     assert len(one.manifest.splits["train"].pieces) > 3
-    assert content(prepare(recipe, tmp_path / "two", workers=2).path) == content(one.path)
+    assert content(prepare(once.recipe, tmp_path / "two", workers=2).path) == content(one.path)
     assert not (one.path / STAGING).exists()
     verify_store(one.path)
 
 
-def test_tasks_share_the_work_and_make_the_same_store(recipe, tmp_path):
-    expected = content(prepare(recipe, tmp_path / "one").path)
+def test_tasks_share_the_work_and_make_the_same_store(once, tmp_path):
     shares = [Share(1, 3), Share(2, 3), Share()]  # the last is somebody who is impatient
     spelt = [tmp_path / "three", tmp_path / "three", tmp_path / "killed" / ".." / "three"]
     (tmp_path / "killed").mkdir()
-    tasks = [PROCESSES.Process(target=prepare, args=(recipe, out, 1, share)) for out, share in zip(spelt, shares)]
+    tasks = [PROCESSES.Process(target=prepare, args=(once.recipe, out, 1, share)) for out, share in zip(spelt, shares)]
     for task in tasks:
         task.start()
     for task in tasks:
         task.join(60)
         assert task.exitcode == 0
-    assert content(tmp_path / "three") == expected
+    assert content(tmp_path / "three") == content(once.store.path)
 
 
-def test_a_preparation_killed_twenty_times_makes_the_same_store(recipe, tmp_path):
-    started = time.monotonic()
-    expected = content(prepare(recipe, tmp_path / "once").path)
-    whole = time.monotonic() - started
+def test_a_preparation_killed_twenty_times_makes_the_same_store(once, tmp_path):
+    recipe, expected = once.recipe, content(once.store.path)
     pick, killed = random.Random(0), 0
     out = tmp_path / "killed"
     while killed < KILLS:
         process = PROCESSES.Process(target=prepare, args=(recipe, out))
         process.start()
-        process.join(pick.uniform(0, whole / 4))
+        process.join(pick.uniform(0, once.seconds / 4))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
