@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-parity", action="store_true", help="write parallel/PARITY.md from what the parity tests measure"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where all tests run, the server of their processes starts while they are collected: both import for seconds."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.collectonly:
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

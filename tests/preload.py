@@ -19,6 +19,8 @@ for module in (
     "parallel.fsdp",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO engine imports it, and torch.compile with it
+    "deepspeed.module_inject.auto_ep_layer",  # and this
+    "parallel.deepspeed",
     "train.cli",
     "train.trainer",
     "data.prepare",
