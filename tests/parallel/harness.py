@@ -5,10 +5,11 @@ losses, gradient norm, every gradient and moment, and in the expert biases.
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from model.transformer import Transformer
 from parallel.build import build_engine
 from parallel.engine import Engine, StepSettings
 from parallel.layout import Layout, ParallelConfig
+from parallel.meshes import Meshes
 from parallel.recompute import apply_recompute
 from parallel.shards import Box, box_of
 from tests.parallel.faults import FAULTS
@@ -53,6 +55,9 @@ class Case:
     compute_dtype: torch.dtype = torch.float32
     experts: str = "grouped_mm"
     model: ModelConfig = CONFIG
+    mask_documents: bool = True
+    sequences: int = SEQUENCES  # of the global batch
+    steps: int = STEPS
     poison: int | None = None  # the step whose gradient gets a NaN on the last rank
     fault: str | None = None  # one of tests.parallel.faults
 
@@ -60,13 +65,19 @@ class Case:
 REFERENCE = Case(ParallelConfig(micro_batch=SEQUENCES), experts="reference")
 
 
-def global_batch(step: int) -> Batch:
+def reference_of(case: Case) -> Case:
+    """One process that takes the same steps with plain PyTorch, the whole batch at once."""
+    parallel = ParallelConfig(micro_batch=case.sequences)
+    return replace(case, parallel=parallel, experts="reference", poison=None, fault=None)
+
+
+def global_batch(step: int, case: Case = REFERENCE) -> Batch:
     """Random tokens in documents of uneven length, the last of some sequences padding: ranks hold unequal target counts."""
     generator = torch.Generator().manual_seed(step)
-    width = LENGTH + 1 + CONFIG.num_nextn_predict_layers
-    tokens = torch.randint(CONFIG.vocab_size, (SEQUENCES, width), generator=generator)
-    documents = (torch.rand(SEQUENCES, width, generator=generator) < 0.1).cumsum(1).int()
-    documents[: SEQUENCES // 4, -9:] = -1
+    size = (case.sequences, LENGTH + 1 + case.model.num_nextn_predict_layers)
+    tokens = torch.randint(case.model.vocab_size, size, generator=generator)
+    documents = (torch.rand(size, generator=generator) < 0.1).cumsum(1).int()
+    documents[: case.sequences // 4, -9:] = -1
     return Batch(tokens, documents)
 
 
@@ -75,7 +86,11 @@ def build(case: Case, device: str = "cpu") -> Engine:
     with torch.device("meta"):
         fp8 = Reference() if case.parallel.fp8 else None
         model = Transformer(
-            case.model, compute_dtype=case.compute_dtype, mask_documents=True, experts=case.experts, fp8=fp8
+            case.model,
+            compute_dtype=case.compute_dtype,
+            mask_documents=case.mask_documents,
+            experts=case.experts,
+            fp8=fp8,
         )
     apply_recompute(model, case.parallel.recompute)
     return build_engine(
@@ -97,6 +112,26 @@ def train(case: Case) -> dict[str, Any]:
         return _train(case)
 
 
+def train_all(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """`train` of one case after another in one group."""
+    with meshes_made_once():
+        return [train(case) for case in cases]
+
+
+def meshes_made_once() -> AbstractContextManager[Any]:
+    """Let layouts of one group share the meshes that are alike: making them takes as long as a step."""
+    made: dict[tuple[int, ...], Meshes] = {}
+
+    def meshes(layout: Layout, device_type: str) -> Meshes:
+        c = layout.config
+        shape = (c.pipeline, c.replicate, layout.shard, c.expert, c.context)
+        if shape not in made:
+            made[shape] = Meshes(layout, device_type)
+        return made[shape]
+
+    return patch("parallel.build.Meshes", meshes)
+
+
 def _train(case: Case) -> dict[str, Any]:
     engine: Any = build(case)
     history: dict[str, Any] = {
@@ -114,10 +149,10 @@ def _train(case: Case) -> dict[str, Any]:
         update(lr, divisor, skip)
 
     engine.update = note_gradients
-    for step in range(STEPS):
+    for step in range(case.steps):
         is_poisoned = case.poison == step and dist.get_rank() == dist.get_world_size() - 1
         engine.backward = (lambda loss, is_last: backward(loss * math.nan, is_last)) if is_poisoned else backward
-        result = engine.step(micro_batches(case, step), SETTINGS)
+        result = engine.step(micro_batches(case, step), replace(SETTINGS, batch=case.sequences))
         history["losses"].append([result.losses.main, *result.losses.mtp, result.losses.balance])
         history["norms"].append(result.grad_norm)
         history["skipped"].append(result.skipped)
@@ -132,8 +167,8 @@ def _train(case: Case) -> dict[str, Any]:
 def micro_batches(case: Case, step: int) -> list[Batch]:
     """This rank's share of a step."""
     layout = Layout(replace(case.parallel, unproven=True), dist.get_world_size(), case.model, (LENGTH,))
-    rank, share = layout.data_rank(dist.get_rank()), SEQUENCES // layout.data_ranks
-    mine = [part[rank * share : (rank + 1) * share] for part in global_batch(step)]
+    rank, share = layout.data_rank(dist.get_rank()), case.sequences // layout.data_ranks
+    mine = [part[rank * share : (rank + 1) * share] for part in global_batch(step, case)]
     return [Batch(*parts) for parts in zip(*(part.split(case.parallel.micro_batch) for part in mine))]
 
 
