@@ -71,6 +71,8 @@ class DDPEngine(GlobalStep):
 
     def sum_gradients(self) -> None:
         """After a pipeline has run dry: nothing is left that this could hide behind."""
+        if self.gradient_copies == 1:
+            return
         for bucket in _buckets([p.grad for p in self.model.parameters() if p.grad is not None]):
             whole = _flatten_dense_tensors(bucket)
             dist.all_reduce(whole, group=self.group)

@@ -161,12 +161,10 @@ def under_way(
     state = micro_batch * sequence_length // c.context * config.hidden_size * element_size
     stages = {}
     for stage in mine:
-        from_here, to_here = stage > 0 and stage - 1 in mine, stage + 1 in mine
-        sends = (stage + 1 < c.stages and not to_here) + (stage > 0 and not from_here)
+        from_here = stage > 0 and stage - 1 in mine
         stages[stage] = _Held(
             kept(parts[stage]) - (state if from_here else 0),  # what that stage hands on is counted there
             put_aside_bytes(config, **common, spreads_experts=spreads, part=parts[stage]),
-            0 if c.schedule == "1f1b" else sends * state,
         )
     working = max(working_bytes(config, **common, **recomputes, part=parts[stage]) for stage in mine)
     return Activations(_most_at_once(layout, pipeline_rank, micro_batches, stages), working)
@@ -177,13 +175,12 @@ class _Held(NamedTuple):
 
     forward: int  # from its forward pass to its backward pass
     aside: int  # between the two parts of its backward pass
-    sent: int  # then, to the end of the step: PyTorch's runtime keeps all messages but those of 1f1b
 
 
 def _most_at_once(layout: Layout, pipeline_rank: int, micro_batches: int, stages: Mapping[int, _Held]) -> int:
     """The largest sum, in the order of the schedule, of what micro-batches leave in the stages of a rank."""
     c = layout.config
-    enough = min(micro_batches, 2 * c.stages)  # more fill no pipeline further, and only leave what they sent
+    enough = min(micro_batches, 2 * c.stages)  # more fill no pipeline further
     order = _order(c.schedule, c.pipeline, c.stages // c.pipeline, enough)[pipeline_rank]
     now = most = 0
     for action in order:
@@ -193,11 +190,11 @@ def _most_at_once(layout: Layout, pipeline_rank: int, micro_batches: int, stages
             if kind == "F":
                 now += held.forward
             elif kind == "B":
-                now += held.sent - held.forward + (0 if stage in of_weights else held.aside)
+                now += (0 if stage in of_weights else held.aside) - held.forward
             elif stage not in of_input:
                 now -= held.aside
             most = max(most, now)
-    return most + (micro_batches - enough) * sum(held.sent for held in stages.values())
+    return most
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

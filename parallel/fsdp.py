@@ -36,7 +36,7 @@ from model.router import Router
 from model.transformer import Output, Transformer
 from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
 from parallel.expert import spread_experts
-from parallel.fsdp_reduction import reduce_gradients, take_up_gradients
+from parallel.fsdp_reduction import put_off_reduction, reduce_gradients, take_up_gradients
 from parallel.layout import Layout, cut_of
 from parallel.meshes import Meshes
 from parallel.moments import moments, restore
@@ -90,10 +90,7 @@ class FSDPEngine(GlobalStep):
 
     def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         if self.pipeline:  # no backward pass knows that it is the last one
-            root = self.units[-1]
-            root.set_is_last_backward(False)
-            root.set_requires_gradient_sync(False)
-            root.set_reshard_after_backward(False)
+            put_off_reduction(self.units)
         return super().launch(micro_batches, settings)
 
     def sum_gradients(self) -> None:

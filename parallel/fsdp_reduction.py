@@ -3,7 +3,7 @@
 A pipeline runs forward and backward passes of several micro-batches in any order, and the gradients of weights later still
 (`model.ops.weight_gradient`). No backward pass then knows that it is the last, so none reduces:
 
-    root.set_is_last_backward(False), .set_requires_gradient_sync(False), .set_reshard_after_backward(False)
+    put_off_reduction(units)
     for every chunk:            forward, backward; or
                                 with put_aside() as later: backward      …     later.run(); take_up_gradients(units)
     at the end of the step:     reduce_gradients(units)
@@ -18,6 +18,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
+
+
+def put_off_reduction(units: Sequence[FSDPModule]) -> None:
+    """Before the first pass of a step: let no backward pass reduce, and nothing that is gathered be freed.
+
+    FSDP would free it where a backward pass ends while a forward pass is under way (`parallel.overlap`): it takes the forward
+    pass for over.
+    """
+    root = units[-1]
+    root.set_is_last_backward(False)
+    root.set_requires_gradient_sync(False)
+    root.set_reshard_after_backward(False)
+    for group in _groups(units):
+        group.reshard = lambda: None
 
 
 def take_up_gradients(units: Sequence[FSDPModule]) -> None:
@@ -40,6 +54,7 @@ def reduce_gradients(units: Sequence[FSDPModule]) -> None:
     root.set_requires_gradient_sync(True)
     root.set_reshard_after_backward(True)
     for group in _groups(units):
+        del group.reshard
         group.post_backward()
     root._get_fsdp_state()._root_post_backward_final_callback()
 

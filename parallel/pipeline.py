@@ -40,6 +40,7 @@ from model.transformer import Output, Part, Scores, Transformer
 from parallel.engine import MicroBatch
 from parallel.layout import Layout
 from parallel.meshes import Meshes
+from parallel.outbox import Outbox
 from parallel.overlap import Turns
 from parallel.placement import V_SHAPED
 from parallel.timeline import SCHEDULES
@@ -75,7 +76,7 @@ class Pipeline:
         self.holders = _ends_of(layout, meshes.pipeline) if shared else None  # of the embedding
         self.take_up: Callable[[], None] = lambda: None
         self.schedules: dict[int, Any] = {}  # by the number of micro-batches
-        self.sent: dist.Work | None = None  # the last message of `through`
+        self.outbox = Outbox(self.group, device)
         tokens_travel = layout.config.expert > 1
         self.turns = Turns() if tokens_travel and self.schedule == "dualpipev" else None
         keep_parts(model, [self.parts[stage] for stage in self.mine])
@@ -90,6 +91,7 @@ class Pipeline:
         for stage in stages:
             stage.begin(micro_batches, coefficients, objective)
         schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
+        self.outbox.wait()
         return [output for stage in stages for output in stage.outputs]
 
     def sum_shared(self, gradients: dict[str, Tensor]) -> None:
@@ -121,9 +123,8 @@ class Pipeline:
             x = run(stage, x)
             if stage + 1 < len(self.parts) and (target := self.placement.rank_of(stage + 1)) != self.rank:
                 assert x is not None
-                if self.sent is not None:
-                    self.sent.wait()  # and kept until then: what gloo has not sent of a forgotten message never arrives
-                self.sent = dist.isend(x.contiguous(), group=self.group, group_dst=target)
+                self.outbox.wait()  # one message may be on its way beside the work
+                self.outbox.send(x, target)
         return x
 
     def from_last(self, x: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -148,11 +149,16 @@ class Pipeline:
 
 
 class Stage(_PipelineStageBase):
-    """A stage as PyTorch's schedules run it. Chunks are called by the number of their micro-batch."""
+    """A stage as PyTorch's schedules run it. Chunks are called by the number of their micro-batch.
+
+    1f1b hands PyTorch its messages, since neighbours that send to each other at once must do so in one batch; with the other
+    schedules it sends and receives by itself, one message at a time, in the order in which they ask for it.
+    """
 
     def __init__(self, pipeline: Pipeline, number: int):
         super().__init__(nn.Identity(), number, len(pipeline.parts), pipeline.device, pipeline.group)
         self.pipeline, self.part = pipeline, pipeline.parts[number]
+        self.in_batches = pipeline.schedule == "1f1b"
 
     def begin(self, micro_batches: Sequence[MicroBatch], coefficients: Tensor, objective: Objective) -> None:
         """A step."""
@@ -163,10 +169,12 @@ class Stage(_PipelineStageBase):
         self.of_outgoing: dict[int, Tensor] = {}  # gradients from the stage behind
         self.of_incoming: dict[int, Tensor] = {}  # gradients for the stage before
         self.later: dict[int, WeightGradients] = {}
+        self.arriving: dict[tuple[int, int], dist.Work] = {}  # by the stage that sends and the chunk
 
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
     ) -> Tensor:
+        self._await(self.stage_index - 1, fwd_chunk_id)
         batch, x = self.micro_batches[fwd_chunk_id], self.incoming.pop(fwd_chunk_id, None)
         if x is not None:
             x.requires_grad_()
@@ -180,6 +188,7 @@ class Stage(_PipelineStageBase):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        self._await(self.stage_index + 1, bwd_chunk_id)
         x, out, objective = self.under_way.pop(bwd_chunk_id)
         gradients: dict[Tensor, Tensor | None] = {objective: None} if objective.requires_grad else {}
         if out is not None:
@@ -227,11 +236,23 @@ class Stage(_PipelineStageBase):
 
     def _receive(self, into: dict[int, Tensor], chunk: int, stage: int) -> list[dist.P2POp]:
         shape = self.pipeline.model.hidden_shape(self.micro_batches[chunk].tokens)
-        into[chunk] = torch.empty(shape, dtype=self.pipeline.model.compute_dtype, device=self.device)
-        return self._transfer(dist.irecv, into[chunk], stage)
+        tensor = into[chunk] = torch.empty(shape, dtype=self.pipeline.model.compute_dtype, device=self.device)
+        if self.in_batches:
+            return self._transfer(dist.irecv, tensor, stage)
+        work = dist.irecv(tensor, group=self.group, group_src=self.stage_index_to_group_rank[stage])
+        assert work is not None
+        self.arriving[stage, chunk] = work
+        return []
+
+    def _await(self, stage: int, chunk: int) -> None:
+        if work := self.arriving.pop((stage, chunk), None):
+            work.wait()
 
     def _send(self, tensor: Tensor, stage: int) -> list[dist.P2POp]:
-        return self._transfer(dist.isend, tensor.contiguous(), stage)
+        if self.in_batches:
+            return self._transfer(dist.isend, tensor.contiguous(), stage)
+        self.pipeline.outbox.send(tensor, self.stage_index_to_group_rank[stage])
+        return []
 
     def _transfer(self, how: Any, tensor: Tensor, stage: int) -> list[dist.P2POp]:
         return [dist.P2POp(how, tensor, group_peer=self.stage_index_to_group_rank[stage], group=self.group)]
@@ -264,15 +285,14 @@ def run_overlapped(turns: Turns, action: Any, context: Any) -> None:
     """A forward and a backward chunk of the two stages of a rank, while tokens of the other travel (`parallel.overlap`).
 
     The schedule's runtime calls it in place of running one after the other. What that does around a chunk is done here too:
-    receive, note the loss, and hand on to a stage on the same rank.
+    note the loss, and hand on to a stage on the same rank.
     """
     runtime = context.schedule_ref
     forward, backward = action.sub_actions
     stages: dict[int, Stage] = {stage.stage_index: stage for stage in runtime._stages}
     ahead, back = stages[forward.stage_index], stages[backward.stage_index]
-    for received, part in ((runtime.fwd_recv_ops, forward), (runtime.bwd_recv_ops, backward)):
-        for work in received.pop((part.stage_index, part.microbatch_index), []):
-            work.wait()
+    runtime.fwd_recv_ops.pop((ahead.stage_index, forward.microbatch_index), None)
+    runtime.bwd_recv_ops.pop((back.stage_index, backward.microbatch_index), None)
     out, _ = turns.run(
         lambda: ahead.forward_one_chunk(forward.microbatch_index, ()),
         lambda: back.backward_one_chunk(backward.microbatch_index),

@@ -12,7 +12,7 @@ from model.flops import Recompute
 from model.layers import RMSNorm, split_backward
 from model.ops.weight_gradient import WeightGradients, put_aside
 from model.router import Router
-from parallel.fsdp_reduction import reduce_gradients, take_up_gradients
+from parallel.fsdp_reduction import put_off_reduction, reduce_gradients, take_up_gradients
 from parallel.recompute import apply_recompute
 from tests.small_model import small_model
 
@@ -64,9 +64,7 @@ def compare(dtype: torch.dtype, recompute: Recompute) -> list[str]:
     late: dict[str, WeightGradients] = {}
     for _ in range(2):  # the second has what the first left
         root.zero_grad()
-        root.set_is_last_backward(False)
-        root.set_requires_gradient_sync(False)
-        root.set_reshard_after_backward(False)
+        put_off_reduction(units)
         for kind, batch in ORDER.split():
             if kind == "F":
                 losses[batch] = loss_of(root, int(batch))
