@@ -54,7 +54,7 @@ def reduce_gradients(units: Sequence[FSDPModule]) -> None:
     root.set_requires_gradient_sync(True)
     root.set_reshard_after_backward(True)
     for group in _groups(units):
-        del group.reshard
+        group.__dict__.pop("reshard", None)
         group.post_backward()
     root._get_fsdp_state()._root_post_backward_final_callback()
 

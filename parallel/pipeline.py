@@ -28,26 +28,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from model.attention import LatentCache
 from model.layers import split_backward
 from model.loss import Losses
 from model.ops.weight_gradient import WeightGradients, put_aside
-from model.transformer import Output, Part, Scores, Transformer
+from model.transformer import Output, Transformer
+from parallel.between_steps import BetweenSteps
 from parallel.engine import MicroBatch
 from parallel.layout import Layout
 from parallel.meshes import Meshes
 from parallel.outbox import Outbox
 from parallel.overlap import Turns
+from parallel.parts import EMBEDDING, keep_parts, parts_of
 from parallel.placement import V_SHAPED
 from parallel.timeline import SCHEDULES
 
 Objective = Callable[[Losses], Tensor]  # what a backward pass starts from
-SUMS = ("nats", "hits", "targets", "expert_counts")  # of `Scores`
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class Pipeline:
@@ -73,26 +71,25 @@ class Pipeline:
         self.mine = self.placement.stages_of(self.rank)
         shared = model.config.num_nextn_predict_layers > 0 and self.placement.rank_of(len(self.parts) - 1) != 0
         self.copies = frozenset({EMBEDDING} if shared and self.rank == last else ())
-        self.holders = _ends_of(layout, meshes.pipeline) if shared else None  # of the embedding
+        self.holders = _ends_of(layout, self.group) if shared else None  # of the embedding
         self.take_up: Callable[[], None] = lambda: None
-        self.schedules: dict[int, Any] = {}  # by the number of micro-batches
+        self.schedules: dict[int, tuple[list[Stage], Any]] = {}  # by the number of micro-batches
         self.outbox = Outbox(self.group, device)
         tokens_travel = layout.config.expert > 1
         self.turns = Turns() if tokens_travel and self.schedule == "dualpipev" else None
         keep_parts(model, [self.parts[stage] for stage in self.mine])
         if self.schedule in V_SHAPED:  # whose backward passes are in two parts
             split_backward(model)
-        _go_through_all_ranks(self, model)
+        BetweenSteps(model, self.parts, self.placement, self.outbox).answer()
 
     def run(self, micro_batches: Sequence[MicroBatch], coefficients: Tensor, objective: Objective) -> list[Output]:
         """Forward and backward pass of a step's micro-batches. Returns what each stage here adds to losses and counts."""
-        schedule = self._schedule(len(micro_batches))
-        stages: list[Stage] = schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]
+        stages, schedule = self._schedule(len(micro_batches))
         for stage in stages:
             stage.begin(micro_batches, coefficients, objective)
         schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
         self.outbox.wait()
-        return [output for stage in stages for output in stage.outputs]
+        return [output for stage in stages for output in stage.end()]
 
     def sum_shared(self, gradients: dict[str, Tensor]) -> None:
         """Sum the gradients of the embedding's copies, on whose ranks it is the same shard."""
@@ -105,46 +102,15 @@ class Pipeline:
             if self.holders is not None and EMBEDDING in section:
                 dist.broadcast(section[EMBEDDING], group=self.holders, group_src=0)
 
-    def through(self, run: Callable[[int, Tensor | None], Tensor | None], shape: Sequence[int]) -> Tensor | None:
-        """Let one batch go through all stages, forward alone.
-
-        Args:
-            run: a stage by its number, with the states that come in.
-            shape: of the states that leave a stage.
-
-        Returns:
-            What the last stage gave out, where it is.
-        """
-        x: Tensor | None = None
-        for stage in self.mine:
-            if stage > 0 and (source := self.placement.rank_of(stage - 1)) != self.rank:
-                x = torch.empty(shape, dtype=self.model.compute_dtype, device=self.device)
-                dist.recv(x, group=self.group, group_src=source)
-            x = run(stage, x)
-            if stage + 1 < len(self.parts) and (target := self.placement.rank_of(stage + 1)) != self.rank:
-                assert x is not None
-                self.outbox.wait()  # one message may be on its way beside the work
-                self.outbox.send(x, target)
-        return x
-
-    def from_last(self, x: Tensor | None, shape: Sequence[int]) -> Tensor:
-        """To all ranks what the one with the last stage has."""
-        source = self.placement.rank_of(len(self.parts) - 1)
-        if self.rank != source:
-            x = torch.empty(shape, dtype=self.model.compute_dtype, device=self.device)
-        assert x is not None
-        x = x.contiguous()
-        dist.broadcast(x, group=self.group, group_src=source)
-        return x
-
-    def _schedule(self, micro_batches: int) -> Any:
+    def _schedule(self, micro_batches: int) -> tuple[list["Stage"], Any]:
+        """The stages of this rank, and what runs them."""
         if micro_batches not in self.schedules:
             stages = [Stage(self, number) for number in self.mine]
             make = SCHEDULES[self.schedule]
             schedule = make(stages, micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False)
             if self.turns is not None:
                 schedule.register_custom_function(OVERLAP_F_B, partial(run_overlapped, self.turns))
-            self.schedules[micro_batches] = schedule
+            self.schedules[micro_batches] = stages, schedule
         return self.schedules[micro_batches]
 
 
@@ -170,6 +136,14 @@ class Stage(_PipelineStageBase):
         self.of_incoming: dict[int, Tensor] = {}  # gradients for the stage before
         self.later: dict[int, WeightGradients] = {}
         self.arriving: dict[tuple[int, int], dist.Work] = {}  # by the stage that sends and the chunk
+
+    def end(self) -> list[Output]:
+        """What the step's micro-batches have added here. A schedule stays for other steps; what a step was made of does not."""
+        left = self.incoming, self.under_way, self.of_outgoing, self.of_incoming, self.later, self.arriving
+        assert not any(left), f"stage {self.stage_index} has not finished {[list(chunks) for chunks in left]}"
+        outputs, self.outputs, self.micro_batches = self.outputs, [], ()
+        del self.coefficients, self.objective
+        return outputs
 
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
@@ -258,7 +232,8 @@ class Stage(_PipelineStageBase):
         return [dist.P2POp(how, tensor, group_peer=self.stage_index_to_group_rank[stage], group=self.group)]
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """A message to and from every neighbour on another rank: NCCL makes a pair's communicator at their first."""
+        """A message to and from every neighbour on another rank. NCCL makes a group's communicator at its first batch of messages,
+        and all of the group must be there: under 1f1b, the one schedule that needs it, not all would otherwise be."""
         ops = []
         for how, stage in [
             (dist.irecv, self.stage_index - 1),
@@ -284,8 +259,8 @@ class Stage(_PipelineStageBase):
 def run_overlapped(turns: Turns, action: Any, context: Any) -> None:
     """A forward and a backward chunk of the two stages of a rank, while tokens of the other travel (`parallel.overlap`).
 
-    The schedule's runtime calls it in place of running one after the other. What that does around a chunk is done here too:
-    note the loss, and hand on to a stage on the same rank.
+    The schedule's runtime calls it in place of running one after the other. What that does around a chunk
+    (`_PipelineScheduleRuntime._step_microbatches`) is done here too: note the loss, and hand on to a stage on the same rank.
     """
     runtime = context.schedule_ref
     forward, backward = action.sub_actions
@@ -305,75 +280,10 @@ def run_overlapped(turns: Turns, action: Any, context: Any) -> None:
         stages[back.stage_index - 1].set_local_bwd_input(gradient, backward.microbatch_index)
 
 
-class Absent(nn.Module):
-    """In the place of a module that lies on another rank."""
-
-
-def parts_of(layout: Layout) -> list[Part]:
-    """What each stage computes."""
-    placement = layout.placement
-    last = len(placement.layers) - 1
-    return [Part(layers, stage == 0, stage == last) for stage, layers in enumerate(placement.layers)]
-
-
-def keep_parts(model: Transformer, parts: Sequence[Part]) -> None:
-    """Take out of a model what none of the parts asks for."""
-    config, decoder = model.config, model.model
-    has_last = any(part.last for part in parts)
-    layers = {layer for part in parts for layer in part.layers}
-    layers |= set(range(config.num_hidden_layers, len(decoder.layers))) if has_last else set()
-    for layer in range(len(decoder.layers)):
-        if layer not in layers:
-            decoder.layers[layer] = Absent()
-    if not any(part.first for part in parts) and not (has_last and config.num_nextn_predict_layers):
-        decoder.embed_tokens = Absent()  # type: ignore[assignment]
-    if not has_last:
-        decoder.norm = Absent()  # type: ignore[assignment]
-        model.lm_head = Absent()  # type: ignore[assignment]
-    here = dict(model.named_modules())
-    model.fp8 = {name: fp8 for name, fp8 in model.fp8.items() if name in here}
-
-
-def _ends_of(layout: Layout, pipeline: DeviceMesh) -> dist.ProcessGroup:
+def _ends_of(layout: Layout, pipeline: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group of this rank's place in the first and in the last stage; every rank makes the groups of all places."""
     step, last = layout.stage_ranks, layout.config.pipeline - 1
+    if last == 1:
+        return pipeline
     groups = [dist.new_group([place, last * step + place]) for place in range(step)]
     return groups[dist.get_rank() % step]
-
-
-def _go_through_all_ranks(pipeline: Pipeline, model: Transformer) -> None:
-    """Let the model's methods that are called between steps give their answer on all ranks."""
-    width, vocabulary = model.config.hidden_size, model.config.vocab_size
-    decode_mtp, logits, parts = model.decode_mtp, model.logits, pipeline.parts
-    has_last = len(parts) - 1 in pipeline.mine
-
-    def score(tokens: Tensor, documents: Tensor) -> Scores:
-        """Each rank's own part of it: all are sums."""
-        found: list[Scores] = []
-
-        def run(stage: int, x: Tensor | None) -> Tensor | None:
-            x, scores = model.score_part(parts[stage], x, tokens, documents)
-            found.append(scores)
-            return x
-
-        pipeline.through(run, model.hidden_shape(tokens))
-        together = {name: torch.stack([getattr(scores, name) for scores in found]).sum(0) for name in SUMS}
-        return Scores(**together, labels=torch.cat([scores.labels for scores in found]))
-
-    def decode(tokens: Tensor, caches: list[LatentCache]) -> Tensor:
-        shape = (*tokens.shape, width)
-        return pipeline.from_last(
-            pipeline.through(lambda stage, x: model.decode_part(parts[stage], x, tokens, caches), shape), shape
-        )
-
-    def decode_with_mtp(depth: int, hidden: Tensor, next_tokens: Tensor, cache: LatentCache) -> Tensor:
-        h = decode_mtp(depth, hidden, next_tokens, cache) if has_last else None
-        if not has_last:  # how far a module has read is known everywhere
-            cache.length += next_tokens.shape[1]
-        return pipeline.from_last(h, (*next_tokens.shape, width))
-
-    def logits_of_last(hidden: Tensor) -> Tensor:
-        return pipeline.from_last(logits(hidden) if has_last else None, (*hidden.shape[:-1], vocabulary))
-
-    model.score, model.decode = score, decode  # type: ignore[method-assign]
-    model.decode_mtp, model.logits = decode_with_mtp, logits_of_last  # type: ignore[method-assign]

@@ -57,7 +57,7 @@ from model.config import ModelConfig
 from model.ops.fp8.quantize import TILE
 from parallel.footprint import Shapes, shapes_on
 from parallel.layout import Layout, cut_of
-from parallel.pipeline import EMBEDDING
+from parallel.parts import EMBEDDING
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all", "send"]
 GRADIENT = 4  # bytes of an element of a gradient, and of a master weight

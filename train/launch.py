@@ -57,6 +57,7 @@ def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Process]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
+        # Without a device_id: NCCL would then send a pipeline's messages through the communicator of its collectives, in turn.
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -5,11 +5,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from model.ops.fp8.kernels import Reference
 from model.transformer import Transformer
 from parallel.layout import Layout, ParallelConfig
-from parallel.pipeline import EMBEDDING, keep_parts, parts_of
+from parallel.parts import EMBEDDING, keep_parts, parts_of
+from parallel.pipeline import Stage
 from parallel.placement import V_SHAPED, Schedule
 from tests.parallel.harness import CONFIG, LENGTH, SETTINGS, Batch, Case, build
 from tests.parallel.traffic_counter import TrafficCounter
@@ -86,9 +88,7 @@ def take_steps(case: Case) -> dict[str, Any]:
 
 def unfinished(pipeline: Any) -> list[Any]:
     """What the stages of all schedules that have run hold of chunks."""
-    stages = [
-        stage for schedule in pipeline.schedules.values() for stage in getattr(schedule, "_stages", None) or [schedule._stage]
-    ]  # fmt: skip
+    stages = [stage for stages, _ in pipeline.schedules.values() for stage in stages]
     kinds = ("incoming", "under_way", "of_outgoing", "of_incoming", "later")
     return [getattr(stage, kind) for stage in stages for kind in kinds]
 
@@ -139,3 +139,10 @@ def test_a_v_shaped_pipeline_has_one_embedding_where_others_sum_two(by_schedule)
         assert first.keys() == {EMBEDDING} and last == ({} if schedule in V_SHAPED else first)
         expected = [number - (schedule in V_SHAPED) for number in reductions["1f1b"]]
         assert reductions[schedule] == expected
+
+
+def test_what_a_stage_overrides_is_what_pytorch_calls():
+    """A hook that another release calls otherwise would leave PyTorch's own in its place."""
+    own = {"begin", "end", "_receive", "_await", "_send", "_transfer"}
+    hooks = {name for name, value in vars(Stage).items() if callable(value) and not name.startswith("__")} - own
+    assert len(hooks) >= 15 and all(hasattr(_PipelineStageBase, name) for name in hooks), hooks
