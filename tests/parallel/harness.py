@@ -134,6 +134,9 @@ def meshes_made_once() -> AbstractContextManager[Any]:
 
 def _train(case: Case) -> dict[str, Any]:
     engine: Any = build(case)
+    assert case.poison is None or engine.pipeline is None, (
+        "a pipeline does not call `backward`, so nothing would be poisoned"
+    )
     history: dict[str, Any] = {
         "losses": [],
         "norms": [],
