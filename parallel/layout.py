@@ -145,7 +145,7 @@ class Layout:
         share, size = sequences // ranks, micro_batch or self.config.micro_batch
         if rule := _problem_of_micro_batches(self.config, -(-share // size)):
             name = "parallel.micro_batch" if size == self.config.micro_batch else "data.stages: micro_batch"
-            sizes = sorted(range(1, share + 1), key=lambda other: (other > size, abs(other - size)))
+            sizes = sorted(range(1, share + 1), key=lambda other: (other > size, share % other > 0, abs(other - size)))
             fits = next((s for s in sizes if not _problem_of_micro_batches(self.config, -(-share // s))), None)
             others = f"give the batch at least {ranks * self.config.stages} sequences (schedule.batch_tokens)"
             raise LayoutError(

@@ -248,7 +248,7 @@ def test_context_parallelism_cuts_the_sequences_of_every_stage_of_the_data_evenl
             160,
             8,
             "data.stages: micro_batch = 8: of a batch of 160 sequences that is 5 a rank, and interleaved needs them in 2 equal "
-            "rounds; write micro_batch=7, or parallel.schedule=zbv, which takes any number",
+            "rounds; write micro_batch=5, or parallel.schedule=zbv, which takes any number",
         ),
     ],
 )
