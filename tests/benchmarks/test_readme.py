@@ -7,7 +7,9 @@ import pytest
 from tests.benchmarks.commands import ROOT, commands, run
 
 
-@pytest.mark.parametrize("program", ["auto.py", "balance.py", "coverage.py", "fp8.py", "learn.py", "long_context.py", "prepare.py"])
+@pytest.mark.parametrize(
+    "program", ["auto.py", "balance.py", "coverage.py", "fp8.py", "learn.py", "long_context.py", "prepare.py"]
+)
 def test_every_option_of_the_readme_is_one_of_the_program(program):
     words = commands()[program]
     help_text = run([sys.executable, str(ROOT / "benchmarks" / program), "--help"])
