@@ -385,7 +385,7 @@ class Trainer:
         if config.pipeline == 1 or self._is_over:
             return [line]
         _, micro_batches = micro_batches_of(self.recipe, self.layout, self.schedule.spans_from(self.tokens)[0])
-        waits = bubble_share(self.layout, micro_batches)
+        waits = bubble_share(self.layout, micro_batches, self.recipe.compute)
         said = f"pipeline: {config.schedule}, {micro_batches} micro-batches a step, of which processes wait {waits:.1%}, as counted"
         return [line, said, *describe(self.layout.placement)]
 

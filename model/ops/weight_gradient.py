@@ -10,8 +10,9 @@ other, W, where a rank would have nothing to do:
 
 A backward function says how its dW is made, by `weight_gradient`. As long as somebody puts aside, nothing but the operands of the
 product is kept, and autograd gets None for dW; `run` then adds dW to the weight's `grad`, as autograd would have done. It can do so
-only where the product reads a leaf, the parameter itself; of a weight that was cast first the gradient is made at once. Hooks on
-the accumulation of a gradient do not see what `run` adds.
+only where the product reads a leaf, the parameter itself; of a weight that was cast first the gradient is made at once. So nothing
+is put aside where an engine keeps fp32 parameters whole and computes in half precision without FP8: there zero-bubble schedules
+want FSDP, which casts before the product sees the weight. Hooks on the accumulation of a gradient do not see what `run` adds.
 
 Autograd's own split (`torch.autograd.grad` for the inputs, then for the weights) would run the backward of each Python function
 twice, and recompute twice.

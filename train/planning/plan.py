@@ -8,7 +8,7 @@ from model.flops import flops_mfu, flops_scaling, parameter_counts
 from parallel.ds_config import ds_config
 from parallel.footprint import footprint, peak_bytes, shapes_on, under_way
 from parallel.layout import Layout
-from parallel.placement import describe
+from parallel.placement import Placement, describe
 from parallel.timeline import Costs, order_of, timeline
 from parallel.traffic import step_traffic
 from train.config import Recipe
@@ -105,8 +105,7 @@ def _memory(recipe: Recipe, layout: Layout, span: Span, pipeline_rank: int) -> d
 
 def _step(recipe: Recipe, layout: Layout, span: Span) -> dict[str, Any]:
     """What a step costs: FLOPs of the process that has the most to do, bytes that one sends at most, and, in a pipeline, the share
-    of the step in which a process waits, in the mean, where forward pass, gradients of inputs and gradients of weights cost the
-    same, as do a forward and a backward pass at the same time and one after the other."""
+    of the step in which a process waits, in the mean."""
     config, c = recipe.model_config_resolved(), layout.config
     micro_batch, micro_batches = micro_batches_of(recipe, layout, span)
     tokens = micro_batch * micro_batches * span.sequence_length // c.context
@@ -126,26 +125,51 @@ def _step(recipe: Recipe, layout: Layout, span: Span) -> dict[str, Any]:
         for rank in ranks
     ]
     flops = flops_mfu(config, span.sequence_length) * span.batch_tokens / layout.stage_ranks
+    of_others = _flops_of_others(recipe, layout) * span.batch_tokens / layout.stage_ranks
     numbers = {"micro_batches_per_step": micro_batches, "bytes_sent_per_step": round(max(sent))}
     if c.pipeline == 1:
-        return {"flops_per_step_and_rank": flops, **numbers}
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        return {"flops_per_step_and_rank": flops + of_others * layers, **numbers}
     placement = layout.placement
     return {
-        "flops_per_step_and_rank": flops * max(placement.load_of(rank) for rank in ranks),
+        "flops_per_step_and_rank": max(
+            flops * placement.load_of(rank) + of_others * _layers_on(placement, rank) for rank in ranks
+        ),
         **numbers,
-        "bubble": bubble_share(layout, micro_batches),
+        "bubble": bubble_share(layout, micro_batches, recipe.compute),
         "placement": describe(placement),
     }
 
 
-def bubble_share(layout: Layout, micro_batches: int) -> float:
+def _flops_of_others(recipe: Recipe, layout: Layout) -> int:
+    """FLOPs of a layer, for each token of a rank's own, for tokens of the ranks that share its sequences: it makes the keys and
+    values of these too, and again where the backward pass recomputes. No convention of `model.flops` counts them."""
+    c = recipe.model_config_resolved()
+    once = 2 * c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    return (layout.config.context - 1) * once * (3 if recipe.recompute == "none" else 4)
+
+
+def _layers_on(placement: Placement, rank: int) -> int:
+    """With MTP modules."""
+    stages = placement.stages_of(rank)
+    has_last = len(placement.layers) - 1 in stages
+    return sum(len(placement.layers[stage]) for stage in stages) + (placement.mtp if has_last else 0)
+
+
+def bubble_share(layout: Layout, micro_batches: int, compute: str) -> float:
     """Share of the time of all pipeline ranks in which they wait. From two numbers of micro-batches that fill the pipeline on, each
-    further one takes as long as the one before."""
+    further one takes as long as the one before.
+
+    Forward pass, gradients of inputs and gradients of weights cost the same, as do a forward and a backward pass at the same time
+    and one after the other. Where the engine casts weights first (`model.ops.weight_gradient`), both gradients are made at once.
+    """
     c, placement = layout.config, layout.placement
+    puts_aside = c.engine == "fsdp" or c.fp8 or compute == "fp32"
+    costs = Costs() if puts_aside else Costs(1, 2, 0)
     sizes = [cost * c.stages for cost in placement.costs]
 
     def span(number: int) -> float:
-        chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, number), Costs(), sizes)
+        chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, number), costs, sizes)
         return max(chunk.end for rank in chunks for chunk in rank)
 
     few, more = 2 * c.stages, 2 * c.stages + c.pipeline
@@ -154,7 +178,7 @@ def bubble_share(layout: Layout, micro_batches: int) -> float:
     else:
         first = span(few)
         whole = first + (span(more) - first) * (micro_batches - few) / c.pipeline
-    work = Costs().all * sum(sizes) * micro_batches / c.pipeline  # of a rank, in the mean
+    work = costs.all * sum(sizes) * micro_batches / c.pipeline  # of a rank, in the mean
     return 1 - work / whole
 
 
