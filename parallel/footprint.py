@@ -43,7 +43,7 @@ from model.config import ModelConfig
 from model.hf import state_shapes
 from model.transformer import Part
 from parallel.layout import Layout, cut_of
-from parallel.pipeline import EMBEDDING, parts_of
+from parallel.parts import EMBEDDING, parts_of
 from parallel.timeline import order_of
 
 Shapes = Mapping[str, torch.Size]
@@ -213,7 +213,7 @@ def _tensors(config: ModelConfig) -> Shapes:
 
 
 def _on(layout: Layout, shapes: Shapes, pipeline_rank: int) -> dict[str, torch.Size]:
-    """As `parallel.pipeline.keep_parts` leaves them."""
+    """As `parallel.parts.keep_parts` leaves them."""
     if layout.config.pipeline == 1:
         return dict(shapes)
     assert layout.model is not None
