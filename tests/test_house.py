@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,22 +96,34 @@ def test_every_command_of_every_readme_runs(tmp_path: Path) -> None:
     small = {"budgets": [4e8], "lr": [4e-3], "max_cells": 1, "seeds": 1, "row": [16], "sizes": 1, "dir": "runs/ladder"}
     ladder = write_ladder(text, Path("stores/default"), **small)
     ladder.rename(tmp_path / "train/scaling/ladders/cpu.yaml")
-    for command in commands():
+    beside: list[tuple[str, Any, Path]] = []
+    for number, command in enumerate(commands()):
         if command in ELSEWHERE:
             continue
         program, *words = shlex.split(command)
         assert program == "rorqual", f"{command}: say in ELSEWHERE who runs it"
-        process = PROCESSES.Process(target=rorqual, args=(tmp_path, words))
+        said = tmp_path / f"said-{number}"
+        process = PROCESSES.Process(target=rorqual, args=(tmp_path, words, said))
         process.start()
-        process.join()
-        said = (tmp_path / "said").read_text("utf-8")
-        assert process.exitcode == 0, f"{command}: exit code {process.exitcode}\n{said}"
+        if "plan" in words or "forecast" in words or "--dry-run" in words:  # nobody reads what they leave
+            beside.append((command, process, said))
+        else:
+            check_end(command, process, said)
+        while len(beside) > 1:
+            check_end(*beside.pop(0))
+    for one in beside:
+        check_end(*one)
 
 
-def rorqual(folder: Path, words: list[str]) -> None:
+def check_end(command: str, process: Any, said: Path) -> None:
+    process.join()
+    assert process.exitcode == 0, f"{command}: exit code {process.exitcode}\n{said.read_text('utf-8')}"
+
+
+def rorqual(folder: Path, words: list[str], said: Path) -> None:
     """The command `rorqual` with `folder` as the working directory, and its recipes. A ladder's cells are forks of it."""
     os.chdir(folder)
-    with (folder / "said").open("wb") as file:
+    with said.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     train.config.RECIPES = folder / "train" / "recipes"

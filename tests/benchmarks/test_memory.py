@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from model import flops
+from model import activations
 from model.ops import cross_entropy
 from tests.benchmarks.commands import ROOT, command, run
 from tests.benchmarks.test_recompute import SHAPE
@@ -36,5 +36,5 @@ def test_the_shapes_for_one_gpu_fit_into_an_h200_with_their_optimizer(tmp_path, 
 
 
 def test_the_account_knows_the_chunks_of_the_loss():
-    assert cross_entropy.CHUNK_BYTES == flops.CHUNK_BYTES
-    assert {"cpu": cross_entropy.CPU_ROWS, "cuda": cross_entropy.GPU_ROWS} == flops.CHUNK_ROWS
+    assert cross_entropy.CHUNK_BYTES == activations.CHUNK_BYTES
+    assert {"cpu": cross_entropy.CPU_ROWS, "cuda": cross_entropy.GPU_ROWS} == activations.CHUNK_ROWS

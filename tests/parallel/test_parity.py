@@ -137,18 +137,17 @@ def shared_row(
 
 
 def shared_rows_of_every_run() -> Iterator[Row]:
-    engines: list[dict[str, Any]] = [{"engine": "ddp"}, {"engine": "fsdp"}, {"engine": "fsdp", "expert": 2}]
-    for engine, schedule in product(engines, SCHEDULES):
-        yield shared_row(4, pipeline=2, schedule=schedule, **engine)
-        yield shared_row(2 if engine["engine"] == "ddp" else 4, ONE_DEPTH, pipeline=2, schedule=schedule, **engine)
-    for engine, context, masked in product(engines[:2], (2, 4), (True, False)):
-        yield shared_row(2 if context == 2 and masked else 4, mask_documents=masked, context=context, **engine)
-    for engine, schedule in product(engines[1:], SCHEDULES):
-        yield shared_row(4, pipeline=2, context=2, schedule=schedule, **engine)
+    for schedule in SCHEDULES:
+        yield shared_row(2, ONE_DEPTH, engine="ddp", pipeline=2, schedule=schedule)
+        yield shared_row(4, engine="fsdp", pipeline=2, schedule=schedule)
+        yield shared_row(4, ONE_DEPTH, engine="fsdp", expert=2, pipeline=2, schedule=schedule)
+    for engine in ("ddp", "fsdp"):
+        yield shared_row(2, context=2, engine=engine)
+        yield shared_row(4, mask_documents=False, context=4, engine=engine)
     yield shared_row(4, DEEP, engine="ddp", pipeline=4, schedule="dualpipev")
     yield shared_row(4, engine="fsdp", pipeline=2, schedule="zbv", recompute="selective")
     yield shared_row(4, engine="fsdp", expert=2, pipeline=2, schedule="dualpipev", recompute="selective")
-    yield shared_row(4, engine="fsdp", expert=2, context=2, recompute="selective")
+    yield shared_row(4, engine="fsdp", expert=2, pipeline=2, context=2, schedule="dualpipev")
     yield shared_row(4, ONE_DEPTH, engine="fsdp", expert=2, pipeline=2, context=2, schedule="zbv", recompute="full")
     yield shared_row(4, engine="fsdp", replicate=2, pipeline=2)
     yield shared_row(4, engine="fsdp", replicate=2, context=2)
@@ -161,6 +160,9 @@ def shared_rows_of_thorough_runs(done: set[Cell]) -> Iterator[Row]:
         world_size, config = layout_of(open_cell)
         yield shared_row(world_size, slow=True, **vars(config))
     for schedule in SCHEDULES:
+        yield shared_row(4, slow=True, engine="ddp", pipeline=2, schedule=schedule)
+        yield shared_row(4, ONE_DEPTH, slow=True, engine="fsdp", pipeline=2, schedule=schedule)
+        yield shared_row(4, slow=True, engine="fsdp", expert=2, pipeline=2, schedule=schedule)
         for engine in ("ddp", "fsdp"):
             if (engine, schedule) != ("ddp", "dualpipev"):
                 yield shared_row(4, DEEP, slow=True, engine=engine, pipeline=4, schedule=schedule)
@@ -169,6 +171,9 @@ def shared_rows_of_thorough_runs(done: set[Cell]) -> Iterator[Row]:
         yield shared_row(8, slow=True, engine="fsdp", expert=2, pipeline=2, schedule=schedule)
         yield shared_row(8, ONE_DEPTH, False, True, engine="fsdp", expert=2, pipeline=2, context=4, schedule=schedule)
     yield shared_row(4, DEEP, slow=True, engine="ddp", pipeline=2, schedule="interleaved", stages_per_rank=3)
+    for engine in ("ddp", "fsdp"):
+        yield shared_row(4, mask_documents=False, slow=True, context=2, engine=engine)
+        yield shared_row(4, slow=True, context=4, engine=engine)
     for context, masked in product((2, 4), (True, False)):
         yield shared_row(8, mask_documents=masked, slow=True, engine="fsdp", expert=4, context=context)
 
