@@ -20,7 +20,8 @@ def test_the_bytes_that_live_are_those_of_the_formula(tmp_path, processes):
     values = {"--shape": str(tmp_path / "micro.json"), "--json": str(tmp_path / "out.json")}
     run(command("recompute.py", values, "--processes", str(processes)))
     modes = json.loads((tmp_path / "out.json").read_text())["modes"]
-    slack = 0.01 if processes == 1 else 0.02  # gloo's threads hold and free some of what travels, where no profiler looks
+    # gloo's threads hold and free some of what travels, where no profiler looks.
+    slack = 0.01 if processes == 1 else 0.02
     for found in modes.values():
         assert found["activations"] == pytest.approx(found["activations_by_formula"], rel=slack)
         assert found["activations"] < (found["peak_without_state"] or float("inf"))
