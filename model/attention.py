@@ -69,7 +69,8 @@ class MultiHeadLatentAttention(nn.Module):
         q, latent, k_rope = self._project(x)
         latent, k_rope = self.context.gather(latent, k_rope)  # [B, T, R], [B, T, rope]
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))  # [B, T, H, nope + v]
-        out = self.context.attend(self.backend, q, kv, k_rope, rotation, self.scale, starts)  # [B', L, H, v]
+        attention = self.context.attention(self.backend)
+        out = attention(q, kv, k_rope, rotation, self.scale, starts)  # [B', L, H, v]
         return self.o_proj(out.flatten(-2))
 
     def decode(self, x: Tensor, rotation: Rotation, cache: LatentCache) -> Tensor:

@@ -84,8 +84,7 @@ class ModelConfig:
 
     @property
     def n_moe_layers(self) -> int:
-        """Layers with a router, those of the MTP modules included."""
-        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
+        return len(self.moe_layers)
 
     @property
     def moe_layers(self) -> range:

@@ -11,7 +11,6 @@ from typing import Protocol
 from torch import Tensor
 
 from model.ops.attention import AttentionBackend
-from model.rope import Rotation
 
 
 class Context(Protocol):
@@ -28,25 +27,9 @@ class Context(Protocol):
         """Of pieces [B', L, R] and [B', L, rope] → of whole sequences, [B, T, R] and [B, T, rope]."""
         ...
 
-    def attend(
-        self,
-        backend: AttentionBackend,
-        q: Tensor,
-        kv: Tensor,
-        k_rope: Tensor,
-        rotation: Rotation,
-        scale: float,
-        starts: Tensor | None,
-    ) -> Tensor:
-        """Attention of pieces' queries over whole sequences.
-
-        Args:
-            q: [B', L, H, nope + rope].
-            kv, k_rope, rotation, starts: of whole sequences, as `AttentionBackend` takes them.
-
-        Returns:
-            [B', L, H, v].
-        """
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        """Attention of pieces' queries [B', L, H, nope + rope] → [B', L, H, v] over whole sequences, by a backend. Keys, values,
+        rotation and starts are those of whole sequences."""
         ...
 
     def average(self, of_pieces: Tensor) -> Tensor:
@@ -65,17 +48,8 @@ class WholeSequences:
     def gather(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         return latent, k_rope
 
-    def attend(
-        self,
-        backend: AttentionBackend,
-        q: Tensor,
-        kv: Tensor,
-        k_rope: Tensor,
-        rotation: Rotation,
-        scale: float,
-        starts: Tensor | None,
-    ) -> Tensor:
-        return backend(q, kv, k_rope, rotation, scale, starts)
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return backend
 
     def average(self, of_pieces: Tensor) -> Tensor:
         return of_pieces

@@ -46,9 +46,7 @@ class Router(nn.Module):
         logits = _LinearInFp32.apply(x.flatten(0, -2), self.weight)  # [N, E]
         by_sequence = logits.view(-1, *x.shape[-2:-1], logits.shape[-1])  # [B, T, E]
         ids, weights, loss = route(by_sequence, self.e_score_correction_bias, self.rule)
-        if (
-            self.context.pieces > 1 and torch.is_grad_enabled()
-        ):  # else nobody asks for it, and others would have to be asked
+        if self.context.pieces > 1 and torch.is_grad_enabled():  # without gradients nobody asks for it
             loss = balance.loss_of_pieces(by_sequence, self.rule.top_k, self.context.pieces, self.context.average)
         return Routing(ids, weights, logits, loss)
 

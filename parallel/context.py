@@ -13,6 +13,7 @@ rotary part is shared by heads, but lies in each of the keys). What that saves a
 Everything else of the model sees pieces as sequences (`model.context`).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ class ZigZag:
         latent, k_rope = whole.split((latent.shape[-1], k_rope.shape[-1]), dim=-1)
         return latent, k_rope
 
-    def attend(
+    def attention(self, backend: AttentionBackend) -> AttentionBackend:
+        return partial(self._attend, backend)
+
+    def _attend(
         self,
         backend: AttentionBackend,
         q: Tensor,

@@ -7,12 +7,12 @@ A single rank has nothing to sum: it calls the model without the wrapper, whose 
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from model.init import write_whole
@@ -22,6 +22,8 @@ from parallel.meshes import Meshes
 from parallel.moments import moments, restore
 from parallel.pipeline import Pipeline
 from parallel.step import GlobalStep, step_optimizer
+
+BUCKET = 25 << 20  # bytes that travel at once, as DDP's own
 
 
 class DDPEngine(GlobalStep):
@@ -54,6 +56,8 @@ class DDPEngine(GlobalStep):
         self.replicas = _replicas(model) if ranks > 1 and pipeline is None else None
         self.optimizer = make_optimizer(model.named_parameters())
         self.buckets_are_final = self.replicas is None or ranks < 3
+        if pipeline:
+            pipeline.sum_gradients = self._sum_gradients
 
     def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         if not self.buckets_are_final:
@@ -68,15 +72,6 @@ class DDPEngine(GlobalStep):
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
-
-    def sum_gradients(self) -> None:
-        """After a pipeline has run dry: nothing is left that this could hide behind."""
-        if self.gradient_copies == 1:
-            return
-        for bucket in _buckets([p.grad for p in self.model.parameters() if p.grad is not None]):
-            whole = _flatten_dense_tensors(bucket)
-            dist.all_reduce(whole, group=self.group)
-            torch._foreach_copy_(bucket, _unflatten_dense_tensors(whole, bucket))
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -120,6 +115,15 @@ class DDPEngine(GlobalStep):
     def spread(self, state: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
         """Nothing to do: they are the same tensors."""
 
+    def _sum_gradients(self) -> None:
+        """After a pipeline has run dry: nothing is left that this could hide behind."""
+        if self.gradient_copies == 1:
+            return
+        for bucket in _take_tensors(self.gradients().values(), BUCKET):
+            whole = _flatten_dense_tensors(bucket)
+            dist.all_reduce(whole, group=self.group)
+            torch._foreach_copy_(bucket, _unflatten_dense_tensors(whole, bucket))
+
     def _rehearse(self, batch: MicroBatch) -> None:
         """One pass without effect before the first step. DDP fills its buckets anew after its first backward pass.
 
@@ -140,18 +144,6 @@ def _replicas(model: Transformer) -> DistributedDataParallel:
         replicas = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     replicas.register_comm_hook(None, _sum_over_ranks)
     return replicas
-
-
-def _buckets(tensors: Sequence[Tensor], size: int = 25 << 20) -> Iterator[list[Tensor]]:
-    """Tensors in groups of about so many bytes, DDP's own."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.nbytes for t in bucket) >= size:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def _sum_over_ranks(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

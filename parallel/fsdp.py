@@ -67,6 +67,7 @@ class FSDPEngine(GlobalStep):
             spread_experts(model, meshes.expert, layout.config.fp8_dispatch)
         self.units = _shard(model, meshes, layout)
         if pipeline:
+            pipeline.sum_gradients = partial(reduce_gradients, self.units)
             pipeline.take_up = partial(take_up_gradients, self.units)
         _materialize(model, device, offload=self.offloads)
         self.units[-1].unshard()  # FSDP settles where its shards lie when it first gathers
@@ -92,9 +93,6 @@ class FSDPEngine(GlobalStep):
         if self.pipeline:  # no backward pass knows that it is the last one
             put_off_reduction(self.units)
         return super().launch(micro_batches, settings)
-
-    def sum_gradients(self) -> None:
-        reduce_gradients(self.units)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: _local(p.grad) for name, p in self.parameters.items() if p.grad is not None}

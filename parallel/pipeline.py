@@ -57,7 +57,8 @@ class Pipeline:
 
     Attributes:
         copies: names of parameters that are here and, counted for the model, on another rank.
-        take_up: called when gradients of weights have been added after their backward pass.
+        sum_gradients, take_up: an engine's part, which it gives: to sum the gradients of a step over the ranks of a stage, and to
+            take note that gradients of weights have been added after their backward pass.
     """
 
     def __init__(self, layout: Layout, meshes: Meshes, model: Transformer, device: torch.device):
@@ -72,6 +73,7 @@ class Pipeline:
         shared = model.config.num_nextn_predict_layers > 0 and self.placement.rank_of(len(self.parts) - 1) != 0
         self.copies = frozenset({EMBEDDING} if shared and self.rank == last else ())
         self.holders = _ends_of(layout, self.group) if shared else None  # of the embedding
+        self.sum_gradients: Callable[[], None]
         self.take_up: Callable[[], None] = lambda: None
         self.schedules: dict[int, tuple[list[Stage], Any]] = {}  # by the number of micro-batches
         self.outbox = Outbox(self.group, device)

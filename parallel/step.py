@@ -55,9 +55,10 @@ class GlobalStep(ABC):
         self.clip = clip
         self.pipeline = pipeline
         self.copies = pipeline.copies if pipeline else frozenset()  # parameters that another rank's state has
-        self.routers = {
-            int(name.split(".")[2]): m for name, m in model.named_modules() if isinstance(m, Router)
-        }  # by layer
+        by_layer = {int(name.split(".")[2]): m for name, m in model.named_modules() if isinstance(m, Router)}
+        self.routers = list(by_layer.values())
+        rows = [model.config.moe_layers.index(layer) for layer in by_layer]  # of the MoE layers, those that are here
+        self.rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self.scaling = LossScale(model.compute_dtype is torch.float16, device)
 
     @abstractmethod
@@ -67,10 +68,6 @@ class GlobalStep(ABC):
     @abstractmethod
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add the gradients of `loss` to those of the step. Over ranks they are summed, not averaged."""
-
-    def sum_gradients(self) -> None:
-        """Sum over ranks the gradients that came through a pipeline, where `forward` and `backward` are not called."""
-        raise NotImplementedError(f"{type(self).__name__} has no pipeline")
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
@@ -130,7 +127,7 @@ class GlobalStep(ABC):
         """Gradients of the step, summed over ranks and micro-batches; losses and counts of this rank."""
         if self.pipeline is not None:
             outputs = self.pipeline.run(micro_batches, coefficients, objective)
-            self.sum_gradients()
+            self.pipeline.sum_gradients()
             self.pipeline.sum_shared(self.gradients())
             return outputs
         outputs = []
@@ -186,12 +183,11 @@ class GlobalStep(ABC):
         """Move every router's bias, unless the step is skipped. Returns them all, [MoE layers, E]."""
         all_biases = counts.new_zeros(counts.shape, dtype=torch.float32)
         if self.routers:
-            rows = [self.model.config.moe_layers.index(layer) for layer in self.routers]
-            biases = [router.e_score_correction_bias for router in self.routers.values()]
+            biases = [router.e_score_correction_bias for router in self.routers]
             before = torch.stack(biases)
-            after = torch.where(skip, before, balance.update(before, counts[rows], gamma))
+            after = torch.where(skip, before, balance.update(before, counts.index_select(0, self.rows), gamma))
             torch._foreach_copy_(biases, list(after.unbind()))
-            all_biases[rows] = after
+            all_biases.index_copy_(0, self.rows, after)
         if self.pipeline:
             dist.all_reduce(all_biases, group=self.pipeline.group)
         return all_biases

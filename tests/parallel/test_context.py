@@ -73,6 +73,6 @@ def test_every_rank_has_the_same_causal_work(ranks: int):
         positions = torch.arange(length)[None]
         q = context.cut(positions, 0)[..., None, None]  # [2B, L, H, …]
         whole = positions[..., None, None]
-        out = context.attend(count, q, whole, whole[..., 0], rotation, 1.0, positions)
+        out = context.attention(count)(q, whole, whole[..., 0], rotation, 1.0, positions)
         assert torch.equal(out, q)
     assert work == [length * (length + 1) // 2 // ranks] * ranks

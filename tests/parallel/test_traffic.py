@@ -169,7 +169,7 @@ def attend_to_exchanged_keys_and_values(
     keys, values = self.context.gather(keys, values)
     kv = torch.cat((keys[..., : self.nope], values), dim=-1)
     k_rope = keys[..., self.nope :].mean(2)  # the same in every head
-    return self.o_proj(self.context.attend(self.backend, q, kv, k_rope, rotation, self.scale, starts).flatten(-2))
+    return self.o_proj(self.context.attention(self.backend)(q, kv, k_rope, rotation, self.scale, starts).flatten(-2))
 
 
 def config_of(config: ParallelConfig, world_size: int) -> ParallelConfig:
