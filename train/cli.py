@@ -376,9 +376,9 @@ def _schedule(recipe: Recipe) -> Any:
 
 
 def _amounts(recipe: Recipe, processes: int | None) -> dict[str, Any]:
-    from train.planning.plan import amounts
+    from train.planning.plan import Plan
 
-    return amounts(recipe, _schedule(recipe), processes or int(os.environ.get("WORLD_SIZE", "1")))
+    return Plan.of(recipe, _schedule(recipe), processes or int(os.environ.get("WORLD_SIZE", "1"))).numbers()
 
 
 def _print_table(amounts: dict[str, Any]) -> None:

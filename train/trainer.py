@@ -47,7 +47,7 @@ from train.generate import continue_texts
 from train.late import Late, Launched
 from train.launch import Process
 from train.optimizer import HostEMA, build_optimizer
-from train.planning.plan import bubble_share, micro_batches_of
+from train.planning.step import DTYPES, PlannedStep, bubble_share
 from train.ranks import Ranks
 from train.runlog import RunLog, written_into
 from train.schedule import Schedule, Step
@@ -56,7 +56,6 @@ from train.weights import open_weights
 log = logging.getLogger(__name__)
 
 FINISHED, DIVERGED = 0, 3  # exit codes
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Trainer:
@@ -384,9 +383,11 @@ class Trainer:
         line = f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
         if config.pipeline == 1 or self._is_over:
             return [line]
-        _, micro_batches = micro_batches_of(self.recipe, self.layout, self.schedule.spans_from(self.tokens)[0])
-        waits = bubble_share(self.layout, micro_batches, self.recipe.compute)
-        said = f"pipeline: {config.schedule}, {micro_batches} micro-batches a step, of which processes wait {waits:.1%}, as counted"
+        step = PlannedStep(self.recipe, self.layout, self.schedule.spans_from(self.tokens)[0])
+        said = (
+            f"pipeline: {config.schedule}, {step.micro_batches} micro-batches a step, of which processes wait "
+            f"{bubble_share(step):.1%}, as counted"
+        )
         return [line, said, *describe(self.layout.placement)]
 
     def _ending(self) -> str:

@@ -11,7 +11,7 @@ from model.flops import flops_scaling
 from parallel.layout import LayoutError, ParallelConfig
 from train.config import Recipe, RecipeError, builtin_recipes, load_recipe, parse_recipe
 from train.planning.advice import law_in_words
-from train.planning.plan import amounts
+from train.planning.plan import Plan
 from train.published import PUBLISHED
 from train.scaling.law import load_law, save_law
 from train.schedule import Schedule
@@ -474,7 +474,7 @@ def test_the_plan_knows_what_fp8_keeps():
     def plan(precision: str, recompute: str) -> dict:
         parallel = f"parallel={{engine: fsdp, expert: 2, recompute: {recompute}}}"
         recipe = load_recipe("v3", [parallel, "run.device=cpu", f"precision={precision}"])
-        return amounts(recipe, Schedule(recipe.schedule, recipe.data.lengths), 1024)
+        return Plan.of(recipe, Schedule(recipe.schedule, recipe.data.lengths), 1024).numbers()
 
     plain, fp8 = plan("{}", "none"), plan("{fp8: true}", "none")
     changed = {name for name in plain if plain[name] != fp8[name]}
@@ -568,7 +568,7 @@ def test_the_plan_counts_what_the_device_keeps():
         recipe = load_recipe(
             "small", ["schedule.law=null", "schedule.lr=1e-3", "schedule.batch_tokens=32768", *changes]
         )
-        return amounts(recipe, Schedule(recipe.schedule, recipe.data.lengths), 1)["bytes_of_activations"]
+        return Plan.of(recipe, Schedule(recipe.schedule, recipe.data.lengths), 1).numbers()["bytes_of_activations"]
 
     on_gpu = "run.device=cuda"
     assert activations(on_gpu) == activations(on_gpu, "parallel.recompute=selective")

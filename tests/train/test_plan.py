@@ -9,7 +9,8 @@ from model.flops import flops_mfu
 from parallel.layout import ParallelConfig
 from parallel.placement import Placement
 from train.config import load_recipe
-from train.planning.plan import amounts, bubble_share
+from train.planning.plan import Plan
+from train.planning.step import DTYPES, bubble_share
 from train.schedule import Schedule
 
 FIXED = ["run.device=cpu", "schedule={tokens: 1e6, lr: 1e-3, batch_tokens: 16384}"]
@@ -17,7 +18,7 @@ FIXED = ["run.device=cpu", "schedule={tokens: 1e6, lr: 1e-3, batch_tokens: 16384
 
 def plan(processes: int, parallel: str, *changes: str) -> dict[str, Any]:
     recipe = load_recipe("tiny", [*FIXED, f"parallel={parallel}", *changes])
-    return amounts(recipe, Schedule(recipe.schedule, recipe.data.lengths), processes)
+    return Plan.of(recipe, Schedule(recipe.schedule, recipe.data.lengths), processes).numbers()
 
 
 def test_a_pipeline_is_planned_by_its_fullest_rank() -> None:
@@ -53,7 +54,8 @@ def test_zero_bubble_is_planned_only_where_gradients_of_weights_can_wait(schedul
         parallel = ParallelConfig(engine, pipeline=8, schedule=schedule, fp8=fp8, unproven=True)
         even = Placement(tuple(range(n, n + 1) for n in range(16)), 8, v_shaped=True, costs=(1 / 16,) * 16)
         layout = Mock(config=parallel, placement=even)
-        assert bubble_share(layout, 32, compute) == pytest.approx(expected / (192 + expected)), (engine, compute, fp8)
+        step = Mock(layout=layout, micro_batches=32, compute=DTYPES[compute])
+        assert bubble_share(step) == pytest.approx(expected / (192 + expected)), (engine, compute, fp8)
 
 
 def test_sequences_that_are_shared_are_so_many_tokens_less_for_each() -> None:
@@ -78,7 +80,7 @@ def test_each_of_those_that_share_makes_the_keys_and_values_of_all(recompute: st
     for context, pipeline in [(1, 1), (8, 1), (1, 2), (8, 2)]:
         parallel = [f"parallel.{name}" for name in (f"context={context}", f"pipeline={pipeline}", "unproven=true")]
         recipe = load_recipe("v3", [*changes, *parallel])
-        numbers = amounts(recipe, Schedule(recipe.schedule, recipe.data.lengths), 16)
+        numbers = Plan.of(recipe, Schedule(recipe.schedule, recipe.data.lengths), 16).numbers()
         tokens = 1048576 * pipeline / 16  # of a rank
         found[context, pipeline] = numbers["flops_per_step_and_rank"] / tokens
     of_others = 7 * passes * 2 * 512 * 128 * (128 + 128)
