@@ -1,12 +1,16 @@
-"""Peak rates and memory of accelerators, the denominator of MFU and the planner's numbers.
+"""Peak rates, memory and links of accelerators, the denominator of MFU and the planner's numbers; of a CPU, as measured.
 
 Rates are dense: vendors often print the rate for 2:4 sparse matrices, twice as much. bf16 and fp16, both with fp32
-accumulation, share one figure.
+accumulation, share one figure. What of a peak is reached is in `train.planning.rates`.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+import socket
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +19,12 @@ import torch
 
 MEASURE_SECONDS = 0.25  # of one size of product
 
+# Of a GPU's memory a run cannot have: CUDA's context with the kernels that are loaded (half a GB on an H100), buffers of NCCL's
+# communicators (a few hundred MB each: the world's, and those of shards, experts, sequences and the pipeline), and what the
+# allocator holds in blocks that nothing fits into; the last two are assumed. What a driver shows beyond the memory as sold (an
+# H100 of 80 GB: 85.5e9 bytes) is left out.
+CONTEXT, COMMUNICATORS, SLACK = 0.6e9, 1.4e9, 0.04
+
 
 class DeviceError(ValueError):
     """A device the table does not know, or that lacks what was asked of it. One line."""
@@ -22,7 +32,7 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator as the vendor describes it.
+    """One accelerator as the vendor describes it, in a node as vendors build them.
 
     Attributes:
         name: what it is called here and by `--device`.
@@ -32,7 +42,10 @@ class Device:
         memory: bytes of device memory as sold (10⁹ per GB); a driver shows a little less.
         memory_bandwidth: bytes/s.
         link_bandwidth: bytes/s in one direction between the devices of a node (NVLink, Infinity Fabric, else PCIe).
-        source: the vendor's document that has the figures.
+        node: devices that this link joins.
+        network: bytes/s in one direction of a device's share of the network between nodes.
+        source: the vendor's documents that have the figures.
+        reserve: bytes of `memory` that no run can have.
     """
 
     name: str
@@ -42,48 +55,93 @@ class Device:
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
+    node: int
+    network: float
     source: str
+    reserve: float
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a run may use."""
+        return self.memory - self.reserve
 
 
 # fmt: off
+_SYSTEMS = {
+    # devices that the link joins; Gb/s of network a device; source.
+    "NVL72 CX8": (72, 800, "DGX GB300: a ConnectX-8 a GPU"),
+    "NVL72 CX7": (72, 400, "DGX GB200: a ConnectX-7 a GPU"),
+    "HGX 800":   (8,  800, "DGX B300: eight ConnectX-8 for eight GPUs"),
+    "HGX 400":   (8,  400, "DGX H100, H200 and B200: eight ConnectX-7 for eight GPUs; DeepSeek-V3's H800 the same"),
+    "HGX 200":   (8,  200, "DGX A100: eight ConnectX-6 for eight GPUs"),
+    "MGX":       (1,  400, "MGX with one superchip: a ConnectX-7"),
+    "NVL4":      (4,  200, "NVIDIA Enterprise Reference Architecture 2-8-5-200, bridges of four"),
+    "NVL2":      (2,  200, "NVIDIA Enterprise Reference Architecture 2-8-5-200, bridges of two"),
+    "PCIe 200":  (8,  200, "NVIDIA Enterprise Reference Architecture 2-8-5-200"),
+    "PCIe 100":  (8,  100, "assumed"),
+    "desktop":   (8,   10, "assumed: a 10 Gb/s card a GPU"),
+    "OAM 400":   (8,  400, "ROCm's clusters, Azure ND MI300X v5: eight cards of 400 Gb/s for eight GPUs"),
+    "Frontier":  (8,  100, "OLCF Frontier user guide: four cards of 200 Gb/s for eight dies"),
+}
 _TABLE = (
-    # name, pattern in the driver's name; TFLOP/s in bf16 and fp8; memory GB, GB/s; link GB/s; source.
+    # name, pattern in the driver's name; TFLOP/s in bf16 and fp8; memory GB, GB/s; link GB/s; system; source.
     # The first pattern that is found decides, so variants stand before the plain name.
-    ("GB300",     r"GB300",       2500,   5000,    279, 8000, 900, "NVIDIA GB300 NVL72 page, a 72nd of it"),
-    ("GB200",     r"GB200",       2500,   5000,    186, 8000, 900, "NVIDIA GB200 NVL72 page, a 72nd of it"),
-    ("B300",      r"B300",        2250,   4500,    270, 7700, 900, "NVIDIA HGX B300 page, an 8th of it"),
-    ("B200",      r"B200",        2250,   4500,    180, 7700, 900, "NVIDIA HGX B200 page, an 8th of it"),
-    ("GH200",     r"GH200",       989.4,  1978.9,   96, 4000, 450, "NVIDIA GH200 datasheet, HBM3"),
-    ("H200-NVL",  r"H200 NVL",    835.5,  1671,    141, 4800, 450, "NVIDIA H200 datasheet"),
-    ("H200",      r"H200",        989.4,  1978.9,  141, 4800, 450, "NVIDIA H200 datasheet, SXM"),
-    ("H100-NVL",  r"H100 NVL",    835.5,  1671,     94, 3900, 300, "NVIDIA H100 datasheet"),
-    ("H100-PCIe", r"H100.*PCIe",  756,    1513,     80, 2000,  64, "NVIDIA H100 architecture whitepaper"),
-    ("H100",      r"H100",        989.4,  1978.9,   80, 3350, 450, "NVIDIA H100 architecture whitepaper, SXM5"),
-    ("H800-PCIe", r"H800.*PCIe",  756,    1513,     80, 2000,  64, "as H100 PCIe"),
-    ("H800",      r"H800",        989.4,  1978.9,   80, 3350, 200, "as H100 SXM5, NVLink of 400 GB/s both ways"),
-    ("H20",       r"H20\b",       148,    296,      96, 4000, 450, "NVIDIA H20 datasheet"),
-    ("A100-40GB", r"A100.*40GB",  312,    None,     40, 1555, 300, "NVIDIA A100 datasheet"),
-    ("A100",      r"A100",        312,    None,     80, 2039, 300, "NVIDIA A100 datasheet, SXM with 80 GB"),
-    ("A800",      r"A800",        312,    None,     80, 2039, 200, "as A100, NVLink of 400 GB/s both ways"),
-    ("L40S",      r"L40S",        362,    733,      48,  864,  32, "NVIDIA L40S datasheet"),
-    ("L40",       r"L40\b",       181,    362,      48,  864,  32, "NVIDIA L40 datasheet"),
-    ("L4",        r"L4\b",        121,    242.5,    24,  300,  32, "NVIDIA L4 datasheet"),
-    ("A40",       r"A40\b",       149.7,  None,     48,  696,  32, "NVIDIA A40 datasheet"),
-    ("A10",       r"A10\b",       125,    None,     24,  600,  32, "NVIDIA A10 datasheet"),
-    ("RTX-5090",  r"RTX 5090",    209.5,  419,      32, 1792,  64, "NVIDIA RTX Blackwell whitepaper"),
-    ("RTX-4090",  r"RTX 4090",    165.2,  330.3,    24, 1008,  32, "NVIDIA Ada GPU architecture whitepaper"),
-    ("RTX-3090",  r"RTX 3090",    71,     None,     24,  936,  32, "NVIDIA GA102 architecture whitepaper"),
-    ("MI355X",    r"MI355X",      2516.6, 5033.2,  288, 8000, 538, "AMD Instinct MI355X datasheet"),
-    ("MI325X",    r"MI325X",      1307.4, 2614.9,  256, 6000, 448, "AMD Instinct MI325X datasheet"),
-    ("MI300X",    r"MI300X",      1307.4, 2614.9,  192, 5300, 448, "AMD Instinct MI300X datasheet"),
-    ("MI250X",    r"MI250X",      191.5,  None,     64, 1638, 200, "AMD Instinct MI250X datasheet, one die of two"),
+    ("GB300",     r"GB300",       2500,   5000,    279, 8000, 900, "NVL72 CX8", "NVIDIA GB300 NVL72 page, a 72nd of it"),
+    ("GB200",     r"GB200",       2500,   5000,    186, 8000, 900, "NVL72 CX7", "NVIDIA GB200 NVL72 page, a 72nd of it"),
+    ("B300",      r"B300",        2250,   4500,    270, 7700, 900, "HGX 800",   "NVIDIA HGX B300 page, an 8th of it"),
+    ("B200",      r"B200",        2250,   4500,    180, 7700, 900, "HGX 400",   "NVIDIA HGX B200 page, an 8th of it"),
+    ("GH200",     r"GH200",       989.4,  1978.9,   96, 4000, 450, "MGX",       "NVIDIA GH200 datasheet, HBM3"),
+    ("H200-NVL",  r"H200 NVL",    835.5,  1671,    141, 4800, 450, "NVL4",      "NVIDIA H200 datasheet"),
+    ("H200",      r"H200",        989.4,  1978.9,  141, 4800, 450, "HGX 400",   "NVIDIA H200 datasheet, SXM"),
+    ("H100-NVL",  r"H100 NVL",    835.5,  1671,     94, 3900, 300, "NVL2",      "NVIDIA H100 datasheet"),
+    ("H100-PCIe", r"H100.*PCIe",  756,    1513,     80, 2000,  64, "PCIe 200",  "NVIDIA H100 architecture whitepaper"),
+    ("H100",      r"H100",        989.4,  1978.9,   80, 3350, 450, "HGX 400",   "NVIDIA H100 architecture whitepaper, SXM5"),
+    ("H800-PCIe", r"H800.*PCIe",  756,    1513,     80, 2000,  64, "PCIe 200",  "as H100 PCIe"),
+    ("H800",      r"H800",        989.4,  1978.9,   80, 3350, 200, "HGX 400",   "as H100 SXM5, NVLink of 400 GB/s both ways"),
+    ("H20",       r"H20\b",       148,    296,      96, 4000, 450, "HGX 400",   "NVIDIA H20 datasheet"),
+    ("A100-40GB", r"A100.*40GB",  312,    None,     40, 1555, 300, "HGX 200",   "NVIDIA A100 datasheet"),
+    ("A100",      r"A100",        312,    None,     80, 2039, 300, "HGX 200",   "NVIDIA A100 datasheet, SXM with 80 GB"),
+    ("A800",      r"A800",        312,    None,     80, 2039, 200, "HGX 200",   "as A100, NVLink of 400 GB/s both ways"),
+    ("L40S",      r"L40S",        362,    733,      48,  864,  32, "PCIe 200",  "NVIDIA L40S datasheet"),
+    ("L40",       r"L40\b",       181,    362,      48,  864,  32, "PCIe 100",  "NVIDIA L40 datasheet"),
+    ("L4",        r"L4\b",        121,    242.5,    24,  300,  32, "PCIe 100",  "NVIDIA L4 datasheet"),
+    ("A40",       r"A40\b",       149.7,  None,     48,  696,  32, "PCIe 100",  "NVIDIA A40 datasheet"),
+    ("A10",       r"A10\b",       125,    None,     24,  600,  32, "PCIe 100",  "NVIDIA A10 datasheet"),
+    ("RTX-5090",  r"RTX 5090",    209.5,  419,      32, 1792,  64, "desktop",   "NVIDIA RTX Blackwell whitepaper"),
+    ("RTX-4090",  r"RTX 4090",    165.2,  330.3,    24, 1008,  32, "desktop",   "NVIDIA Ada GPU architecture whitepaper"),
+    ("RTX-3090",  r"RTX 3090",    71,     None,     24,  936,  32, "desktop",   "NVIDIA GA102 architecture whitepaper"),
+    ("MI355X",    r"MI355X",      2516.6, 5033.2,  288, 8000, 538, "OAM 400",   "AMD Instinct MI355X datasheet"),
+    ("MI325X",    r"MI325X",      1307.4, 2614.9,  256, 6000, 448, "OAM 400",   "AMD Instinct MI325X datasheet"),
+    ("MI300X",    r"MI300X",      1307.4, 2614.9,  192, 5300, 448, "OAM 400",   "AMD Instinct MI300X datasheet"),
+    ("MI250X",    r"MI250X",      191.5,  None,     64, 1638, 200, "Frontier",  "AMD Instinct MI250X datasheet, one die of two"),
 )
 # fmt: on
 
 DEVICES = tuple(
-    Device(name, pattern, bf16 * 1e12, fp8 * 1e12 if fp8 else None, memory * 1e9, bandwidth * 1e9, link * 1e9, source)
-    for name, pattern, bf16, fp8, memory, bandwidth, link, source in _TABLE
+    Device(
+        name,
+        pattern,
+        bf16 * 1e12,
+        fp8 * 1e12 if fp8 else None,
+        memory * 1e9,
+        bandwidth * 1e9,
+        link * 1e9,
+        _SYSTEMS[system][0],
+        _SYSTEMS[system][1] / 8 * 1e9,
+        f"{source}; network: {_SYSTEMS[system][2]}",
+        CONTEXT + COMMUNICATORS + SLACK * memory * 1e9,
+    )
+    for name, pattern, bf16, fp8, memory, bandwidth, link, system, source in _TABLE
 )
+
+
+def find_device(name: str) -> Device:
+    """A device of the table, or `cpu`: this machine.
+
+    Raises:
+        DeviceError: there is none of this name; with the nearest.
+    """
+    return this_machine() if name.lower() == "cpu" else lookup(name)
 
 
 def lookup(name: str) -> Device:
@@ -94,8 +152,10 @@ def lookup(name: str) -> Device:
     """
     found = _find(name)
     if found is None:
-        known = ", ".join(device.name for device in DEVICES)
-        raise DeviceError(f"device {name!r}: is not in the table of devices; give one of {known}")
+        names = {device.name.lower(): device.name for device in DEVICES}
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        fix = f"did you mean {names[near[0]]}? It has" if near else "give one of"
+        raise DeviceError(f"device {name!r}: is not in the table of devices; {fix} {', '.join(names.values())}, or cpu")
     return found
 
 
@@ -160,6 +220,65 @@ def _fastest_product(size: int, dtype: torch.dtype, device: str) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
+
+
+@cache
+def this_machine() -> Device:
+    """What this process has of its CPU, measured in about a second and remembered.
+
+    Its peak is that of products in fp32, in which it also emulates FP8. Processes on it are one node, whatever their number: they
+    send to each other over the loopback, as gloo does.
+    """
+    peak = measured_gemm_peak(torch.float32, "cpu", torch.get_num_threads())
+    memory = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if os.path.exists("/proc/meminfo"):  # with what the system would give up of its caches
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        memory = float(fields["MemAvailable"].split()[0]) * 1024
+    link = measured_loopback()
+    return Device(
+        "cpu",
+        r"\bcpu\b",
+        peak,
+        peak,
+        memory,
+        measured_copy(),
+        link,
+        1 << 20,
+        link,
+        "measured on this machine",
+        SLACK * memory,
+    )
+
+
+def measured_copy(size: int = 1 << 26) -> float:
+    """Bytes/s of memory, read and written, of the fastest copy of so many bytes; larger than caches."""
+    source = torch.ones(size // 4)
+    target = torch.empty_like(source)
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < MEASURE_SECONDS:
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
+
+
+def measured_loopback(size: int = 1 << 25) -> float:
+    """Bytes/s in one direction of the fastest of several messages to oneself by TCP."""
+    message, best = bytes(size), float("inf")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        receiver, _ = server.accept()
+        with receiver:
+            into = memoryview(bytearray(1 << 20))
+            for _ in range(4):
+                start, left = time.perf_counter(), size
+                sending = threading.Thread(target=sender.sendall, args=(message,))
+                sending.start()
+                while left:
+                    left -= receiver.recv_into(into)
+                sending.join()
+                best = min(best, time.perf_counter() - start)
+    return size / best
 
 
 def _find(name: str) -> Device | None:
