@@ -19,12 +19,11 @@ from typing import Any, get_args
 import asked
 import torch
 from contestants import Ours, Shape
-from live_bytes import LiveBytes
 from sides import compute_dtype
 from torch import nn
 
 from data.files import replace_file
-from model.activations import Device, activation_bytes, working_bytes
+from model.activations import Device, ForwardPass, activation_bytes, working_bytes
 from model.block import Block
 from model.flops import Recompute
 from model.layers import MLP
@@ -32,6 +31,7 @@ from model.moe import MoE
 from model.transformer import Transformer
 from parallel.footprint import footprint, peak_bytes
 from parallel.layout import Layout, ParallelConfig
+from train.planning.live_bytes import LiveBytes
 
 HEAD, WORK = "embedding and head", "at work"
 
@@ -64,10 +64,10 @@ def account(shape: Shape, device: str, mode: Recompute) -> dict[str, int]:
     layout = Layout(ParallelConfig(), 1, config)
     held = footprint(layout, config, element)
     where: Device = "cuda" if device == "cuda" else "cpu"
-    size = (config, shape.micro_batch, shape.sequence_length, element, mode, where)
-    kept = activation_bytes(*size)
+    forward = ForwardPass(shape.micro_batch, shape.sequence_length, element, mode, where)
+    kept = activation_bytes(config, forward)
     state = {"parameters": held.parameters, "gradients": held.gradients, "moments": held.moments}
-    working = working_bytes(*size)
+    working = working_bytes(config, forward)
     micro_batches = -(-shape.batch // shape.micro_batch)
     peak = peak_bytes(layout, config, held, sum(kept.values()), working, micro_batches)
     return state | kept | {WORK: working, "peak": peak}

@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from contestants import CLIP, LR, OPTIMIZER, Shape, without_weights
-from live_bytes import LiveBytes
 
 from data.files import replace_file
-from model.activations import activation_bytes
+from model.activations import ForwardPass, activation_bytes
 from model.flops import Recompute
 from model.init import initialize
 from parallel.build import build_engine
@@ -32,6 +31,7 @@ from parallel.engine import StepSettings
 from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
 from train.optimizer import build_optimizer
+from train.planning.live_bytes import LiveBytes
 
 TIMED = 3
 DEVICE = torch.device("cpu")
@@ -64,13 +64,17 @@ def compare(shape: Shape, processes: int, dtype: torch.dtype) -> dict[str, Any]:
     """The modes beside each other. Of several ranks the mean activations: the rows of one are what another did not get."""
     modes: dict[str, dict[str, Any]] = {}
     for mode, ranks in run(shape, processes, dtype).items():
-        counted = sum(activation_bytes(
-            shape.config, shape.batch, shape.sequence_length, dtype.itemsize, mode,
-            casts_weights=processes == 1, spreads_experts=processes > 1,
-        ).values())  # fmt: skip
+        forward = ForwardPass(
+            shape.batch,
+            shape.sequence_length,
+            dtype.itemsize,
+            mode,
+            casts_weights=processes == 1,
+            spreads_experts=processes > 1,
+        )
         modes[mode] = {
             "activations": round(statistics.mean(rank.activations for rank in ranks)),
-            "activations_by_formula": counted,
+            "activations_by_formula": sum(activation_bytes(shape.config, forward).values()),
             "peak_without_state": max(rank.peak for rank in ranks) if processes == 1 else None,
             "cpu_seconds": max(rank.cpu_seconds for rank in ranks),
         }

@@ -3,6 +3,7 @@
 Each count is tested against the real module.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
@@ -16,26 +17,11 @@ CHUNK_BYTES = 16 << 20  # of logits, or those of so many tokens if they are more
 CHUNK_ROWS = {"cpu": 128, "cuda": 1024}
 
 
-def activation_bytes(
-    config: ModelConfig,
-    micro_batch: int,
-    sequence_length: int,
-    element_size: int,
-    recompute: Recompute = "none",
-    device: Device = "cpu",
-    casts_weights: bool = True,
-    spreads_experts: bool = False,
-    fp8: bool = False,
-    fp8_dispatch: bool = False,
-    part: Part | None = None,
-    context: int = 1,
-) -> dict[str, int]:
-    """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
+@dataclass(frozen=True)
+class ForwardPass:
+    """One micro-batch on its way through a model, or through a stage of it, and how it is computed there.
 
-    Copies of the weights in a compute dtype other than their own are among them: without recomputation each lives until its
-    gradient is taken. The batch, the parameters, a mask of packed documents and vectors of a few kilobytes are not.
-
-    Args:
+    Attributes:
         micro_batch: sequences, B.
         sequence_length: T.
         element_size: bytes of the compute dtype: 4 (fp32) or 2.
@@ -44,73 +30,99 @@ def activation_bytes(
             them put together, and on a CPU values padded to the width of the keys. The CPU's count is tested by measurement,
             the GPU's follows from what its kernels save.
         casts_weights: false where the weights of blocks reach them in the compute dtype.
-        spreads_experts: whether rows travel to experts on other ranks and back; counted for as many rows to arrive as leave.
+        spreads_experts: whether rows travel to experts on other ranks and back.
+        imbalance: of those rows, as many as arrive here over as many as leave; 1: as many.
         fp8: whether the products of blocks are FP8, which keeps E4M3 and scales; weights are then not kept in another dtype.
         fp8_dispatch: whether those rows travel in E4M3.
-        part: of the model, a stage of a pipeline; None: all of it. What comes in from the stage before and what goes out to the
-            next are counted.
         context: ranks that share the sequences, each with its pieces of all of them; each has the latents, keys and values of
             whole sequences, though (`parallel.context`).
+    """
+
+    micro_batch: int
+    sequence_length: int
+    element_size: int
+    recompute: Recompute = "none"
+    device: Device = "cpu"
+    casts_weights: bool = True
+    spreads_experts: bool = False
+    imbalance: float = 1.0
+    fp8: bool = False
+    fp8_dispatch: bool = False
+    context: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of this rank, N."""
+        return self.micro_batch * self.sequence_length // self.context
+
+    def expert_rows(self, config: ModelConfig) -> float:
+        """Rows that the experts here have to do with, for each token here."""
+        return config.num_experts_per_tok * (self.imbalance if self.spreads_experts else 1)
+
+    def factor(self, width: int) -> int:
+        """Bytes of a row that is kept as a factor of products: in the compute dtype, or in E4M3 with a scale for every tile."""
+        return width + 4 * -(-width // TILE) if self.fp8 else self.element_size * width
+
+    def of_whole(self, size: int) -> int:
+        """Bytes, for each token here, of so many for each token of the whole sequences."""
+        return self.context * size
+
+    def of_seen(self, size: int) -> int:
+        """The same, for each token that a piece's queries see: p + 1 pieces by piece p, 2C + 1 by both of a rank."""
+        return size if self.context == 1 else (2 * self.context + 1) * size // 2
+
+
+def activation_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> dict[str, int]:
+    """Bytes that live after the forward pass of one micro-batch because its backward pass needs them.
+
+    Copies of the weights in a compute dtype other than their own are among them: without recomputation each lives until its
+    gradient is taken. The batch, the parameters, a mask of packed documents and vectors of a few kilobytes are not.
+
+    Args:
+        part: of the model, a stage of a pipeline; None: all of it. What comes in from the stage before and what goes out to the
+            next are counted.
 
     Returns:
         {part of the model that keeps them: bytes}. Norms and residual stream of a block are attention's.
     """
-    c, a = config, element_size
+    c, a, recompute = config, forward.element_size, forward.recompute
     part = part or Part(range(c.num_hidden_layers))
-    sizes = _Sizes(a, device, fp8, spreads_experts, context)
     depths = c.num_nextn_predict_layers if part.last else 0
     layers = [*part.layers, *depths * [c.num_hidden_layers]]
     moe_layers = sum(c.is_moe(layer) for layer in layers)
 
-    def kept(rows: list[_Row]) -> int:
+    def kept(rows: list[_Row]) -> float:
         return sum(row.bytes for row in rows if recompute in row.kept)
 
-    attention = sum(kept(_attention(c, sizes)) for _ in layers)
-    feed_forward = sum(kept(_feed_forward(c, layer, sizes)) for layer in layers)
-    if spreads_experts:
-        arrived = c.hidden_size + -(-c.hidden_size // TILE) if fp8_dispatch else a * c.hidden_size
-        feed_forward += moe_layers * kept(_travel(c, sizes, arrived))
-    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, sizes)])
+    attention = sum(kept(_attention(c, forward)) for _ in layers)
+    feed_forward = sum(kept(_feed_forward(c, layer, forward)) for layer in layers)
+    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, forward)])
     if depths and not part.first:
         per_token += a * c.hidden_size  # embeddings for MTP modules, which are else the first block's input
-    per_token += (
-        _norm(c.hidden_size, a) if part.last else a * c.hidden_size
-    )  # the final norm, or what goes to the next stage
+    per_token += _norm(c.hidden_size, a) if part.last else a * c.hidden_size  # the final norm, or what goes out
     if part.last:
         per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
 
     once = 4 * c.vocab_size * c.hidden_size if part.last else 0  # gradient of the output head, one for all losses
-    once += sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
+    once += forward.sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
     if part.first or depths:
-        pieces = micro_batch * (2 if context > 1 else 1)
+        pieces = forward.micro_batch * (2 if forward.context > 1 else 1)
         once += pieces * c.num_nextn_predict_layers * a * c.hidden_size  # embeddings of the tokens beyond T
     casts = 0
-    if recompute == "none" and a != 4 and casts_weights:
+    if recompute == "none" and a != 4 and forward.casts_weights:
         matrices = [layer_matrices(c, layer) for layer in part.layers] + depths * [mtp_matrices(c)]
         gates = moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
         entries = depths * 2 * c.hidden_size**2  # of MTP modules, which FP8 leaves alone
-        casts = a * (entries if fp8 else sum(layer.all for layer in matrices) - gates)
-    tokens = micro_batch * sequence_length // context
+        casts = a * (entries if forward.fp8 else sum(layer.all for layer in matrices) - gates)
     return {
-        "attention": tokens * attention,
-        "feed-forward": tokens * feed_forward,
-        "embedding and head": tokens * per_token + once,  # and what MTP modules add to a block
+        "attention": round(forward.tokens * attention),
+        "feed-forward": round(forward.tokens * feed_forward),
+        "embedding and head": round(forward.tokens * per_token) + once,  # and what MTP modules add to a block
         "weights in the compute dtype": casts,
     }
 
 
-def working_bytes(
-    config: ModelConfig,
-    micro_batch: int,
-    sequence_length: int,
-    element_size: int,
-    recompute: Recompute = "none",
-    device: Device = "cpu",
-    casts_weights: bool = True,
-    fp8: bool = False,
-    part: Part | None = None,
-    context: int = 1,
-) -> int:
+def working_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> int:
     """Bytes that live beside `activation_bytes` for a while: an estimate of the most, while one block goes backward or a loss is
     made. Arguments as there.
 
@@ -119,63 +131,53 @@ def working_bytes(
     the logits of a chunk of tokens, on a CPU in fp32 beside them, and the head in the compute dtype. Where ranks share sequences,
     the gradients of the keys and values of whole ones, of one piece and the sum, may be more than those of a feed-forward network.
     """
-    c, a = config, element_size
+    c, a, tokens = config, forward.element_size, forward.tokens
     part = part or Part(range(c.num_hidden_layers))
-    sizes, tokens = _Sizes(a, device, fp8, context=context), micro_batch * sequence_length // context
     most = 0
     if part.last:
-        chunk = min(tokens, max(CHUNK_BYTES // (4 * c.vocab_size), CHUNK_ROWS[device]))
+        chunk = min(tokens, max(CHUNK_BYTES // (4 * c.vocab_size), CHUNK_ROWS[forward.device]))
         most = a * c.vocab_size * chunk
         if a != 4:
-            most += a * c.vocab_size * c.hidden_size + (4 * c.vocab_size * chunk if device == "cpu" else 0)
+            most += a * c.vocab_size * c.hidden_size + (4 * c.vocab_size * chunk if forward.device == "cpu" else 0)
     layers = {*part.layers[:1], *part.layers[-1:]} | (
         {c.num_hidden_layers} if part.last and c.num_nextn_predict_layers else set()
     )
     for layer in layers:
-        rows = [*_attention(c, sizes), *_feed_forward(c, layer, sizes)]
+        rows = [*_attention(c, forward), *_feed_forward(c, layer, forward)]
         # What is kept as the output of a product is, computed again, the same memory: only the difference comes anew.
-        everything, kept = (sum(row.bytes for row in rows if mode in row.kept) for mode in ("none", recompute))
+        everything, kept = (sum(row.bytes for row in rows if mode in row.kept) for mode in ("none", forward.recompute))
         again = max(0, everything - kept)
-        k, width = (c.num_experts_per_tok, c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
+        k, width = (forward.expert_rows(c), c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
         gradients = a * (3 * c.hidden_size + k * (c.hidden_size + 3 * width))
-        if context > 1:
-            of_keys_and_values = sizes.of_whole(2 * a * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        if forward.context > 1:
+            of_keys_and_values = forward.of_whole(2 * a * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
             queries = a * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
             gradients = max(gradients, 3 * a * c.hidden_size + queries + of_keys_and_values)
         weights = 0
-        if a != 4 and casts_weights and not fp8:
+        if a != 4 and forward.casts_weights and not forward.fp8:
             matrices = layer_matrices(c, layer).all
-            weights = a * (matrices if recompute != "none" else 0) + a * matrices
-        most = max(most, tokens * (again + gradients) + weights)
+            weights = a * (matrices if forward.recompute != "none" else 0) + a * matrices
+        most = max(most, round(tokens * (again + gradients)) + weights)
     return most
 
 
-def put_aside_bytes(
-    config: ModelConfig,
-    micro_batch: int,
-    sequence_length: int,
-    element_size: int,
-    casts_weights: bool = True,
-    spreads_experts: bool = False,
-    fp8: bool = False,
-    part: Part | None = None,
-    context: int = 1,
-) -> int:
+def put_aside_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> int:
     """Bytes that lie between the two parts of a backward pass: factors of the products that make gradients of weights
     (`model.ops.weight_gradient`), each once. Arguments as of `activation_bytes`.
 
     Nothing is put aside of gates and heads, nor where weights are cast first.
     """
-    c, a = config, element_size
+    c, a = config, forward.element_size
     part = part or Part(range(c.num_hidden_layers))
-    if a != 4 and casts_weights and not fp8:
+    if a != 4 and forward.casts_weights and not forward.fp8:
         return 0
-    sizes = _Sizes(a, "cpu", fp8, spreads_experts, context)
     depths = c.num_nextn_predict_layers if part.last else 0
     layers = [*part.layers, *depths * [c.num_hidden_layers]]
-    per_token = sum(sum(map(sizes.factor, _factors(c, layer))) + _factors_apart(c, layer, sizes) for layer in layers)
+    per_token = sum(
+        sum(map(forward.factor, _factors(c, layer))) + _factors_apart(c, layer, forward) for layer in layers
+    )
     per_token += depths * a * 3 * c.hidden_size  # of eh_proj, which is not FP8
-    return micro_batch * sequence_length // context * per_token
+    return round(forward.tokens * per_token)
 
 
 def _factors(c: ModelConfig, layer: int) -> list[int]:
@@ -187,45 +189,25 @@ def _factors(c: ModelConfig, layer: int) -> list[int]:
     return [*of_attention, dim, 2 * width, width, dim]
 
 
-def _factors_apart(c: ModelConfig, layer: int, sizes: "_Sizes") -> int:
+def _factors_apart(c: ModelConfig, layer: int, forward: ForwardPass) -> float:
     """Bytes a token of those that whole sequences have, and of rows of experts."""
     rank, up_projected = c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    shared = sizes.context > 1 and not sizes.fp8  # then the input is a view of latent and rotary key
-    of_kv_b = sizes.of_whole(sizes.factor(rank + c.qk_rope_head_dim if shared else rank) + sizes.factor(up_projected))
+    shared = forward.context > 1 and not forward.fp8  # then the input is a view of latent and rotary key
+    of_kv_b = forward.of_whole(
+        forward.factor(rank + c.qk_rope_head_dim if shared else rank) + forward.factor(up_projected)
+    )
     if not c.is_moe(layer):
         return of_kv_b
-    rows = 2 * sizes.factor(c.hidden_size) if sizes.travel or sizes.fp8 else 0  # else by an index
-    index = 0 if sizes.fp8 else 8
-    return of_kv_b + c.num_experts_per_tok * (rows + index + sizes.factor(3 * c.moe_intermediate_size))
-
-
-class _Sizes(NamedTuple):
-    """What decides how much an operation keeps."""
-
-    element: int  # bytes of the compute dtype
-    device: Device
-    fp8: bool
-    travel: bool = False  # whether rows travel to experts on other ranks
-    context: int = 1  # ranks that share sequences
-
-    def factor(self, width: int) -> int:
-        """Bytes of a row that is kept as a factor of products: in the compute dtype, or in E4M3 with a scale for every tile."""
-        return width + 4 * -(-width // TILE) if self.fp8 else self.element * width
-
-    def of_whole(self, size: int) -> int:
-        """Bytes, for each token here, of so many for each token of the whole sequences."""
-        return self.context * size
-
-    def of_seen(self, size: int) -> int:
-        """The same, for each token that a piece's queries see: p + 1 pieces by piece p, 2C + 1 by both of a rank."""
-        return size if self.context == 1 else (2 * self.context + 1) * size // 2
+    rows = 2 * forward.factor(c.hidden_size) if forward.spreads_experts or forward.fp8 else 0  # else by an index
+    index = 0 if forward.fp8 else 8
+    return of_kv_b + forward.expert_rows(c) * (rows + index + forward.factor(3 * c.moe_intermediate_size))
 
 
 class _Row(NamedTuple):
     """One line of the table of what an operation leaves for the backward pass."""
 
     what: str
-    bytes: int  # per token
+    bytes: float  # per token
     kept: tuple[Recompute, ...]
 
 
@@ -236,44 +218,46 @@ PRODUCT: tuple[Recompute, ...] = ("none", "selective")
 ALWAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
-def _feed_forward(c: ModelConfig, layer: int, sizes: _Sizes) -> list[_Row]:
-    return _experts(c, sizes) if c.is_moe(layer) else _dense(c, sizes)
+def _feed_forward(c: ModelConfig, layer: int, forward: ForwardPass) -> list[_Row]:
+    if not c.is_moe(layer):
+        return _swiglu(c.intermediate_size, forward)
+    return [*_experts(c, forward), *(_travel(c, forward) if forward.spreads_experts else [])]
 
 
-def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
-    a = sizes.element
+def _attention(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
+    a = forward.element_size
     dim, rank, q_rank, heads = c.hidden_size, c.kv_lora_rank, c.q_lora_rank or 0, c.num_attention_heads
     queries, values = heads * c.qk_head_dim, heads * c.v_head_dim
     up_projected = heads * (c.qk_nope_head_dim + c.v_head_dim)
-    fused, shared = sizes.device == "cpu" and a == 4, sizes.context > 1
-    padded = sizes.device == "cpu" and not fused and c.v_head_dim < c.qk_head_dim
+    fused, shared = forward.device == "cpu" and a == 4, forward.context > 1
+    padded = forward.device == "cpu" and not fused and c.v_head_dim < c.qk_head_dim
     attended = [
         _Row("queries", a * queries, NONE),
-        _Row("keys", sizes.of_seen(a * queries), NONE),
+        _Row("keys", forward.of_seen(a * queries), NONE),
         # Unpadded: a view of kv_b's output.
-        _Row("values", sizes.of_seen(a * queries) if padded else sizes.of_whole(a * up_projected), NONE),
+        _Row("values", forward.of_seen(a * queries) if padded else forward.of_whole(a * up_projected), NONE),
     ]
     if fused:  # what the linear maps handed out; the rotary key is counted beside the latent's norm
         attended = [
             _Row("queries", a * queries, NONE),
-            _Row("keys and values", sizes.of_whole(a * up_projected), NONE),
+            _Row("keys and values", forward.of_whole(a * up_projected), NONE),
         ]
     latent = rank + c.qk_rope_head_dim
-    gathered = sizes.of_whole(a * latent)  # of which kv_b and attention read views
-    normed = [_Row("its norm's output, input of kv_b", sizes.factor(rank), NONE)]
+    gathered = forward.of_whole(a * latent)  # of which kv_b and attention read views
+    normed = [_Row("its norm's output, input of kv_b", forward.factor(rank), NONE)]
     if shared:
         normed = [
             _Row("latents and rotary keys of whole sequences, as they arrived", gathered, SELECTIVE),
-            _Row("the same in order", gathered if fused or not sizes.fp8 else 0, NONE),
-            _Row("in FP8, input of kv_b", sizes.of_whole(sizes.factor(rank)) if sizes.fp8 else 0, NONE),
+            _Row("the same in order", gathered if fused or not forward.fp8 else 0, NONE),
+            _Row("in FP8, input of kv_b", forward.of_whole(forward.factor(rank)) if forward.fp8 else 0, NONE),
         ]
     return [
         _Row("block input", a * dim, RECOMPUTED),
         _Row("input norm", _norm(dim, a), NONE),
-        _Row("its output, input of q and kv", sizes.factor(dim), NONE),
+        _Row("its output, input of q and kv", forward.factor(dim), NONE),
         _Row("query latent, or queries where there is none", a * (q_rank or queries), SELECTIVE),
         _Row("its norm", _norm(q_rank, a), NONE),
-        _Row("its norm's output, input of q_b", sizes.factor(q_rank), NONE),
+        _Row("its norm's output, input of q_b", forward.factor(q_rank), NONE),
         _Row("key-value latent and rotary key", a * latent, SELECTIVE),
         _Row("its norm", _norm(latent, a), NONE),  # a view of both
         *normed,
@@ -284,51 +268,52 @@ def _attention(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
         _Row("without what was padded, or of both pieces, input of o", a * values if padded or shared else 0, NONE),
         _Row("output of o", a * dim, SELECTIVE),
         _Row("post-attention norm", _norm(dim, a), NONE),
-        _Row("its output, input of the feed-forward part", sizes.factor(dim), NONE),
+        _Row("its output, input of the feed-forward part", forward.factor(dim), NONE),
     ]
 
 
-def _dense(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
-    return _swiglu(c.intermediate_size, sizes)
-
-
-def _experts(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
-    a, dim, k = sizes.element, c.hidden_size, c.num_experts_per_tok
+def _experts(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
+    a, dim, k = forward.element_size, c.hidden_size, c.num_experts_per_tok
+    fp8, arrived = forward.fp8, forward.expert_rows(c)
+    apart = fp8 or forward.spreads_experts
     return [
-        _Row("input of the gate", a * dim if sizes.fp8 else 0, NONE),  # 0: that of the others
+        _Row("input of the gate", a * dim if fp8 else 0, NONE),  # 0: that of the others
         _Row("logits", 4 * c.n_routed_experts, PRODUCT),
-        _Row("shares of affinities, for the balance loss of pieces", _shares(c, sizes), NONE),
+        _Row("shares of affinities, for the balance loss of pieces", _shares(c, forward), NONE),
         _Row("chosen experts and their weights", 12 * k, ALWAYS),
         _Row("weights in the order of the experts", 4 * k, NONE),
         _Row("places of the pairs in that order", 8 * k, NONE),
-        _Row("rows of the pairs in that order", 0 if sizes.fp8 or sizes.travel else 8 * k, NONE),
-        _Row("input rows of the experts", k * sizes.factor(dim) if sizes.fp8 else 0, NONE),  # 0: the input of the gate
-        *_swiglu(c.moe_intermediate_size, sizes, rows=k),
-        _Row("outputs of the experts, to be weighed", a * k * dim if sizes.fp8 or sizes.travel else 0, PRODUCT),
-        *_swiglu(c.n_shared_experts * c.moe_intermediate_size, sizes),
+        _Row("rows of the pairs in that order", 0 if apart else 8 * k, NONE),
+        _Row(
+            "input rows of the experts", arrived * forward.factor(dim) if fp8 else 0, NONE
+        ),  # 0: the input of the gate
+        *_swiglu(c.moe_intermediate_size, forward, rows=arrived),
+        _Row("outputs of the experts, to be weighed", a * k * dim if apart else 0, PRODUCT),
+        *_swiglu(c.n_shared_experts * c.moe_intermediate_size, forward),
     ]
 
 
-def _shares(c: ModelConfig, sizes: _Sizes) -> int:
+def _shares(c: ModelConfig, forward: ForwardPass) -> int:
     """Where a device has whole sequences, one operation makes the loss and keeps the logits alone."""
-    if sizes.context == 1:
+    if forward.context == 1:
         return 0
-    return 4 * c.n_routed_experts * (2 if sizes.device == "cpu" else 1)  # on a CPU the logarithm keeps a buffer
+    return 4 * c.n_routed_experts * (2 if forward.device == "cpu" else 1)  # on a CPU the logarithm keeps a buffer
 
 
-def _travel(c: ModelConfig, sizes: _Sizes, arrived: int) -> list[_Row]:
-    """Beside the rows of `_experts`, whose outputs are kept where they come home. A row arrives in so many bytes."""
-    k = c.num_experts_per_tok
+def _travel(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
+    """Beside the rows of `_experts`, whose outputs are kept where they come home."""
+    rows = forward.expert_rows(c)
+    row = c.hidden_size + -(-c.hidden_size // TILE) if forward.fp8_dispatch else forward.element_size * c.hidden_size
     return [
-        _Row("orders of the rows that arrived, there and back", 16 * k, NONE),
-        _Row("rows that arrived, by the rank they came from", k * arrived, SELECTIVE if sizes.fp8 else PRODUCT),
+        _Row("orders of the rows that arrived, there and back", 16 * rows, NONE),
+        _Row("rows that arrived, by the rank they came from", rows * row, SELECTIVE if forward.fp8 else PRODUCT),
     ]
 
 
-def _swiglu(width: int, sizes: _Sizes, rows: int = 1) -> list[_Row]:
+def _swiglu(width: int, forward: ForwardPass, rows: float = 1) -> list[_Row]:
     return [
-        _Row("gate and up", 2 * rows * sizes.factor(width), NONE),
-        _Row("gate and up as the products gave them out", 2 * rows * sizes.element * width, SELECTIVE),
+        _Row("gate and up", 2 * rows * forward.factor(width), NONE),
+        _Row("gate and up as the products gave them out", 2 * rows * forward.element_size * width, SELECTIVE),
     ]
 
 
@@ -342,12 +327,12 @@ def _mtp_entry(c: ModelConfig, a: int) -> list[_Row]:
     ]
 
 
-def _mtp_exit(c: ModelConfig, sizes: _Sizes) -> list[_Row]:
-    output = sizes.element * c.hidden_size
+def _mtp_exit(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
+    output = forward.element_size * c.hidden_size
     return [
-        _Row("final norm of the depth", _norm(c.hidden_size, sizes.element), NONE),
+        _Row("final norm of the depth", _norm(c.hidden_size, forward.element_size), NONE),
         _Row("for it: output of the shared experts", output, SELECTIVE),
-        _Row("sums of the experts' outputs", 0 if sizes.fp8 or sizes.travel else output, SELECTIVE),
+        _Row("sums of the experts' outputs", 0 if forward.fp8 or forward.spreads_experts else output, SELECTIVE),
     ]
 
 

@@ -34,11 +34,11 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from model.activations import Device, activation_bytes, put_aside_bytes, working_bytes
+from model.activations import Device, ForwardPass, activation_bytes, put_aside_bytes, working_bytes
 from model.config import ModelConfig
 from model.hf import state_shapes
 from model.transformer import Part
@@ -128,6 +128,7 @@ def under_way(
     micro_batches: int,
     element_size: int,
     device: Device = "cpu",
+    imbalance: float = 1.0,
 ) -> Activations:
     """Activations of a rank.
 
@@ -135,38 +136,39 @@ def under_way(
         micro_batch: sequences.
         micro_batches: of a rank in a step.
         element_size: bytes of the compute dtype.
+        imbalance: rows that arrive at its experts over those that leave it.
     """
     c = layout.config
-    common: dict[str, Any] = {
-        "micro_batch": micro_batch,
-        "sequence_length": sequence_length,
-        "element_size": element_size,
-        "casts_weights": c.engine != "fsdp",  # which gathers them in the compute dtype
-        "fp8": c.fp8,
-        "context": c.context,
-    }
-    recomputes: dict[str, Any] = {"recompute": c.recompute, "device": device}
-    spreads = c.expert > 1
+    forward = ForwardPass(
+        micro_batch,
+        sequence_length,
+        element_size,
+        c.recompute,
+        device,
+        casts_weights=c.engine != "fsdp",  # which gathers them in the compute dtype
+        spreads_experts=c.expert > 1,
+        imbalance=imbalance,
+        fp8=c.fp8,
+        fp8_dispatch=c.fp8_dispatch,
+        context=c.context,
+    )
 
     def kept(part: Part | None) -> int:
-        parts = activation_bytes(
-            config, **common, **recomputes, spreads_experts=spreads, fp8_dispatch=c.fp8_dispatch, part=part
-        )
-        return sum(parts.values())
+        return sum(activation_bytes(config, forward, part).values())
 
     if c.pipeline == 1:
-        return Activations(kept(None), working_bytes(config, **common, **recomputes))
+        return Activations(kept(None), working_bytes(config, forward))
     parts, placement = parts_of(layout), layout.placement
     mine = placement.stages_of(pipeline_rank)
-    state = micro_batch * sequence_length // c.context * config.hidden_size * element_size
+    state = forward.tokens * config.hidden_size * element_size
     stages = {}
     for stage in mine:
         from_here = stage > 0 and stage - 1 in mine
         stages[stage] = _Held(
             kept(parts[stage]) - (state if from_here else 0),  # what that stage hands on is counted there
-            put_aside_bytes(config, **common, spreads_experts=spreads, part=parts[stage]),
+            put_aside_bytes(config, forward, parts[stage]),
         )
-    working = max(working_bytes(config, **common, **recomputes, part=parts[stage]) for stage in mine)
+    working = max(working_bytes(config, forward, parts[stage]) for stage in mine)
     return Activations(_most_at_once(layout, pipeline_rank, micro_batches, stages), working)
 
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from model.activations import activation_bytes
+from model.activations import ForwardPass, activation_bytes
 from model.config import ModelConfig, load_preset
 from model.flops import parameter_counts
 from model.init import initialize
@@ -35,6 +35,10 @@ def bytes_that_live_after_forward(config, dtype, rows, length, recompute, fp8=No
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
+def bytes_counted(config, *size, **how):
+    return sum(activation_bytes(config, ForwardPass(*size, **how)).values())
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     ("changes", "dtype"),
@@ -50,7 +54,7 @@ def test_activation_bytes_are_those_that_live(changes, dtype, recompute):
     config = preset("tiny", **{"num_nextn_predict_layers": 0, "vocab_size": 512, "num_hidden_layers": 3, **changes})
     rows, length = 2, 32
     measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute)
-    counted = sum(activation_bytes(config, rows, length, dtype.itemsize, recompute).values())
+    counted = bytes_counted(config, rows, length, dtype.itemsize, recompute)
     assert counted == pytest.approx(measured, rel=2e-3)  # vectors over the experts are not counted
 
 
@@ -67,7 +71,7 @@ def test_in_fp8_activation_bytes_are_those_that_live(changes, dtype, recompute):
     config = preset("tiny", **{"num_nextn_predict_layers": 0, "vocab_size": 512, **changes})
     rows, length = 2, 32
     measured = bytes_that_live_after_forward(config, dtype, rows, length, recompute, Reference())
-    counted = sum(activation_bytes(config, rows, length, dtype.itemsize, recompute, fp8=True).values())
+    counted = bytes_counted(config, rows, length, dtype.itemsize, recompute, fp8=True)
     assert counted == pytest.approx(measured, rel=2e-3)
 
 
@@ -78,7 +82,7 @@ def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
     At 4,096 tokens, in 3 dense and 59 MoE layers.
     """
     config, sizes = preset("v3"), {"device": "cuda", "casts_weights": False}
-    bf16, fp8 = (sum(activation_bytes(config, 1, 4096, 2, fp8=on, **sizes).values()) for on in (False, True))
+    bf16, fp8 = (bytes_counted(config, 1, 4096, 2, fp8=on, **sizes) for on in (False, True))
     attention = 7168 + 1536 + 512 + 7168  # inputs of q_a and kv_a, q_b, kv_b and of the feed-forward part
     one, inner = 1 - 4 / 128, 2 * 2 - 2 * (1 + 4 / 128)  # saved of an input; of gate and up
     experts = 9 * 2048 * inner - 2 * 7168 - 8 * 7168 * (1 + 4 / 128 + 2) + 8 * 8  # the index, eight bytes
@@ -88,7 +92,7 @@ def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
 def test_a_gpu_keeps_no_padding():
     """V3's layer in bf16, by its own arithmetic: values are 128 wide."""
     config = preset("v3")
-    cpu, cuda = (sum(activation_bytes(config, 1, 4096, 2, "none", device).values()) for device in ("cpu", "cuda"))
+    cpu, cuda = (bytes_counted(config, 1, 4096, 2, "none", device) for device in ("cpu", "cuda"))
     padded = (
         62 * 128 * 2 * ((192 - 256) + (192 - 128) + 128)
     )  # values, output, what is cut out of it; unpadded these are views
@@ -98,10 +102,16 @@ def test_a_gpu_keeps_no_padding():
 def test_weights_that_come_in_the_compute_dtype_are_not_kept_a_second_time():
     """All matrices of layers and of the MTP module but the gates, which are read in fp32."""
     config = preset("v3")
-    without = sum(activation_bytes(config, 1, 4096, 2, "none", "cuda", casts_weights=False).values())
+    without = bytes_counted(config, 1, 4096, 2, "none", "cuda", casts_weights=False)
     counts, vectors = parameter_counts(config), 62 * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
     matrices = counts.trainable - 2 * 129280 * 7168 - vectors - 59 * 256 * 7168
-    assert sum(activation_bytes(config, 1, 4096, 2, "none", "cuda").values()) - without == 2 * matrices
-    assert sum(activation_bytes(config, 1, 4096, 2, "full").values()) == sum(
-        activation_bytes(config, 1, 4096, 2, "full", casts_weights=False).values()
-    )
+    assert bytes_counted(config, 1, 4096, 2, "none", "cuda") - without == 2 * matrices
+    full = [bytes_counted(config, 1, 4096, 2, "full", casts_weights=casts) for casts in (True, False)]
+    assert full[0] == full[1]
+
+
+def test_rows_that_arrive_at_the_fullest_experts_cost_what_experts_keep():
+    """Twice as many rows as leave: once more the rows, their orders there and back, and gate and up, in each of 59 MoE layers."""
+    config = preset("v3")
+    even, uneven = (bytes_counted(config, 1, 4096, 2, spreads_experts=True, imbalance=by) for by in (1.0, 2.0))
+    assert uneven - even == 4096 * 8 * 59 * (2 * 7168 + 16 + 2 * 2 * 2048)
