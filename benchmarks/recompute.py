@@ -3,8 +3,8 @@
     python benchmarks/recompute.py --shape benchmarks/shapes/reference.json --json FILE
 
 With `--processes N` the experts of a layer lie on N ranks (fsdp + expert, gloo), each of which has the shape's whole batch.
-What is counted are the storages that operations touch (`live_bytes`), so the figures are the same on any machine; the time is
-CPU time, which a neighbour disturbs least, beside that of the mode `none`.
+What is counted are the storages that operations touch (`train.planning.live_bytes`), so the figures are the same on any machine;
+the time is CPU time, which a neighbour disturbs least, beside that of the mode `none`.
 """
 
 import argparse

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from contestants import Batch, Contestant, Ours, Shape, Theirs
-from live_bytes import LiveBytes
 from step_profile import profile
 
 from model.flops import Recompute
 from train.planning.devices import peak_flops
+from train.planning.live_bytes import LiveBytes
 
 ATTENTION = ("eager", "sdpa")
 FEW = 16  # tokens of a cheap trial

@@ -1,11 +1,9 @@
 """The comparison with `transformers` runs on a shape of a few thousand parameters and says what it promises."""
 
-import gc
 import json
 import sys
 
 import pytest
-import torch
 
 from model.flops import flops_mfu
 from tests.benchmarks.commands import ROOT, command, run
@@ -37,16 +35,6 @@ MICRO = {
     "batch": 2,
     "sequence_length": 16,
 }
-
-
-@pytest.fixture(scope="module")
-def live_bytes():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import live_bytes
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return live_bytes
 
 
 @pytest.fixture(scope="module")
@@ -122,25 +110,7 @@ def test_every_implementation_of_transformers_was_tried(result):
     assert result["theirs_trials_seconds"][result["theirs_fastest"]] > 0
 
 
-def test_live_bytes_counts_storages_while_they_live(live_bytes):
-    kept = torch.zeros(100)  # 400 bytes of state
-    live = live_bytes.LiveBytes()
-    state = live.note([kept])
-    with live:
-        a = kept + 1  # + 400
-        b = torch.cat((a, a))  # + 800
-        view = b[:10]
-        del a, b  # − 400: the view keeps b's storage
-        gc.collect()
-        live.start()
-        c = view * 2  # + 40
-        del view, c  # − 840
-        d = kept * 3  # + 400
-    assert live.peak(state) == (1240, 840)
-    del d
-
-
-def test_every_shape_is_a_model_with_its_batch(live_bytes):
+def test_every_shape_is_a_model_with_its_batch():
     sys.path.insert(0, str(BENCHMARKS))
     try:
         from contestants import Shape
