@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, combinations, product
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,8 @@ from parallel.proven import PROVEN, Cell
 EngineName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]  # by how much of the model is spread
 Offload = Literal["none", "optimizer", "all"]
 
+
+_place = cache(place)  # which many layouts share
 
 NUMBERS = ("expert", "replicate", "pipeline", "context")  # fields that divide processes
 
@@ -87,7 +89,7 @@ class Layout:
     lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problem = _problem(self.config, self.world_size, self.model, self.lengths)
+        problem = problem_of(self.config, self.world_size, self.model, self.lengths)
         if problem:
             fixes = nearest(self.config, self.world_size, self.model, self.lengths)
             raise LayoutError(f"{problem}; use {' or '.join(fixes)}" if fixes else problem)
@@ -122,7 +124,7 @@ class Layout:
         assert self.model is not None
         length = self.lengths[0] if self.lengths else self.model.max_position_embeddings
         c = self.config
-        return place(self.model, length, c.pipeline, c.schedule, c.stages // c.pipeline)
+        return _place(self.model, length, c.pipeline, c.schedule, c.stages // c.pipeline)
 
     def check_batch(self, sequences: int, micro_batch: int | None = None, fix: str | None = None) -> None:
         """Refuse a global batch that the ranks cannot share evenly, or that does not fill a pipeline.
@@ -178,7 +180,7 @@ def nearest(
     of the same library (DeepSpeed, or PyTorch alone); what gives something up or adds something comes last. Of those that change
     the same fields the best two are named, and none that changes more fields than the best.
     """
-    changes = list(_changes_that_work(config, world_size, lambda new: _problem(new, world_size, model, lengths)))
+    changes = list(_changes_that_work(config, world_size, lambda new: problem_of(new, world_size, model, lengths)))
     changes.sort(key=lambda new: sum(_cost(name, getattr(config, name), value) for name, value in new.items()))
     changes = [new for new in changes if len(new) <= len(changes[0])]
     best = [new for i, new in enumerate(changes) if sum(new.keys() == better.keys() for better in changes[:i]) < 2]
@@ -186,7 +188,7 @@ def nearest(
 
     unit = config.pipeline * math.lcm(config.context, config.replicate * config.expert)
     sizes = [size for size in (world_size // unit * unit, (world_size // unit + 1) * unit) if size > 0]
-    return texts + [_processes(size) for size in sizes if _problem(config, size, model, lengths) is None][:1]
+    return texts + [_processes(size) for size in sizes if problem_of(config, size, model, lengths) is None][:1]
 
 
 def _changes_that_work(
@@ -248,10 +250,10 @@ def _processes(number: int) -> str:
     return f"{number} process" + ("es" if number > 1 else "")
 
 
-def _problem(
+def problem_of(
     config: ParallelConfig, world_size: int, model: ModelConfig | None, lengths: Sequence[int] = ()
 ) -> str | None:
-    """The first rule that a configuration breaks, as `field = value: rule`."""
+    """The first rule that a configuration breaks, as `field = value: rule`; None: `Layout` takes it."""
     problems = chain(
         _problems_of_engine(config),
         _problems_of_pipeline(config),

@@ -9,11 +9,12 @@ are derived from a recipe, never written beside it.
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
@@ -69,12 +70,37 @@ class Recipe(Section):
 
     def layout(self, world_size: int) -> Layout:
         """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""
+        lengths = tuple(length for _, length in self.data.lengths)
+        return Layout(self.parallel_config, world_size, self.model_config_resolved(), lengths)
+
+    @property
+    def parallel_config(self) -> ParallelConfig:
+        """The parallel section, and what of the others a layout depends on."""
         given = {**dict(self.parallel), "recompute": self.recompute}
         given |= {"fp8": self.precision.fp8, "fp8_dispatch": self.precision.fp8_dispatch}
         values = {field.name: given[field.name] for field in dataclasses.fields(ParallelConfig)}
         values["deepspeed"] = values["deepspeed"] or {}
-        lengths = tuple(length for _, length in self.data.lengths)
-        return Layout(ParallelConfig(**values), world_size, self.model_config_resolved(), lengths)
+        return ParallelConfig(**values)
+
+    def spread(self, parallel: Mapping[str, Any], fp8_dispatch: bool) -> Self:
+        """The same run with other values, valid ones, in its parallel section.
+
+        Raises:
+            RecipeError: they do not go with another section.
+        """
+        new = self.model_copy(
+            update={
+                "parallel": self.parallel.model_copy(update=dict(parallel)),
+                "precision": self.precision.model_copy(update={"fp8_dispatch": fp8_dispatch}),
+            }
+        )
+        try:
+            new._check_fp8()
+            new._check_compile()
+        except PydanticCustomError as error:
+            said = error.context or {}
+            raise RecipeError(f"{said['field']} = {show(said['value'])}: {said['rule']}; {said['fix']}") from None
+        return new
 
     @property
     def on_gpu(self) -> bool:

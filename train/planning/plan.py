@@ -1,7 +1,7 @@
-"""What a run amounts to, from its recipe and a number of processes alone: parameters, FLOPs, tokens, steps; memory and time of a
-process."""
+"""What a run amounts to, from its recipe, a number of processes and what each computes on: parameters, FLOPs, tokens, steps; memory
+and time of a process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ class Plan:
         device: what each has; None: nothing is said of time and whether it fits.
         imbalance: as of `PlannedStep`.
         step: the largest of the run.
-        memory: of each pipeline rank, in the steps that take most of it.
+        kinds: steps that may take most memory, one of each length and micro-batch.
     """
 
     recipe: Recipe
@@ -38,7 +38,8 @@ class Plan:
     device: Device | None
     imbalance: float
     step: PlannedStep
-    memory: tuple[RankMemory, ...]
+    kinds: tuple[PlannedStep, ...]
+    _held: dict[int, RankMemory] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -57,23 +58,59 @@ class Plan:
             ds_config(layout.config, DTYPES[recipe.compute], recipe.optimizer.clip, where)
         by_size = sorted(schedule.spans, key=lambda span: span.batch_tokens)
         kinds = {(span.sequence_length, recipe.micro_batch(span.first_token)): span for span in by_size}
-        steps = [PlannedStep(recipe, layout, span, imbalance) for span in kinds.values()]
-        memory = tuple(
-            max((memory_of(step, rank) for step in steps), key=lambda held: held.peak)
-            for rank in range(layout.config.pipeline)
-        )
-        return cls(
-            recipe, schedule, layout, device, imbalance, PlannedStep(recipe, layout, by_size[-1], imbalance), memory
-        )
+        steps = tuple(PlannedStep(recipe, layout, span, imbalance) for span in kinds.values())
+        largest = PlannedStep(recipe, layout, by_size[-1], imbalance)
+        return cls(recipe, schedule, layout, device, imbalance, largest, steps)
+
+    def memory_on(self, pipeline_rank: int) -> RankMemory:
+        """In the steps that take most of it."""
+        if pipeline_rank not in self._held:
+            held = (memory_of(step, pipeline_rank) for step in self.kinds)
+            self._held[pipeline_rank] = max(held, key=lambda held: held.peak)
+        return self._held[pipeline_rank]
+
+    @property
+    def memory(self) -> tuple[RankMemory, ...]:
+        """Of each pipeline rank."""
+        return tuple(self.memory_on(rank) for rank in range(self.layout.config.pipeline))
 
     @property
     def fullest(self) -> RankMemory:
         return max(self.memory, key=lambda held: held.peak)
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether every process has the memory; None: nobody said on what device."""
+        if self.device is None:
+            return None
+        usable, ranks = self.device.usable, self.layout.config.pipeline
+        # The ends of a pipeline are where it is mostly fullest, so that what does not fit is told soon.
+        return all(self.memory_on(rank).peak <= usable for rank in dict.fromkeys([0, ranks - 1, *range(ranks)]))
+
     @cached_property
     def time(self) -> StepTime | None:
         """Of its largest step."""
         return step_time(self.step, self.device) if self.device else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of a process, in its largest step."""
+        assert self.time, "asked for the time on an unknown device"
+        return self.step.span.batch_tokens / self.time.seconds / self.layout.world_size
+
+    @cached_property
+    def days(self) -> float:
+        """Of all steps of the run, each with its own batch."""
+        assert self.device, "asked for the time on an unknown device"
+        seconds: dict[tuple[int, int, int], float] = {}
+        total = 0.0
+        for span in self.schedule.spans:
+            kind = (span.sequence_length, span.batch_tokens, self.recipe.micro_batch(span.first_token))
+            if kind not in seconds:
+                step = PlannedStep(self.recipe, self.layout, span, self.imbalance)
+                seconds[kind] = step_time(step, self.device).seconds
+            total += span.steps * seconds[kind]
+        return total / 86400
 
     def numbers(self) -> dict[str, Any]:
         """All of it by name, for a program to read."""
@@ -95,7 +132,27 @@ class Plan:
             **_memory(self.fullest, layout),
             "world_size": layout.world_size,
             **_step(self.step),
+            **_on_device(self),
         }
+
+
+def _on_device(plan: Plan) -> dict[str, Any]:
+    """Whether it fits, and how long it takes."""
+    if plan.device is None or plan.time is None:
+        return {}
+    return {
+        "device": plan.device.name,
+        "usable_bytes_per_device": round(plan.device.usable),
+        "fits": plan.fits,
+        "imbalance": plan.imbalance,
+        "step_seconds": plan.time.seconds,
+        "tokens_per_second_per_device": plan.tokens_per_second,
+        "mfu": plan.time.mfu,
+        "days": plan.days,
+        "gpu_hours_per_trillion_tokens": 1e12 / plan.tokens_per_second / 3600,
+        "bytes_sent_in_node_per_step": plan.time.sent["node"],
+        "bytes_sent_between_nodes_per_step": plan.time.sent["network"],
+    }
 
 
 def _law(recipe: Recipe) -> dict[str, float]:
