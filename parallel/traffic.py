@@ -41,6 +41,17 @@ Gradients travel in fp32, weights under FSDP in the dtype that computes with the
 parameter to a multiple of s rows and ZeRO-3 to a multiple of s elements, which is counted here; ZeRO-1 and 2 pad their flat
 weights by fewer than 2s elements an optimizer group, which is not.
 
+What of it leaves a node of g devices (`Flow.by_link`) follows from where ranks lie (`parallel.layout`): members of a group are
+`stride` ranks apart, so that k of n are in a node, the most that divide the group. A ring goes through each node once, in at one
+device and out at another, and a library lays k rings, one for each network card: of what a device sends a k-th goes over the
+network, the rest over the link, in a group of one node all. Of an all-to-all (k−1)/n of the rows stay in the node, and (n−k)/n
+leave it: each row travels by itself, where DeepEP sends a token to a node once and lets the node pass it on. States go over the
+network where the neighbour in the pipeline is on another node.
+
+    V3 on nodes of 8: experts     64 neighbours, k = 8    7/64 of the rows over the link, 56/64 over the network
+                      shards     128 neighbours, k = 8    of 127/128 of the bytes 7/8 and 1/8
+                      pipeline   stages 128 ranks apart   all over the network
+
 Left out is what has a few kilobytes: targets, losses with the expert counts, the norm, and FP8's largest scales (`GlobalStep`), the
 counts of each layer's rows before they travel (int64), how often the balance loss sees each expert in sequences that ranks share,
 DDP's buckets after its first backward pass, and DeepSpeed's own norm.
@@ -48,6 +59,7 @@ DDP's buckets after its first backward pass, and DeepSpeed's own norm.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -66,6 +78,13 @@ GRADIENT = 4  # bytes of an element of a gradient, and of a master weight
 PERSISTENT, REUSED, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
 
 
+class Links(NamedTuple):
+    """Bytes that one device sends, by what carries them."""
+
+    node: float  # the link between the devices of a node
+    network: float  # between nodes
+
+
 class Flow(NamedTuple):
     """All collectives of one kind in a step."""
 
@@ -73,11 +92,31 @@ class Flow(NamedTuple):
     collective: Collective
     ranks: int
     whole: int  # bytes of the whole tensors, summed over the calls
+    stride: int = 1  # from a member of the group to the next
+    first: int = 0  # a member: of "send", who sends to first + stride
 
     @property
     def sent(self) -> float:
         """Bytes that one rank sends."""
         return sent(self.collective, self.ranks, self.whole)
+
+    def by_link(self, node: int) -> Links:
+        """The same, by what carries them, on nodes of so many devices."""
+        if self.collective == "send":
+            stays = self.first // node == (self.first + self.stride) // node
+            return Links(self.sent, 0) if stays else Links(0, self.sent)
+        n, together = self.ranks, members_in_node(self.ranks, self.stride, node)
+        if together == n:
+            return Links(self.sent, 0)
+        if self.collective == "all_to_all":
+            return Links((together - 1) / n * self.whole, (n - together) / n * self.whole)
+        return Links(self.sent * (together - 1) / together, self.sent / together)
+
+
+@cache
+def members_in_node(ranks: int, stride: int, node: int) -> int:
+    """Of a group of so many ranks, `stride` apart, those in one node of so many devices: the most that divide the group."""
+    return max(k for k in range(1, ranks + 1) if ranks % k == 0 and (k == 1 or k * stride <= node))
 
 
 def sent(collective: Collective, ranks: int, whole: float) -> float:
@@ -108,7 +147,7 @@ def step_traffic(
         flows = _zero3(layout, config, shapes, micro_batches)
     else:
         flows = _zero(layout, shapes, micro_batches)
-    whole: Counter[tuple[str, Collective, int]] = Counter()
+    whole: Counter[tuple[str, Collective, int, int, int]] = Counter()
     if layout.config.pipeline > 1:
         flows = chain(
             flows, _states(layout, config, pipeline_rank, tokens * element_size), _copies(layout, shapes, pipeline_rank)
@@ -116,8 +155,8 @@ def step_traffic(
     if layout.config.context > 1:
         flows = chain(flows, _latents(layout, config, shapes, tokens * element_size))
     for flow in chain(flows, _tokens(layout, config, shapes, tokens, element_size)):
-        whole[flow[:3]] += flow.whole
-    return [Flow(*key, size) for key, size in whole.items() if key[2] > 1]
+        whole[flow.what, flow.collective, flow.ranks, flow.stride, flow.first] += flow.whole
+    return [Flow(*key[:3], size, *key[3:]) for key, size in whole.items() if key[2] > 1]
 
 
 def _ddp(layout: Layout, shapes: Shapes) -> Iterator[Flow]:
@@ -130,17 +169,18 @@ def _fsdp(layout: Layout, shapes: Shapes, micro_batches: int, element_size: int)
     times = micro_batches if reshards else 1
     for name, shape in shapes.items():
         what = _what(name, shape)
+        stride = 1
         if what == "experts" and expert > 1:
-            ranks, elements = layout.expert_shard, shape.numel() // expert
+            ranks, stride, elements = layout.expert_shard, expert, shape.numel() // expert
         else:
             ranks = layout.shard
             cut = cut_of(shape, ranks)
             elements = _ceil(shape[cut], ranks) * shape.numel() // shape[cut]
         size = element_size if what in ("blocks", "experts") else GRADIENT
         in_backward = reshards and what not in ("embedding", "head")
-        yield Flow(what, "all_gather", ranks, (1 + in_backward) * times * size * elements)
-        yield Flow("gradients", "reduce_scatter", ranks, times * GRADIENT * elements)
-        yield Flow("gradients", "all_reduce", layout.config.replicate, GRADIENT * (elements // ranks))
+        yield Flow(what, "all_gather", ranks, (1 + in_backward) * times * size * elements, stride)
+        yield Flow("gradients", "reduce_scatter", ranks, times * GRADIENT * elements, stride)
+        yield Flow("gradients", "all_reduce", layout.config.replicate, GRADIENT * (elements // ranks), layout.shard)
 
 
 def _what(name: str, shape: torch.Size) -> str:
@@ -163,8 +203,8 @@ def _zero(layout: Layout, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
         is_expert = _what(name, shape) == "experts"
         ranks, apart = (layout.expert_shard, layout.config.expert) if is_expert else (layout.world_size, 1)
         size = GRADIENT * shape.numel() // apart
-        yield Flow("gradients", "reduce" if to_owners else "all_reduce", ranks, times * size)
-        yield Flow("weights", "all_gather", ranks, size)
+        yield Flow("gradients", "reduce" if to_owners else "all_reduce", ranks, times * size, apart)
+        yield Flow("weights", "all_gather", ranks, size, apart)
 
 
 def _zero3(layout: Layout, config: ModelConfig, shapes: Shapes, micro_batches: int) -> Iterator[Flow]:
@@ -201,12 +241,13 @@ def _runs_again(layout: Layout, config: ModelConfig, name: str) -> bool:
 
 def _states(layout: Layout, config: ModelConfig, rank: int, size: int) -> Iterator[Flow]:
     """States for the next stage, their gradients for the one before, where these lie on other ranks. size: of a number a token."""
-    placement = layout.placement
+    placement, apart = layout.placement, layout.stage_ranks
+    whole, first = size * config.hidden_size, rank * apart
     for stage in placement.stages_of(rank):
-        if stage + 1 < layout.config.stages and placement.rank_of(stage + 1) != rank:
-            yield Flow("states", "send", 2, size * config.hidden_size)
-        if stage > 0 and placement.rank_of(stage - 1) != rank:
-            yield Flow("gradients of states", "send", 2, size * config.hidden_size)
+        if stage + 1 < layout.config.stages and (there := placement.rank_of(stage + 1)) != rank:
+            yield Flow("states", "send", 2, whole, (there - rank) * apart, first)
+        if stage > 0 and (there := placement.rank_of(stage - 1)) != rank:
+            yield Flow("gradients of states", "send", 2, whole, (there - rank) * apart, first)
 
 
 def _copies(layout: Layout, shapes: Shapes, rank: int) -> Iterator[Flow]:
@@ -214,7 +255,8 @@ def _copies(layout: Layout, shapes: Shapes, rank: int) -> Iterator[Flow]:
     ends = {layout.placement.rank_of(stage) for stage in (0, layout.config.stages - 1)}
     if len(ends) > 1 and rank in ends and layout.model and layout.model.num_nextn_predict_layers:
         rows, width = shapes[EMBEDDING]
-        yield Flow("gradients", "all_reduce", 2, GRADIENT * (_ceil(rows, layout.shard) // layout.shard) * width)
+        part = GRADIENT * (_ceil(rows, layout.shard) // layout.shard) * width
+        yield Flow("gradients", "all_reduce", 2, part, (max(ends) - min(ends)) * layout.stage_ranks)
 
 
 def _latents(layout: Layout, config: ModelConfig, shapes: Shapes, size: int) -> Iterator[Flow]:
