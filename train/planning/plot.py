@@ -33,7 +33,10 @@ def plot_schedule(schedule: Schedule, path: str | Path, notes: Sequence[str] = (
     """
     kind = Path(path).suffix.lower().lstrip(".")
     if kind not in ("png", "svg", "pdf"):
-        raise RecipeError(f"plot = {str(path)!r}: must end in .png, .svg or .pdf; write for example schedule.png")
+        raise RecipeError(
+            f"plot = {str(path)!r}: must end in .png, .svg or .pdf for the schedules, or .html for the plan's page; write for "
+            "example schedule.png"
+        )
     with replace_file(path) as temporary:
         draw(schedule, notes).savefig(temporary, format=kind, dpi=160)
 

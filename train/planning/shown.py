@@ -1,0 +1,170 @@
+"""What a terminal and a page alike show of a plan, before it is drawn: the answer, the kinds of memory, the pipeline's timeline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from parallel.timeline import Action, Chunk, Costs, order_of, timeline
+from train.planning.memory import RankMemory
+from train.planning.plan import Plan
+from train.planning.step import PlannedStep
+from train.planning.written import amount, duration, share, size
+
+if TYPE_CHECKING:
+    from train.planning.simulate import Simulation
+
+# Of `RankMemory`, in the order in which they are stacked.
+KINDS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "moments": "moments",
+    "gathered": "gathered modules",
+    "communication": "messages",
+    "activations": "activations",
+    "working": "a block at work",
+}
+LINKS = {"node": "between the devices of a node", "network": "between nodes"}
+
+
+class Fact(NamedTuple):
+    """A figure of the answer."""
+
+    name: str
+    value: str
+    note: str
+
+
+def title(plan: Plan) -> str:
+    """V3 on 2,048 × H800."""
+    model = plan.recipe.model.preset or "a model"
+    processes = plan.layout.world_size
+    if plan.device:
+        return f"{model} on {processes:,} × {plan.device.name}"
+    return f"{model} on {processes:,} process{'es' if processes > 1 else ''}"
+
+
+def answer(plan: Plan, numbers: Mapping[str, Any]) -> list[Fact]:
+    """What one wants to know first.
+
+    Args:
+        numbers: the plan's.
+    """
+    held = plan.fullest
+    where = f" on pipeline rank {held.pipeline_rank}" if len(plan.memory) > 1 else ""
+    facts = []
+    if plan.device:
+        room = f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
+        facts.append(Fact("Fits", "yes" if plan.fits else "no", room))
+    else:
+        facts.append(Fact("Memory of a process", size(held.peak), f"at its peak{where}"))
+    span = plan.step.span
+    steps = f"{span.sequences:,} sequences of {span.sequence_length:,}, {plan.step.micro_batches:,} micro-batches"
+    if plan.time:
+        speed, days = numbers["tokens_per_second_per_device"], numbers["days"]
+        hours = numbers["gpu_hours_per_trillion_tokens"]
+        whole = days * 24 * plan.layout.world_size
+        facts += [
+            Fact("Step", duration(plan.time.seconds), steps),
+            Fact(
+                "Tokens per second", amount(speed), f"on each device; {amount(speed * plan.layout.world_size)} on all"
+            ),
+            Fact("MFU", share(numbers["mfu"]), "of the device's peak"),
+            Fact("GPU-hours", amount(hours), f"per trillion tokens; {amount(whole)} in all"),
+            Fact("Days", f"{days:,.1f}" if days >= 0.1 else f"{days:.2g}", f"for {amount(numbers['tokens'])} tokens"),
+        ]
+    else:
+        facts += [
+            Fact("Largest step", amount(span.batch_tokens), f"tokens: {steps} a process"),
+            Fact("Run", amount(numbers["tokens"]), f"tokens in {numbers['steps']:,} steps"),
+        ]
+    if "bubble" in numbers:
+        facts.append(Fact("Bubble", share(numbers["bubble"]), f"of the ranks' time, {plan.layout.config.schedule}"))
+    return facts
+
+
+def layout_in_words(plan: Plan) -> str:
+    """What a recipe would say of it, without what is at its default."""
+    c = plan.layout.config
+    parts: list[str] = [c.engine]
+    if c.pipeline > 1:
+        parts.append(f"pipeline={c.pipeline} {c.schedule}")
+        if c.schedule == "interleaved":
+            parts.append(f"stages_per_rank={c.stages // c.pipeline}")
+    parts += [f"{name}={getattr(c, name)}" for name in ("expert", "context", "replicate") if getattr(c, name) > 1]
+    if c.engine == "fsdp" and c.pipeline == 1 and not c.reshards:
+        parts.append("reshard_after_forward=false")
+    if c.offload != "none":
+        parts.append(f"offload={c.offload}")
+    return " · ".join([*parts, f"micro_batch={plan.step.micro_batch}", f"recompute={c.recompute}"])
+
+
+def parts_of(held: RankMemory) -> dict[str, int]:
+    """Bytes by kind, in the order of the stack."""
+    return {kind: getattr(held, kind) for kind in KINDS}
+
+
+def beside(plan: Plan, simulation: "Simulation") -> list[tuple[str, int, int]]:
+    """What the simulation found of each kind, and what the formula counts: a block at work is among its activations."""
+    held = plan.fullest
+    counted = parts_of(held)
+    counted["activations"] += counted.pop("working")
+    rows = [(KINDS[kind], simulation.at_peak[kind], counted[kind]) for kind in counted]
+    return [*rows, ("peak", simulation.peak, held.peak)]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the ranks of a pipeline do when. Of many micro-batches as many are played as fill the pipeline twice, since each further
+    one takes as long as the one before; the others are skipped where the steady part is cut.
+
+    Attributes:
+        chunks: of each rank.
+        unit: what a forward chunk takes, in the mean, in the measure of the chunks' times.
+        seconds: of that unit; None: not known.
+        skipped: micro-batches that are not played.
+        pause: what they take.
+    """
+
+    chunks: Sequence[Sequence[Chunk]]
+    stages: int
+    unit: float
+    seconds: float | None
+    skipped: int
+    pause: float
+
+    @property
+    def span(self) -> float:
+        """Of what is played."""
+        return max(chunk.end for rank in self.chunks for chunk in rank)
+
+    def time(self, at: float, is_behind: bool) -> str:
+        """A time in words, before the cut or behind it: in seconds, or in forward chunks."""
+        units = (at + self.pause * is_behind) / self.unit
+        return f"{units:,.0f} F" if self.seconds is None else duration(units * self.seconds)
+
+    def windows(self, room: float) -> list[tuple[float, float]]:
+        """The whole, or its beginning and its end, as (start, end): together `room` forward chunks wide, or as wide as
+        shows how the pipeline fills."""
+        half = max(room / 2, 1.5 * self.stages) * self.unit
+        if not self.skipped and self.span <= 2 * half:
+            return [(0.0, self.span)]
+        half = min(half, self.span / 2)
+        return [(0.0, half), (self.span - half, self.span)]
+
+
+def timeline_of(step: PlannedStep) -> Timeline:
+    """Of a step in a pipeline."""
+    c, placement = step.layout.config, step.layout.placement
+    costs = Costs()
+    sizes = [cost * c.stages for cost in placement.costs]
+    played = min(step.micro_batches, 2 * c.stages)
+    chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, played), costs, sizes)
+    skipped = step.micro_batches - played
+    each = max(sum(sizes[stage] for stage in placement.stages_of(rank)) for rank in range(c.pipeline)) * costs.all
+    return Timeline(chunks, c.stages, costs.forward, None, skipped, skipped * each)
+
+
+def kind_of(action: Action) -> str:
+    """F, B, W, or & where a forward pass overlaps a backward pass; a full backward pass is a B."""
+    kinds = [work.kind for work in action]
+    return "&" if "F" in kinds and len(kinds) > 1 else kinds[0]

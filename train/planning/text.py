@@ -1,0 +1,164 @@
+"""A plan as lines of text: the answer, bars of memory and time, links, layers, the pipeline's timeline, all numbers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from parallel.timeline import Chunk
+from train.planning.memory import RankMemory
+from train.planning.plan import Plan
+from train.planning.shown import (
+    KINDS,
+    LINKS,
+    Timeline,
+    answer,
+    beside,
+    kind_of,
+    layout_in_words,
+    parts_of,
+    timeline_of,
+    title,
+)
+from train.planning.written import duration, figure, share, size, words
+
+if TYPE_CHECKING:
+    from train.planning.simulate import Simulation
+
+WIDTH = 72  # of a bar, in characters
+FILL = dict(zip(KINDS, "█▓▒░▌▄▂"))
+COLUMNS = 110  # of the timeline
+
+
+def in_words(plan: Plan, simulation: "Simulation | None" = None) -> list[str]:
+    """What `rorqual plan` prints: up to 132 characters a line, and nothing is said by colour."""
+    numbers = plan.numbers()
+    sections = [_answer(plan, numbers), _memory(plan), _time(plan), _links(plan)]
+    if plan.layout.config.pipeline > 1:
+        sections += [["layers", *numbers.pop("placement")], list(_pipeline(timeline_of(plan.step)))]
+    if simulation:
+        sections.append(_simulation(plan, simulation))
+    sections.append(table(numbers))
+    return [line.rstrip() for section in sections if section for line in [*section, ""]][:-1]
+
+
+def table(numbers: Mapping[str, Any]) -> list[str]:
+    """A line for each, and for each line of a list."""
+    lines = []
+    for name, value in numbers.items():
+        if isinstance(value, list):
+            lines += [words(name), *(f"    {line}" for line in value)]
+        else:
+            lines.append(f"{words(name):32} {figure(name, value)}")
+    return lines
+
+
+def _answer(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{title(plan)}: {layout_in_words(plan)}",
+        *(f"    {fact.name:20} {fact.value:>9}   {fact.note}" for fact in answer(plan, numbers)),
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    usable = plan.device.usable if plan.device else None
+    scale = max([usable or 0, *(sum(parts_of(held).values()) for held in plan.memory)]) / WIDTH
+    fullest = plan.fullest
+    several, digits = len(plan.memory) > 1, len(str(len(plan.memory) - 1))
+    label = 5 + digits if several else 0
+    lines = [
+        "memory of the fullest process" + (" of each pipeline rank" if several else "")
+        + (f"; │ is what {plan.device.name} has to use: {size(usable)}" if plan.device and usable else "")
+    ]  # fmt: skip
+    for held in plan.memory:
+        name = f"rank {held.pipeline_rank:{digits}} " if several else ""
+        over = " too much" if usable and held.peak > usable else ""
+        lines.append(f"{name}{_stacked(held, scale, usable)} {size(held.peak):>7}{over}")
+    of = f" of rank {fullest.pipeline_rank}" if several else ""
+    legend = [f"{FILL[kind]} {KINDS[kind]} {size(count)}" for kind, count in parts_of(fullest).items() if count]
+    lines += [f"{'':{label}} {line}" for line in _wrapped([*legend, f"= {size(fullest.peak)}{of}"])]
+    if sum(parts_of(fullest).values()) != fullest.peak:
+        lines.append(f"{'':{label}} not all of it at the same time")
+    if fullest.host:
+        lines.append(f"{'':{label}} and {size(fullest.host)} on the host")
+    return lines
+
+
+def _stacked(held: RankMemory, scale: float, usable: float | None) -> str:
+    parts = parts_of(held)
+    ends = [round(end / scale) for end in accumulate(parts.values(), initial=0)]
+    bar = "".join(FILL[kind] * (end - start) for kind, (start, end) in zip(parts, pairwise(ends))).ljust(WIDTH)
+    place = min(round(usable / scale), WIDTH) if usable else None
+    return bar if place is None else f"{bar[:place]}│{bar[place:]}"
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.time is None:
+        return []
+    terms, whole = plan.time.terms, plan.time.seconds
+    ends = list(accumulate((term.seconds for term in terms), initial=0.0))
+    label, width = max(len(term.name) for term in terms), WIDTH - 12
+    lines = [f"time of a step, {duration(whole)}"]
+    for term, (start, end) in zip(terms, pairwise(round(end / whole * width) for end in ends)):
+        bar = " " * start + ("█" * (end - start) or "▏" * (term.seconds > 0))
+        lines.append(
+            f"{term.name:{label}} {bar:{width + 1}} {duration(term.seconds):>8} {share(term.seconds, whole):>7}"
+        )
+    return lines
+
+
+def _links(plan: Plan) -> list[str]:
+    if plan.time is None or plan.device is None or not any(plan.time.sent.values()):
+        return []
+    speeds = {"node": plan.device.link_bandwidth, "network": plan.device.network}
+    lines = ["what a process sends in a step"]
+    for link, count in plan.time.sent.items():
+        takes = f"{size(speeds[link])}/s: {duration(count / speeds[link])} in all, hidden behind products or not"
+        lines.append(f"{LINKS[link]:30} {size(count):>8}" + (f"   {takes}" if count else ""))
+    return lines
+
+
+def _pipeline(course: Timeline) -> Iterator[str]:
+    """A row for each rank; a column is what a forward chunk takes, in the mean."""
+    windows = course.windows(COLUMNS - 3)
+    column = max(sum(end - start for start, end in windows) / COLUMNS, course.unit)
+    yield "pipeline: F forward, B backward, W gradients of weights alone, & forward beside backward, · waits;"
+    yield "small letters: in a stage behind the rank's first; a column is a forward pass"
+    digits = len(str(len(course.chunks) - 1))
+    for rank, chunks in enumerate(course.chunks):
+        pictures = [_row(chunks, start, end, column) for start, end in windows]
+        yield f"rank {rank:{digits}} {' ⋯ '.join(pictures)}"
+    if course.skipped:
+        yield f"{'':{digits + 5}} ⋯ and {course.skipped:,} micro-batches more, each as those beside the cut"
+
+
+def _row(chunks: Sequence[Chunk], start: float, end: float, column: float) -> str:
+    """A letter for what is done in the middle of each column."""
+    first = min(work.stage for chunk in chunks for work in chunk.action)
+    letters, at = [], 0
+    for number in range(round((end - start) / column)):
+        time = start + (number + 0.5) * column
+        while at < len(chunks) and chunks[at].end <= time:
+            at += 1
+        if at == len(chunks) or chunks[at].start > time:
+            letters.append("·")
+            continue
+        letter = kind_of(chunks[at].action)
+        letters.append(letter if chunks[at].action[0].stage == first else letter.lower())
+    return "".join(letters)
+
+
+def _simulation(plan: Plan, simulation: "Simulation") -> list[str]:
+    lines = [f"{'simulated beside counted':28} {'simulated':>10} {'counted':>10}"]
+    for name, found, counted in beside(plan, simulation):
+        ratio = f"{found / counted:7.3f}" if counted else f"{'–':>7}"
+        lines.append(f"{name:28} {size(found):>10} {size(counted):>10} {ratio}")
+    return lines
+
+
+def _wrapped(parts: list[str], width: int = 118) -> list[str]:
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + len(part) + 2 > width:
+            lines.append("")
+        lines[-1] += f"{'  ' if lines[-1] else ''}{part}"
+    return lines
