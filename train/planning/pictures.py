@@ -99,7 +99,8 @@ def pipeline(course: Timeline) -> str:
                     )
                     drawn += _chunk(begin, y, stop - begin, chunk.action, stages, course.skipped if start else 0)
         for time, anchor in ((start, "start"), (end, "end")):
-            drawn.append(_text(x + scale * (time - start), height - 6, course.time(time, start > 0), anchor, "soft"))
+            since = course.length(time + (course.pause if start else 0))
+            drawn.append(_text(x + scale * (time - start), height - 6, since, anchor, "soft"))
         x += scale * (end - start) + gap
     drawn += [_text(left - 10, ROW * rank + 17, f"rank {rank}", "end") for rank in range(len(course.chunks))]
     if len(windows) > 1:

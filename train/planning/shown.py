@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parallel.timeline import Action, Chunk, Costs, order_of, timeline
@@ -23,6 +24,7 @@ KINDS = {
     "activations": "activations",
     "working": "a block at work",
 }
+ENOUGH = 64  # micro-batches whose timeline is longer than there is room for
 LINKS = {"node": "between the devices of a node", "network": "between nodes"}
 
 
@@ -114,8 +116,8 @@ def beside(plan: Plan, simulation: "Simulation") -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What the ranks of a pipeline do when. Of many micro-batches as many are played as fill the pipeline twice, since each further
-    one takes as long as the one before; the others are skipped where the steady part is cut.
+    """What the ranks of a pipeline do when. Of many micro-batches so many are played as fill the pipeline twice, and the room that
+    there is: each further one takes as long as the one before. The others are skipped where the steady part is cut.
 
     Attributes:
         chunks: of each rank.
@@ -137,10 +139,9 @@ class Timeline:
         """Of what is played."""
         return max(chunk.end for rank in self.chunks for chunk in rank)
 
-    def time(self, at: float, is_behind: bool) -> str:
-        """A time in words, before the cut or behind it: in seconds, or in forward chunks."""
-        units = (at + self.pause * is_behind) / self.unit
-        return f"{units:,.0f} F" if self.seconds is None else duration(units * self.seconds)
+    def length(self, of: float) -> str:
+        """A span of time in words: in seconds, or in forward chunks."""
+        return f"{of / self.unit:,.3g} F" if self.seconds is None else duration(of / self.unit * self.seconds)
 
     def windows(self, room: float) -> list[tuple[float, float]]:
         """The whole, or its beginning and its end, as (start, end): together `room` forward chunks wide, or as wide as
@@ -157,7 +158,8 @@ def timeline_of(step: PlannedStep) -> Timeline:
     c, placement = step.layout.config, step.layout.placement
     costs = Costs()
     sizes = [cost * c.stages for cost in placement.costs]
-    played = min(step.micro_batches, 2 * c.stages)
+    filled = 2 * c.stages
+    played = min(step.micro_batches, filled * ceil(ENOUGH / filled))
     chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, played), costs, sizes)
     skipped = step.micro_batches - played
     each = max(sum(sizes[stage] for stage in placement.stages_of(rank)) for rank in range(c.pipeline)) * costs.all

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WIDTH = 72  # of a bar, in characters
 FILL = dict(zip(KINDS, "█▓▒░▌▄▂"))
-COLUMNS = 110  # of the timeline
+COLUMNS = 108  # of the timeline, in two halves where it is cut
 
 
 def in_words(plan: Plan, simulation: "Simulation | None" = None) -> list[str]:
@@ -119,10 +119,10 @@ def _links(plan: Plan) -> list[str]:
 
 def _pipeline(course: Timeline) -> Iterator[str]:
     """A row for each rank; a column is what a forward chunk takes, in the mean."""
-    windows = course.windows(COLUMNS - 3)
+    windows = course.windows(COLUMNS)
     column = max(sum(end - start for start, end in windows) / COLUMNS, course.unit)
     yield "pipeline: F forward, B backward, W gradients of weights alone, & forward beside backward, · waits;"
-    yield "small letters: in a stage behind the rank's first; a column is a forward pass"
+    yield f"small letters: in a stage behind the rank's first; a column is {course.length(column)}"
     digits = len(str(len(course.chunks) - 1))
     for rank, chunks in enumerate(course.chunks):
         pictures = [_row(chunks, start, end, column) for start, end in windows]

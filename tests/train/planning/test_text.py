@@ -1,0 +1,63 @@
+"""A plan as text."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.train.planning.plans import even, tiny, two, v3
+from train.planning import text
+from train.planning.shown import KINDS, timeline_of
+from train.planning.text import FILL, in_words
+
+
+@pytest.mark.parametrize("plan", [tiny, two, v3])
+def test_lines_fit_a_terminal_and_hold_the_figures(plan: Any) -> None:
+    lines = in_words(plan())
+    assert max(map(len, lines)) <= 132
+    whole = "\n".join(lines)
+    for name, value in plan().numbers().items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert f"{name.replace('_', ' ')} " in whole and f"{value:,}" in whole
+    for term in plan().time.terms if plan().time else ():
+        assert any(line.startswith(term.name) for line in lines)
+
+
+def test_one_process_has_no_pipeline() -> None:
+    assert not any("rank 0" in line or line.startswith(("pipeline", "layers")) for line in in_words(tiny()))
+    assert any(line.startswith("pipeline") for line in in_words(two()))
+
+
+def test_bars_are_as_long_as_their_bytes() -> None:
+    """4 characters a GB; the line of what is usable stands behind the 11th GB."""
+    held = SimpleNamespace(**dict.fromkeys(KINDS, 10**9), peak=7 * 10**9)
+    bar = text._stacked(held, scale=0.25e9, usable=11e9)
+    assert bar.rstrip() == "".join(4 * letter for letter in FILL.values()) + 16 * " " + "│"
+
+
+def test_a_timeline_is_drawn_chunk_by_chunk() -> None:
+    """1f1b on two ranks: a backward pass takes two forward passes, the first rank waits for the last one's first."""
+    *_, first, last = text._pipeline(timeline_of(even("1f1b", 2, 3)))
+    assert first == "rank 0 FF··BBFBB·BB"
+    assert last == "rank 1 ·FBBFBBFBB··"
+
+
+def test_a_long_timeline_is_cut_in_the_middle() -> None:
+    first, _, _, last, more = list(text._pipeline(timeline_of(even("1f1b", 4, 1000))))[-5:]
+    assert 100 < len(first) == len(last) <= 132 and first.count("⋯") == 1
+    assert first.startswith("rank 0 FFFF······BBFBBF") and first.endswith("BBFBB·BB·BB·BB")
+    assert last.startswith("rank 3 ···FBBFBBFBB") and last.endswith("FBBFBB······")
+    assert more.strip().startswith("⋯ and 936 micro-batches more")
+
+
+def test_what_was_simulated_stands_beside_what_is_counted() -> None:
+    plan = two()
+    held = plan.fullest
+    found = {kind: getattr(held, kind) for kind in ("parameters", "gradients", "moments", "gathered", "communication")}
+    found["activations"] = (held.activations + held.working) // 2
+    simulation: Any = SimpleNamespace(at_peak=found, peak=sum(found.values()), seconds=1.0, micro_batches=4)
+    lines = in_words(plan, simulation)
+    start = next(n for n, line in enumerate(lines) if line.startswith("simulated beside counted"))
+    ratios = {line[:28].strip(): line.split()[-1] for line in lines[start + 1 : start + 8]}
+    assert (ratios["parameters"], ratios["activations"]) == ("1.000", "0.500")
+    assert ratios["peak"] == f"{simulation.peak / held.peak:.3f}"
