@@ -121,7 +121,7 @@ def timeline(
         before = len(done)
         for rank in sorted(waiting):
             for action in order[rank][len(chunks[rank]) :]:
-                needs = [need for work in action for need in _needs(work, last) if need not in action]
+                needs = [need for work in action for need in needs_of(work, last) if need not in action]
                 if not all(need in done for need in needs):
                     break
                 free = chunks[rank][-1].end if chunks[rank] else 0.0
@@ -132,6 +132,16 @@ def timeline(
                 waiting.remove(rank)
         assert not waiting or len(done) > before, f"ranks {sorted(waiting)} wait for each other"
     return chunks
+
+
+def needs_of(work: Work, last: int) -> list[Work]:
+    """What must be done before it, on whatever rank; `last` of the stages."""
+    if work.kind == "F":
+        return [work._replace(stage=work.stage - 1)] if work.stage > 0 else []
+    if work.kind == "B":
+        behind = [work._replace(stage=work.stage + 1)] if work.stage < last else []
+        return [work._replace(kind="F"), *behind]
+    return [work._replace(kind="B")]
 
 
 def bubble(chunks: Sequence[Sequence[Chunk]]) -> list[float]:
@@ -182,12 +192,3 @@ def _numbered(actions: list[Action]) -> list[Action]:
     """1f1b's forward chunks, numbered in order as its loop runs them; its table calls the last rank's first one 1 (torch 2.13)."""
     numbers = iter(range(len(actions)))
     return [(a[0]._replace(micro_batch=next(numbers)),) if a[0].kind == "F" else a for a in actions]
-
-
-def _needs(work: Work, last: int) -> list[Work]:
-    if work.kind == "F":
-        return [work._replace(stage=work.stage - 1)] if work.stage > 0 else []
-    if work.kind == "B":
-        behind = [work._replace(stage=work.stage + 1)] if work.stage < last else []
-        return [work._replace(kind="F"), *behind]
-    return [work._replace(kind="B")]

@@ -278,10 +278,15 @@ def _tokens(layout: Layout, config: ModelConfig, shapes: Shapes, tokens: int, el
 def bytes_of_row(layout: Layout, width: int, element_size: int) -> int:
     """Bytes of one token's row to one expert in all its trips through a layer."""
     runs = 2 if layout.config.recompute == "full" else 1
-    plain = width * element_size
-    there = width + _ceil(width, TILE) // TILE if layout.config.fp8_dispatch else plain
-    of_rows, of_gradients = runs * (there + plain), there + plain  # to the experts and back
+    there, back = bytes_of_trips(layout, width, element_size)
+    of_rows, of_gradients = runs * (there + back), there + back  # to the experts and back
     return of_rows + of_gradients
+
+
+def bytes_of_trips(layout: Layout, width: int, element_size: int) -> tuple[int, int]:
+    """Bytes of it to an expert, and of what the expert hands out; or of the gradient of the latter, and of that of the row."""
+    plain = width * element_size
+    return width + _ceil(width, TILE) // TILE if layout.config.fp8_dispatch else plain, plain
 
 
 def _zero_option(layout: Layout, name: str, default: Any) -> Any:

@@ -1,13 +1,16 @@
 """A step of a run on a layout: what one process has to do in it. Memory and time are counted for this."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 
 from model.config import ModelConfig
 from parallel.layout import Layout
-from parallel.timeline import Costs, order_of, timeline
+from parallel.placement import Schedule
+from parallel.timeline import Action, Costs, Work, needs_of, order_of, timeline
 from train.config import Recipe
 from train.schedule import Span
 
@@ -57,26 +60,86 @@ class PlannedStep:
 
 
 def bubble_share(step: PlannedStep) -> float:
-    """Share of the time of all pipeline ranks in which they wait. From two numbers of micro-batches that fill the pipeline on, each
-    further one takes as long as the one before.
+    """Share of the time of all pipeline ranks in which they wait.
 
     Forward pass, gradients of inputs and gradients of weights cost the same, as do a forward and a backward pass at the same time
-    and one after the other. Where the engine casts weights first (`model.ops.weight_gradient`), both gradients are made at once.
+    and one after the other.
     """
-    c, placement, micro_batches = step.layout.config, step.layout.placement, step.micro_batches
-    puts_aside = c.engine == "fsdp" or c.fp8 or step.compute is torch.float32
-    costs = Costs() if puts_aside else Costs(1, 2, 0)
-    sizes = [cost * c.stages for cost in placement.costs]
+    c, placement = step.layout.config, step.layout.placement
+    played = play(step, Costs(), [cost * c.stages for cost in placement.costs])
+    return 1 - sum(played.works) / c.pipeline / played.seconds
 
-    def span(number: int) -> float:
-        chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, number), costs, sizes)
-        return max(chunk.end for rank in chunks for chunk in rank)
 
+class Played(NamedTuple):
+    """A step in a pipeline."""
+
+    seconds: float  # from the first chunk to the end of the last
+    works: list[float]  # of each rank's chunks
+
+
+def play(step: PlannedStep, costs: Costs, sizes: Sequence[float]) -> Played:
+    """A step through its pipeline, as `parallel.timeline` has it. From two numbers of micro-batches that fill the pipeline on, each
+    further one takes as long as the one before.
+
+    Where the engine casts weights first (`model.ops.weight_gradient`), both gradients are made at once.
+
+    Args:
+        costs: of a stage of size 1.
+        sizes: of the stages.
+    """
+    c, number = step.layout.config, step.micro_batches
+    if not (c.engine == "fsdp" or c.fp8 or step.compute is torch.float32):
+        costs = replace(costs, input_gradient=costs.input_gradient + costs.weight_gradient, weight_gradient=0)
     few, more = 2 * c.stages, 2 * c.stages + c.pipeline
-    if micro_batches <= more:
-        whole = span(micro_batches)
-    else:
-        first = span(few)
-        whole = first + (span(more) - first) * (micro_batches - few) / c.pipeline
-    work = costs.all * sum(sizes) * micro_batches / c.pipeline  # of a rank, in the mean
-    return 1 - work / whole
+
+    def played(micro_batches: int) -> Played:
+        return _chunks(c.schedule, c.pipeline, c.stages // c.pipeline, micro_batches).play(costs, sizes)
+
+    if number <= more:
+        return played(number)
+    first, second, times = played(few), played(more), (number - few) / c.pipeline
+    return Played(
+        first.seconds + (second.seconds - first.seconds) * times,
+        [one + (other - one) * times for one, other in zip(first.works, second.works)],
+    )
+
+
+class _Chunks(NamedTuple):
+    """A schedule's chunks, each behind those that it needs, so that they can be played with other costs in one pass: what
+    `parallel.timeline.timeline` does, without looking for the order again."""
+
+    kinds: list[Action]  # of chunks, without their micro-batches: what decides their costs
+    chunks: list[tuple[int, int, tuple[int, ...]]]  # (rank, number of the kind, chunks that it needs)
+    ranks: int
+
+    def play(self, costs: Costs, sizes: Sequence[float]) -> Played:
+        seconds = [costs.of(kind, sizes) for kind in self.kinds]
+        free, works = [0.0] * self.ranks, [0.0] * self.ranks
+        ends: list[float] = []
+        for rank, kind, needs in self.chunks:
+            start = free[rank]
+            for need in needs:
+                if ends[need] > start:
+                    start = ends[need]
+            works[rank] += seconds[kind]
+            free[rank] = start + seconds[kind]
+            ends.append(free[rank])
+        return Played(max(free), works)
+
+
+@cache
+def _chunks(schedule: Schedule, ranks: int, stages_per_rank: int, micro_batches: int) -> _Chunks:
+    order = order_of(schedule, ranks, stages_per_rank, micro_batches)
+    lines = timeline(order)  # with any costs: what starts later needs nothing that starts after it
+    placed = sorted((chunk.start, rank, chunk.action) for rank, line in enumerate(lines) for chunk in line)
+    numbers: dict[Action, int] = {}
+    done: dict[Work, int] = {}
+    chunks = []
+    for number, (_, rank, action) in enumerate(placed):
+        kind = tuple(work._replace(micro_batch=0) for work in action)
+        needs = {
+            done[need] for work in action for need in needs_of(work, ranks * stages_per_rank - 1) if need not in action
+        }
+        chunks.append((rank, numbers.setdefault(kind, len(numbers)), tuple(needs)))
+        done |= dict.fromkeys(action, number)
+    return _Chunks(list(numbers), chunks, ranks)
