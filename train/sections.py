@@ -6,6 +6,7 @@ Every key is written out with its default.
 import dataclasses
 import json
 from collections import Counter
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -83,6 +84,10 @@ class ModelSection(Section):
             ConfigError: no such preset, or a value that breaks a rule of the model.
             OSError, ValueError: `config` cannot be read, or is not a JSON map.
         """
+        return self._resolved
+
+    @cached_property
+    def _resolved(self) -> ModelConfig:
         base = load_preset(self.preset) if self.preset else json.loads(Path(str(self.config)).read_text("utf-8"))
         if not isinstance(base, dict):
             raise ValueError(f"its top level is a {type(base).__name__}")
