@@ -28,7 +28,7 @@ def write_page(
     """Write the page. Equal plans give equal bytes.
 
     Args:
-        search: what else was looked at.
+        search: of the same recipe, on as many devices.
         simulation: of the fullest pipeline rank.
 
     Raises:
@@ -49,7 +49,6 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         "amount": amount,
         "share": share,
         "words": words,
-        "layout": layout_in_words,
         "code": code,
     }
     numbers = plan.numbers()
@@ -58,6 +57,7 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         plan=plan,
         title=title(plan),
         facts=answer(plan, numbers),
+        formulas=FORMULAS,
         layout=layout_in_words(plan),
         kinds=KINDS,
         colours=pictures.COLOURS,

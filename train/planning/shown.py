@@ -1,6 +1,6 @@
 """What a terminal and a page alike show of a plan, before it is drawn: the answer, the kinds of memory, the pipeline's timeline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,12 +25,26 @@ KINDS = {
     "working": "a block at work",
 }
 ENOUGH = 64  # micro-batches whose timeline is longer than there is room for
+PER_TRILLION = "gpu_hours_per_trillion_tokens"
+ANSWER = {
+    "fits": "Fits",
+    "step_seconds": "Step",
+    "tokens_per_second_per_device": "Tokens per second",
+    "mfu": "MFU",
+    PER_TRILLION: "GPU-hours",
+    "days": "Days",
+    "peak_bytes_per_rank": "Memory of a process",
+    "micro_batches_per_step": "Largest step",
+    "tokens": "Run",
+    "bubble": "Bubble",
+}
 LINKS = {"node": "between the devices of a node", "network": "between nodes"}
 
 
 class Fact(NamedTuple):
     """A figure of the answer."""
 
+    key: str  # of `Plan.numbers()`
     name: str
     value: str
     note: str
@@ -51,37 +65,27 @@ def answer(plan: Plan, numbers: Mapping[str, Any]) -> list[Fact]:
     Args:
         numbers: the plan's.
     """
-    held = plan.fullest
-    where = f" on pipeline rank {held.pipeline_rank}" if len(plan.memory) > 1 else ""
-    facts = []
-    if plan.device:
-        room = f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
-        facts.append(Fact("Fits", "yes" if plan.fits else "no", room))
-    else:
-        facts.append(Fact("Memory of a process", size(held.peak), f"at its peak{where}"))
-    span = plan.step.span
+    return [Fact(key, ANSWER[key], value, note) for key, value, note in _answer(plan, numbers)]
+
+
+def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    held, c, span, processes = plan.fullest, plan.layout.config, plan.step.span, plan.layout.world_size
+    where = f" on pipeline rank {held.pipeline_rank}" if c.pipeline > 1 else ""
     steps = f"{span.sequences:,} sequences of {span.sequence_length:,}, {plan.step.micro_batches:,} micro-batches"
-    if plan.time:
-        speed, days = numbers["tokens_per_second_per_device"], numbers["days"]
-        hours = numbers["gpu_hours_per_trillion_tokens"]
-        whole = days * 24 * plan.layout.world_size
-        facts += [
-            Fact("Step", duration(plan.time.seconds), steps),
-            Fact(
-                "Tokens per second", amount(speed), f"on each device; {amount(speed * plan.layout.world_size)} on all"
-            ),
-            Fact("MFU", share(numbers["mfu"]), "of the device's peak"),
-            Fact("GPU-hours", amount(hours), f"per trillion tokens; {amount(whole)} in all"),
-            Fact("Days", f"{days:,.1f}" if days >= 0.1 else f"{days:.2g}", f"for {amount(numbers['tokens'])} tokens"),
-        ]
+    if plan.device and plan.time:
+        speed, days, hours = (numbers[key] for key in ("tokens_per_second_per_device", "days", PER_TRILLION))
+        yield "fits", "yes" if plan.fits else "no", f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
+        yield "step_seconds", duration(plan.time.seconds), steps
+        yield "tokens_per_second_per_device", amount(speed), f"on each device; {amount(speed * processes)} on all"
+        yield "mfu", share(numbers["mfu"]), f"of the device's peak in {'FP8' if c.fp8 else plan.recipe.compute}"
+        yield PER_TRILLION, amount(hours), f"per trillion tokens; {amount(days * 24 * processes)} in all"
+        yield "days", f"{days:,.1f}" if days >= 0.1 else f"{days:.2g}", f"for {amount(numbers['tokens'])} tokens"
     else:
-        facts += [
-            Fact("Largest step", amount(span.batch_tokens), f"tokens: {steps} a process"),
-            Fact("Run", amount(numbers["tokens"]), f"tokens in {numbers['steps']:,} steps"),
-        ]
-    if "bubble" in numbers:
-        facts.append(Fact("Bubble", share(numbers["bubble"]), f"of the ranks' time, {plan.layout.config.schedule}"))
-    return facts
+        yield "peak_bytes_per_rank", size(held.peak), f"at its peak{where}"
+        yield "micro_batches_per_step", amount(span.batch_tokens), f"tokens: {steps} a process"
+        yield "tokens", amount(numbers["tokens"]), f"tokens in {numbers['steps']:,} steps"
+    if c.pipeline > 1:
+        yield "bubble", share(numbers["bubble"]), f"of the ranks' time in the mean, by FLOPs: {c.schedule}"
 
 
 def layout_in_words(plan: Plan) -> str:

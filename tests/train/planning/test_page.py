@@ -5,7 +5,6 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,7 +13,9 @@ from tests.train.planning.plans import V3, even, plan_of, tiny, two, v3
 from train.config import RecipeError
 from train.planning import pictures
 from train.planning.page import render, write_page
+from train.planning.search import Fallen, Own, Search
 from train.planning.shown import KINDS, parts_of, timeline_of
+from train.planning.simulate import Simulation
 
 
 class Box(NamedTuple):
@@ -123,12 +124,17 @@ def test_a_page_of_one_process_has_no_pipeline() -> None:
 
 def test_search_and_simulation_are_on_the_page_where_they_are_given() -> None:
     plan = two()
-    fallen = [("zero2 <8>", 12, "too much memory", "needs 99 GB of 75")]
-    search: Any = SimpleNamespace(found=[plan] * 15, fallen=fallen)
+    assert plan.device
+    fallen = [Fallen("zero2 <8>", 1234, "do not fit", "99 GB: parallel.engine=zero2")]
+    own = Own(plan, 3, 1.25, "")
+    search = Search(plan.recipe, 2, plan.device, 1300, [plan] * 15, [plan], fallen, own, fit=66)
     found = {kind: getattr(plan.fullest, kind) for kind in KINDS if kind != "working"}
-    simulation: Any = SimpleNamespace(at_peak=found, peak=sum(found.values()), seconds=1.5, micro_batches=4)
+    simulation = Simulation(sum(found.values()), found, 1.5, 4)
     page = render(plan, search=search, simulation=simulation)
-    assert "3 more" in page and "zero2 &lt;8&gt;" in page and "needs 99 GB of 75" in page
+    for said in ("1,300 layouts were tried; 66 fit", "number 3, and takes 1.25", "3 more", "unproven=true: no row"):
+        assert said in page
+    assert page.count("<code>parallel.engine=fsdp") == 16
+    assert "zero2 &lt;8&gt;" in page and "1,234" in page and "99 GB: parallel.engine=zero2" in page
     assert "ran 4 micro-batches in 1.5 s" in page
     plain = render(plan)
     assert 'id="search"' not in plain and 'id="simulation"' not in plain
