@@ -25,16 +25,16 @@ from dataclasses import dataclass
 
 from model.flops import flops_mfu
 from model.transformer import Part
-from parallel.footprint import footprint
+from parallel.footprint import shapes_on
 from parallel.parts import parts_of
 from parallel.timeline import Costs
 from parallel.traffic import Flow, Links, bytes_of_trips, step_traffic
 from train.planning.devices import Device
+from train.planning.memory import MOMENTS
 from train.planning.rates import Rates, rates_of
-from train.planning.step import PlannedStep, play
+from train.planning.step import Pace, PlannedStep, play
 from train.planning.work import How, Pass, Work, work_of_head, work_of_layer
 
-MOMENTS = {"fp32": 4, "bf16": 2}  # bytes
 HOST_LINK = 50e9  # bytes/s between device and host in one direction: PCIe 5.0 with 16 lanes has 63; assumed
 HOST_MEMORY = 40e9  # bytes/s of host memory for each device of a node: 8 of 12 channels share about 300; assumed
 
@@ -57,11 +57,13 @@ class StepTime:
         sent: bytes that a process sends or receives at most, by link: "node", "network".
         mfu: FLOPs of `model.flops.flops_mfu` over those of all devices' peaks, in FP8 over that of FP8 as
             `train.planning.devices.peak_flops` has it. Papers divide by the peak of bf16 there too, which is half as much.
+        pace: of a pipeline's chunks, in seconds.
     """
 
     terms: tuple[Term, ...]
     sent: dict[str, int]
     mfu: float
+    pace: Pace | None = None
 
     @property
     def seconds(self) -> float:
@@ -77,7 +79,7 @@ def step_time(step: PlannedStep, device: Device) -> StepTime:
     peak = device.fp8 if layout.config.fp8 else device.bf16
     assert peak
     flops = flops_mfu(step.config, span.sequence_length) * span.batch_tokens
-    return StepTime(terms, planner.sent(), flops / (seconds * layout.world_size * peak))
+    return StepTime(terms, planner.sent(), flops / (seconds * layout.world_size * peak), planner.pace)
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class _Planner:
     def _busiest(self) -> tuple[int, float]:
         """The pipeline rank that works longest, and what it waits for the others."""
         self.overlap_saves = 0.0
+        self.pace: Pace | None = None
         if self.parallel.pipeline == 1:
             return 0, 0.0
         stages = self.stages
@@ -235,7 +238,8 @@ class _Planner:
             + s.weights
             for s in stages
         ]
-        played = play(self.step, costs, sizes)
+        self.pace = Pace(costs, sizes)
+        played = play(self.step, *self.pace)
         rank = max(range(self.parallel.pipeline), key=lambda rank: played.works[rank])
         alone = self.count * sum(sizes[n] for n in self._stages_of(rank))
         self.overlap_saves = alone - played.works[rank]
@@ -395,9 +399,9 @@ class _Planner:
 
     def _optimizer(self) -> Iterator[Term]:
         moment = MOMENTS[self.step.recipe.precision.moments]
-        held = footprint(self.layout, self.config, self.how.element, moment, self.count, self.rank)
-        offload = self.parallel.offload
-        elements = held.moments / (2 * moment) if offload == "none" else held.host / (8 + 2 * moment)
+        engine, offload = self.parallel.engine, self.parallel.offload
+        here = sum(shape.numel() for shape in shapes_on(self.layout, self.config, self.rank).values())
+        elements = here / (self.layout.world_size if engine.startswith("zero") else self.layout.shard)
         size = 8 + 8 + 4 * moment  # weights read and written, gradients read twice (the norm), moments read and written
         rate = self.rates.optimizer if offload == "none" else HOST_MEMORY
         what = "weights and moments read and written, gradients read, for the norm too"
