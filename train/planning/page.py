@@ -52,7 +52,7 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         "code": code,
     }
     numbers = plan.numbers()
-    course = timeline_of(plan.step) if len(plan.memory) > 1 else None
+    course = timeline_of(plan.step, plan.time) if len(plan.memory) > 1 else None
     return environment.get_template(TEMPLATE).render(
         plan=plan,
         title=title(plan),

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parallel.timeline import Action, Chunk, Costs, order_of, timeline
+from parallel.timeline import Action, Chunk, order_of, timeline
 from train.planning.memory import RankMemory
 from train.planning.plan import Plan
-from train.planning.step import PlannedStep
+from train.planning.step import PlannedStep, costs_of_engine, pace_by_flops, play
+from train.planning.step_time import StepTime
 from train.planning.written import amount, duration, share, size
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ class Timeline:
 
     Attributes:
         chunks: of each rank.
-        unit: what a forward chunk takes, in the mean, in the measure of the chunks' times.
-        seconds: of that unit; None: not known.
+        unit: what a forward chunk takes, in the mean.
+        in_seconds: whether times are in seconds; else only their ratios are known.
         skipped: micro-batches that are not played.
         pause: what they take.
     """
@@ -134,7 +135,7 @@ class Timeline:
     chunks: Sequence[Sequence[Chunk]]
     stages: int
     unit: float
-    seconds: float | None
+    in_seconds: bool
     skipped: int
     pause: float
 
@@ -145,7 +146,7 @@ class Timeline:
 
     def length(self, of: float) -> str:
         """A span of time in words: in seconds, or in forward chunks."""
-        return f"{of / self.unit:,.3g} F" if self.seconds is None else duration(of / self.unit * self.seconds)
+        return duration(of) if self.in_seconds else f"{of / self.unit:,.3g} F"
 
     def windows(self, room: float) -> list[tuple[float, float]]:
         """The whole, or its beginning and its end, as (start, end): together `room` forward chunks wide, or as wide as
@@ -157,17 +158,22 @@ class Timeline:
         return [(0.0, half), (self.span - half, self.span)]
 
 
-def timeline_of(step: PlannedStep) -> Timeline:
-    """Of a step in a pipeline."""
-    c, placement = step.layout.config, step.layout.placement
-    costs = Costs()
-    sizes = [cost * c.stages for cost in placement.costs]
+def timeline_of(step: PlannedStep, time: StepTime | None = None) -> Timeline:
+    """Of a step in a pipeline.
+
+    Args:
+        time: what the step takes; None: chunks take as long as they have FLOPs.
+    """
+    c, pace = step.layout.config, time.pace if time else None
+    costs, sizes = pace or pace_by_flops(step)
+    costs = costs_of_engine(step, costs)
     filled = 2 * c.stages
     played = min(step.micro_batches, filled * ceil(ENOUGH / filled))
     chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, played), costs, sizes)
-    skipped = step.micro_batches - played
-    each = max(sum(sizes[stage] for stage in placement.stages_of(rank)) for rank in range(c.pipeline)) * costs.all
-    return Timeline(chunks, c.stages, costs.forward, None, skipped, skipped * each)
+    shown = max(chunk.end for rank in chunks for chunk in rank)
+    unit = costs.forward * sum(sizes) / len(sizes)
+    pause = play(step, costs, sizes).seconds - shown
+    return Timeline(chunks, c.stages, unit, pace is not None, step.micro_batches - played, pause)
 
 
 def kind_of(action: Action) -> str:

@@ -65,9 +65,28 @@ def bubble_share(step: PlannedStep) -> float:
     Forward pass, gradients of inputs and gradients of weights cost the same, as do a forward and a backward pass at the same time
     and one after the other.
     """
-    c, placement = step.layout.config, step.layout.placement
-    played = play(step, Costs(), [cost * c.stages for cost in placement.costs])
-    return 1 - sum(played.works) / c.pipeline / played.seconds
+    played = play(step, *pace_by_flops(step))
+    return 1 - sum(played.works) / step.layout.config.pipeline / played.seconds
+
+
+class Pace(NamedTuple):
+    """What the chunks of a pipeline take."""
+
+    costs: Costs  # of a stage of size 1
+    sizes: Sequence[float]  # of the stages
+
+
+def pace_by_flops(step: PlannedStep) -> Pace:
+    """In forward passes of a stage that has an even share."""
+    return Pace(Costs(), [cost * step.layout.config.stages for cost in step.layout.placement.costs])
+
+
+def costs_of_engine(step: PlannedStep, costs: Costs) -> Costs:
+    """Where the engine casts weights first (`model.ops.weight_gradient`), both gradients are made at once."""
+    c = step.layout.config
+    if c.engine == "fsdp" or c.fp8 or step.compute is torch.float32:
+        return costs
+    return replace(costs, input_gradient=costs.input_gradient + costs.weight_gradient, weight_gradient=0)
 
 
 class Played(NamedTuple):
@@ -81,15 +100,11 @@ def play(step: PlannedStep, costs: Costs, sizes: Sequence[float]) -> Played:
     """A step through its pipeline, as `parallel.timeline` has it. From two numbers of micro-batches that fill the pipeline on, each
     further one takes as long as the one before.
 
-    Where the engine casts weights first (`model.ops.weight_gradient`), both gradients are made at once.
-
     Args:
-        costs: of a stage of size 1.
-        sizes: of the stages.
+        costs, sizes: as of `Pace`.
     """
     c, number = step.layout.config, step.micro_batches
-    if not (c.engine == "fsdp" or c.fp8 or step.compute is torch.float32):
-        costs = replace(costs, input_gradient=costs.input_gradient + costs.weight_gradient, weight_gradient=0)
+    costs = costs_of_engine(step, costs)
     few, more = 2 * c.stages, 2 * c.stages + c.pipeline
 
     def played(micro_batches: int) -> Played:

@@ -34,7 +34,10 @@ def in_words(plan: Plan, simulation: "Simulation | None" = None) -> list[str]:
     numbers = plan.numbers()
     sections = [_answer(plan, numbers), _memory(plan), _time(plan), _links(plan)]
     if plan.layout.config.pipeline > 1:
-        sections += [["layers", *numbers.pop("placement")], list(_pipeline(timeline_of(plan.step)))]
+        sections += [
+            ["layers", *numbers.pop("placement")],
+            list(_pipeline(timeline_of(plan.step, plan.time))),
+        ]
     if simulation:
         sections.append(_simulation(plan, simulation))
     sections.append(table(numbers))

@@ -86,7 +86,7 @@ def test_every_pipeline_rank_has_a_bar_of_its_bytes() -> None:
 
 @pytest.mark.parametrize("plan", [two, v3])
 def test_nothing_lies_on_anything_else_or_outside(plan: Any) -> None:
-    course = timeline_of(plan().step)
+    course = timeline_of(plan().step, plan().time)
     for svg in (pictures.memory(plan()), pictures.terms(plan().time.terms), pictures.pipeline(course)):
         height = float(re.search(r'viewBox="0 0 \d+ ([\d.]+)"', svg)[1])  # type: ignore[index]
         marks = sorted(box for box in boxes(svg) if box.kind != "wait")
