@@ -12,6 +12,7 @@ and 51 % of an MI300X's (stas00/ml-engineering, "Maximum Achievable Matmul FLOPS
     attention, forward    0.60. FlashAttention-3 on an H100, 4,096 tokens, heads of 128: 590 TFLOP/s (pytorch/benchmark #2391); 740
                           at best (arXiv 2407.08608)
     attention, backward   0.36. Assumed: three quarters of forward, and 5 products where 4 are counted
+    all products in fp32  0.05 of the peak of bf16. Assumed: without tensor cores an H100 has 67 of 989 TFLOP/s
     memory                0.80. Assumed
     link in a node        0.78. DeepEP V1: 153 and 158 GB/s of an H800's 200
     network               0.86. DeepEP V1 between two nodes: 43 GB/s of 50; 43 and 46 where rows travel one by one to 64 ranks
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from model.config import ModelConfig
-from train.planning.devices import Device
+from train.planning.devices import Device, DeviceError
 from train.planning.work import How
 
-LINEAR = {"fp8": 0.57, "bf16": 0.65}
-EXPERTS = {"fp8": 0.62, "bf16": 0.68}
+FP32 = 0.05
+LINEAR = {"fp8": 0.57, "bf16": 0.65, "fp32": FP32}
+EXPERTS = {"fp8": 0.62, "bf16": 0.68, "fp32": FP32}
 HALF = 110  # rows of an expert
 ATTENTION, ATTENTION_BACKWARD = 0.60, 0.36
 MEMORY, NODE, NETWORK = 0.80, 0.78, 0.86
@@ -62,26 +64,39 @@ class Rates:
         return self.experts * rows / (rows + self.half) if rows else self.experts
 
 
-def rates_of(device: Device, fp8: bool, config: ModelConfig, how: How) -> Rates:
-    """What a device reaches.
+def rates_of(device: Device, config: ModelConfig, how: How) -> Rates:
+    """What a device reaches at a micro-batch of a model.
 
-    Args:
-        fp8: whether products of blocks are FP8.
+    Raises:
+        DeviceError: FP8 on a device without it, or on a CPU, which emulates it.
     """
-    return _published(device, fp8)
+    if how.fp8 and (device.fp8 is None or device.name == "cpu"):
+        has = (
+            "emulates FP8, and nobody has timed that"
+            if device.name == "cpu"
+            else "has no fp8 rate in the table of devices"
+        )
+        raise DeviceError(f"device {device.name}: {has}; set precision.fp8 to false")
+    if device.name == "cpu":
+        from train.planning.measured import measured_rates  # it asks for Rates
+
+        return measured_rates(device, config, how)
+    return _published(device, how.fp8, how.element)
 
 
 @cache
-def _published(device: Device, fp8: bool) -> Rates:
-    peak, of = (device.fp8, "fp8") if fp8 else (device.bf16, "bf16")
-    assert peak, f"{device.name} has no fp8"
+def _published(device: Device, fp8: bool, element: int) -> Rates:
+    exact = "bf16" if element == 2 else "fp32"
+    peak, of = (device.fp8, "fp8") if fp8 else (device.bf16, exact)
+    assert peak
+    slower = 1.0 if element == 2 else FP32
     return Rates(
         linear=LINEAR[of] * peak,
         experts=EXPERTS[of] * peak,
         half=HALF,
-        attention=ATTENTION * device.bf16,
-        attention_backward=ATTENTION_BACKWARD * device.bf16,
-        head=LINEAR["bf16"] * device.bf16,
+        attention=ATTENTION * slower * device.bf16,
+        attention_backward=ATTENTION_BACKWARD * slower * device.bf16,
+        head=LINEAR[exact] * device.bf16,
         memory=MEMORY * device.memory_bandwidth,
         optimizer=MEMORY * device.memory_bandwidth,
         node=NODE * device.link_bandwidth,

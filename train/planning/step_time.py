@@ -71,7 +71,11 @@ class StepTime:
 
 
 def step_time(step: PlannedStep, device: Device) -> StepTime:
-    """What a step takes on so many of these devices."""
+    """What a step takes on so many of these devices.
+
+    Raises:
+        DeviceError: FP8 on a device without it, or on a CPU, which emulates it.
+    """
     planner = _Planner(step, device)
     terms = tuple(term for term in planner.terms() if term.seconds > 0)
     seconds = sum(term.seconds for term in terms)
@@ -126,7 +130,7 @@ class _Planner:
         self.rows = self.tokens * self.config.num_experts_per_tok * c.expert / self.config.n_routed_experts
         if c.expert > 1:
             self.rows *= step.imbalance
-        self.rates: Rates = rates_of(device, c.fp8, self.config, self.how)
+        self.rates: Rates = rates_of(device, self.config, self.how)
         parts = parts_of(self.layout) if c.pipeline > 1 else [Part(range(self.config.num_hidden_layers))]
         self.stages = [self._stage(part) for part in parts]
         self.rank, self.bubble = self._busiest()
@@ -448,11 +452,15 @@ class _Planner:
 
 
 def _flops(number: float) -> str:
-    return f"{number / 1e12:.4g} TFLOP" if number >= 1e12 else f"{number / 1e9:.4g} GFLOP"
+    return _unit(number, "FLOP")
 
 
 def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    return _unit(number, "B")
+
+
+def _unit(number: float, of: str) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.4g} {unit}"
-    return f"{number:.4g} B"
+            return f"{number / size:.4g} {prefix}{of}"
+    return f"{number:.4g} {of}"

@@ -86,9 +86,9 @@ class How:
     puts_together: bool
 
     @classmethod
-    def simple(cls, tokens: int, length: int) -> Self:
-        """One device, in fp32, that keeps everything."""
-        return cls(tokens, length, 4, 4, "none", False, 1, 1, 1.0, False, False)
+    def simple(cls, tokens: int, length: int, element: int = 4) -> Self:
+        """One device that keeps everything, and whose attention reads its operands as they lie."""
+        return cls(tokens, length, element, element, "none", False, 1, 1, 1.0, False, False)
 
 
 @cache
