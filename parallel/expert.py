@@ -82,12 +82,22 @@ class AllToAllDispatcher:
         ranks = self.group.size()
         leaving = local.counts.view(ranks, -1)  # [ranks, E_local]
         arriving = _wait(_exchange(leaving, [1] * ranks, [1] * ranks, self.group))
-        send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()  # the one wait for the device
+        send, receive = self.rows(leaving, arriving, local.place.numel())
         outward = InFp8(self.fp8, tokens.shape[1], tokens.dtype) if self.fp8 else AsTheyAre()
         trip = Trip(self.group, send, receive, outward, AsTheyAre())
         on_their_way = _Depart.apply(spread_rows(tokens, local.place), trip)  # N·K rows leave
         order, inverse = _orders(arriving, total=sum(receive))
         return self.Handle(local, local.counts, arriving.sum(0), order, inverse, on_their_way, trip)
+
+    def rows(self, leaving: Tensor, arriving: Tensor, total: int) -> tuple[list[int], list[int]]:
+        """How many rows go to each rank and come from each, on the host: the one wait for the device.
+
+        Args:
+            leaving, arriving: [ranks, E_local].
+            total: of all that leave. A simulation knows this alone (`train.planning.load`).
+        """
+        send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()
+        return send, receive
 
     def receive(self, handle: Handle) -> Arrived:
         rows = _Arrive.apply(handle.on_their_way, handle.trip)  # (source rank, expert)

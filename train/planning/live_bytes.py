@@ -5,8 +5,9 @@ or resized, as FSDP does with what it gathers. Views share a storage and count o
 before it returns is not seen, nor what a library of communication keeps. Fake tensors count like real ones.
 
     live = StepBytes(engine)
-    engine.launch(…)             once, for what lasts from step to step
     with live.watching():
+        engine.launch(…)         finds what lasts from step to step
+        live.start()
         engine.launch(…)
     live.at_peak()               {kind: bytes}
 
@@ -14,9 +15,10 @@ before it returns is not seen, nor what a library of communication keeps. Fake t
 |---------------|----------------------------------------------------------------------------------------------------------|
 | parameters    | of parameters (FSDP: this rank's shards) and buffers                                                     |
 | moments       | of the optimizer's state                                                                                 |
-| gradients     | what is, or becomes, some parameter's `grad` or FSDP's sum of it: DDP's buckets, the head's while it grows |
+| gradients     | what is, or becomes, some parameter's `grad`, or FSDP's sum of it: the head's from its first token on    |
 | gathered      | made while FSDP gathers: what arrives, and the parameters that are copied out of it                      |
-| communication | made while gradients are reduced, and rows and states of other ranks until they are taken                |
+| communication | made while gradients are reduced (DDP: buckets, where sums lie beside them); rows and states of other    |
+|               | ranks until they are taken                                                                               |
 | activations   | all others: kept for backward passes, or at work                                                         |
 """
 
@@ -78,7 +80,8 @@ class LiveBytes(TorchDispatchMode):
 
     def note(self, values: Iterable[Any]) -> set[int]:
         """Count the tensors among `values` from here on. Returns the numbers of their storages."""
-        return {self._number(_local(value).untyped_storage()) for value in values if isinstance(value, Tensor)}
+        tensors = (_local(value) for value in values if isinstance(value, Tensor))
+        return {self._number(tensor.untyped_storage()) for tensor in tensors if not tensor.is_meta}
 
     def start(self) -> None:
         """`peak` shall look at what happens from here on, on top of what is alive."""
@@ -138,19 +141,19 @@ class StepBytes(LiveBytes):
         self.making = "activations"  # what storages are that are first seen now
         self.born: dict[int, str] = {}  # what storages were when they were first seen, by their numbers
         self.owned: dict[int, str] = {}  # what some turn out to have been all the time
+        self.has_sums = False  # whether a micro-batch of the step has left gradients
         self.taken: dict[int, int] = {}  # number of events before a message was taken
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count the engine's steps inside; `at_peak` looks at these."""
+        """Count the engine's steps inside."""
         engine = self.engine
         self.own("parameters", [*engine.model.parameters(), *engine.model.buffers()])
         self._own_moments()
         with ExitStack() as stack:
             for owner, name, wrap in self._wrappers():
-                stack.enter_context(_replaced(owner, name, wrap(getattr(owner, name))))
+                stack.enter_context(replaced(owner, name, wrap(getattr(owner, name))))
             stack.enter_context(self)
-            self.start()
             yield
 
     def own(self, kind: str, values: Iterable[Any]) -> None:
@@ -162,7 +165,7 @@ class StepBytes(LiveBytes):
         self.taken |= dict.fromkeys(self.note(values), len(self.events))
 
     def at_peak(self) -> dict[str, int]:
-        """Bytes by kind when most was alive since the last `watching` began."""
+        """Bytes by kind when most was alive since `start`, or at all."""
         live, most, largest = Counter[str](), Counter[str](), -1
         taken = sorted(((at, number) for number, at in self.taken.items()), reverse=True)
         kinds, sizes = self.born | self.owned, Counter[int]()
@@ -211,6 +214,7 @@ class StepBytes(LiveBytes):
         yield Stage, "forward_one_chunk", self._taking("incoming")
         yield Stage, "backward_one_chunk", self._taking("of_outgoing")
         yield DDPEngine, "_sum_gradients", self._making("communication")
+        yield self.engine, "backward", self._summing
         yield self.engine, "update", self._updating
 
     def _making(self, kind: str) -> Callable[[Any], Any]:
@@ -245,9 +249,20 @@ class StepBytes(LiveBytes):
 
         return wrap
 
+    def _summing(self, run: Any) -> Any:
+        def backward(loss: Tensor, is_last: bool) -> None:
+            run(loss, is_last)
+            if not is_last:
+                self.own("gradients", self.engine.gradients().values())
+            elif getattr(self.engine, "replicas", None) and self.has_sums:
+                self.own("communication", self.engine.gradients().values())  # DDP's buckets
+            self.has_sums = not is_last
+
+        return backward
+
     def _updating(self, run: Any) -> Any:
         def update(*args: Any) -> None:
-            self.own("gradients", self.engine.gradients().values())
+            self.owned = dict.fromkeys(self.note(self.engine.gradients().values()), "gradients") | self.owned
             run(*args)
             self._own_moments()
 
@@ -282,7 +297,7 @@ def _and_then(run: Any, look: Any) -> Any:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
     """Let an attribute of a class or an object be another one inside."""
     had, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, by)
