@@ -1,8 +1,8 @@
 """How fast this machine's CPU is at the work of a model: our own operations, run at the model's own sizes and timed.
 
-A CPU has no figure that a table could hold: what a product reaches depends on its sizes, on threads and on what is compiled. So each
-kind of work of `train.planning.rates` is run here as a layer runs it, forward and backward, with so few tokens and experts that all
-of it takes a few seconds for any model, and remembered. The best of several runs counts, since neighbours only slow them down.
+A CPU has no figure that a table could hold: what a product reaches depends on its sizes, on threads and on what is compiled. So
+each kind of work of `train.planning.rates` is run here as a layer runs it, forward and backward, with so few tokens and experts
+that all of it takes a few seconds for any model, and remembered. The best of several runs counts: neighbours only slow them down.
 """
 
 import time
@@ -211,11 +211,11 @@ def _moved(c: ModelConfig, layer: int, tokens: int, dtype: torch.dtype) -> float
 def _optimizer() -> float:
     """Bytes/s of AdamW with the norm before it, of weights, gradients and moments in fp32."""
     weight = torch.nn.Parameter(torch.randn(ELEMENTS))
-    weight.grad = torch.randn(ELEMENTS)
+    weight.grad = gradient = torch.randn(ELEMENTS)
     optimizer = build_optimizer([("weight", weight)], OptimizerSection())
 
     def run() -> None:
-        torch._foreach_norm([weight.grad])
+        torch._foreach_norm([gradient])
         optimizer.step()
 
     return ELEMENTS * (8 + 8 + 16) / _best(run)
