@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from train.config import Recipe, RecipeError, load_recipe
+from train.arguments import AsJson, Overrides, RecipeName
+from train.config import RecipeError, load_recipe
+from train.planning.command import plan, print_advice, schedule_of
 from train.scaling.commands import scaling
 
 # The errors that stand for a user's mistake, by name: none of their modules needs to be loaded to know them.
@@ -44,16 +46,13 @@ app.add_typer(data, name="data")
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(scaling, name="scaling")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="tiny, small, v2-lite, v3, v3-long, or a YAML file.")]
 DataRecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="default, or a YAML file: a data recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key.sub=value …", help="Changes to the recipe.")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="A folder that `data prepare` made.")]
 Weights = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT|HF_FOLDER", help="Where the weights are.")]
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Count for so many processes; default: as many as the launcher started, or 1.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes that do the work; default: one a core.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,10 +84,13 @@ def train(
     """Train, or continue a run. Several processes: `torchrun -m train RECIPE …` with the same arguments."""
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        amounts = _amounts(loaded, processes)
+        from train.planning.plan import Plan
+        from train.planning.text import table
+
+        planned = Plan.of(loaded, schedule_of(loaded), processes or int(os.environ.get("WORLD_SIZE", "1")))
         print(loaded.to_yaml())
-        _print_table(amounts)
-        _print_advice(loaded)
+        print("\n".join(table(planned.numbers())))
+        print_advice(loaded)
         return
     if processes:
         raise RecipeError(
@@ -103,34 +105,7 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command()
-def plan(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    processes: Processes = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the schedules into this PNG, SVG or PDF.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Not built yet.")] = None,
-    device: Annotated[str | None, typer.Option(help="Not built yet.")] = None,
-    search: Annotated[bool, typer.Option("--search", help="Not built yet.")] = False,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Not built yet.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a run amounts to before it starts."""
-    for name, value in {"gpus": gpus, "device": device, "search": search, "simulate": simulate}.items():
-        if value:
-            _not_built_yet(f"plan --{name}")
-    loaded = load_recipe(recipe, overrides or [])
-    amounts = _amounts(loaded, processes)
-    if plot:
-        from train.planning.advice import law_in_words
-        from train.planning.plot import plot_schedule
-
-        plot_schedule(_schedule(loaded), plot, law_in_words(loaded))
-    if as_json:
-        print(json.dumps(amounts))
-        return
-    _print_table(amounts)
-    _print_advice(loaded)
+app.command()(plan)
 
 
 @app.command()
@@ -367,38 +342,6 @@ def report(context: typer.Context) -> None:
 
 def _not_built_yet(what: str) -> NoReturn:
     raise RecipeError(f"{what}: not built yet")
-
-
-def _schedule(recipe: Recipe) -> Any:
-    from train.schedule import Schedule
-
-    return Schedule(recipe.schedule, recipe.data.lengths)
-
-
-def _amounts(recipe: Recipe, processes: int | None) -> dict[str, Any]:
-    from train.planning.plan import Plan
-
-    return Plan.of(recipe, _schedule(recipe), processes or int(os.environ.get("WORLD_SIZE", "1"))).numbers()
-
-
-def _print_table(amounts: dict[str, Any]) -> None:
-    for name, value in amounts.items():
-        if isinstance(value, list):
-            print("\n    ".join([name.replace("_", " "), *value]))
-            continue
-        print(
-            f"{name.replace('_', ' '):32} {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' '):32} {value:.4g}"
-        )
-
-
-def _print_advice(recipe: Recipe) -> None:
-    """What the recipe's law says of this run."""
-    from train.planning.advice import law_in_words
-
-    for line in law_in_words(recipe):
-        print(line)
 
 
 def _by_name(values: Sequence[str]) -> dict[str, list[str]]:

@@ -103,6 +103,11 @@ class Plan:
         assert self.time, "asked for the time on an unknown device"
         return self.step.span.batch_tokens / self.time.seconds / self.layout.world_size
 
+    @property
+    def gpu_hours_per_trillion_tokens(self) -> float:
+        """Of all devices together, in its largest steps."""
+        return 1e12 / self.tokens_per_second / 3600
+
     @cached_property
     def days(self) -> float:
         """Of all steps of the run, each with its own batch."""
@@ -154,7 +159,7 @@ def _on_device(plan: Plan) -> dict[str, Any]:
         "tokens_per_second_per_device": plan.tokens_per_second,
         "mfu": plan.time.mfu,
         "days": plan.days,
-        "gpu_hours_per_trillion_tokens": 1e12 / plan.tokens_per_second / 3600,
+        "gpu_hours_per_trillion_tokens": plan.gpu_hours_per_trillion_tokens,
         "bytes_sent_in_node_per_step": plan.time.sent["node"],
         "bytes_sent_between_nodes_per_step": plan.time.sent["network"],
     }
