@@ -30,8 +30,9 @@ from model.flops import Recompute
 from model.layers import MLP
 from model.moe import MoE
 from model.transformer import Transformer
-from parallel.footprint import footprint, peak_bytes
+from parallel.footprint import footprint
 from parallel.layout import Layout, ParallelConfig
+from parallel.peak import fullest, moments_of
 from train.planning.live_bytes import LiveBytes
 
 HEAD, WORK = "embedding and head", "at work"
@@ -63,14 +64,14 @@ def account(shape: Shape, device: str, mode: Recompute) -> dict[str, int]:
     """Bytes by component, from the shape alone."""
     config, element = shape.config, compute_dtype(device).itemsize
     layout = Layout(ParallelConfig(), 1, config)
-    held = footprint(layout, config, element)
+    held = footprint(layout, config)
     where: Device = "cuda" if device == "cuda" else "cpu"
     forward = ForwardPass(shape.micro_batch, shape.sequence_length, element, mode, where)
     kept = activation_bytes(config, forward)
     state = {"parameters": held.parameters, "gradients": held.gradients, "moments": held.moments}
     working = working_bytes(config, forward)
     micro_batches = -(-shape.batch // shape.micro_batch)
-    peak = peak_bytes(layout, config, held, sum(kept.values()), working, micro_batches)
+    peak = held.parameters + held.moments + fullest(moments_of(layout, config, forward, 4, micro_batches)).all
     return state | kept | {WORK: working, "peak": peak}
 
 

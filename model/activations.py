@@ -4,10 +4,11 @@ Each count is tested against the real module.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
-from model.flops import Recompute, layer_matrices, mtp_matrices
+from model.flops import Recompute, layer_matrices
 from model.ops.fp8 import TILE
 from model.transformer import Part
 
@@ -85,98 +86,143 @@ def activation_bytes(config: ModelConfig, forward: ForwardPass, part: Part | Non
     Returns:
         {part of the model that keeps them: bytes}. Norms and residual stream of a block are attention's.
     """
-    c, a, recompute = config, forward.element_size, forward.recompute
-    part = part or Part(range(c.num_hidden_layers))
-    depths = c.num_nextn_predict_layers if part.last else 0
-    layers = [*part.layers, *depths * [c.num_hidden_layers]]
-    moe_layers = sum(c.is_moe(layer) for layer in layers)
-
-    def kept(rows: list[_Row]) -> float:
-        return sum(row.bytes for row in rows if recompute in row.kept)
-
-    attention = sum(kept(_attention(c, forward)) for _ in layers)
-    feed_forward = sum(kept(_feed_forward(c, layer, forward)) for layer in layers)
-    per_token = depths * kept([*_mtp_entry(c, a), *_mtp_exit(c, forward)])
-    if depths and not part.first:
-        per_token += a * c.hidden_size  # embeddings for MTP modules, which are else the first block's input
-    per_token += _norm(c.hidden_size, a) if part.last else a * c.hidden_size  # the final norm, or what goes out
-    if part.last:
-        per_token += (1 + depths) * a * c.hidden_size  # gradient of each head's input, taken in the forward pass
-
-    once = 4 * c.vocab_size * c.hidden_size if part.last else 0  # gradient of the output head, one for all losses
-    once += forward.sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
-    if part.first or depths:
-        pieces = forward.micro_batch * (2 if forward.context > 1 else 1)
-        once += pieces * c.num_nextn_predict_layers * a * c.hidden_size  # embeddings of the tokens beyond T
-    casts = 0
-    if recompute == "none" and a != 4 and forward.casts_weights:
-        matrices = [layer_matrices(c, layer) for layer in part.layers] + depths * [mtp_matrices(c)]
-        gates = moe_layers * c.n_routed_experts * c.hidden_size  # computed in fp32, from the weights themselves
-        entries = depths * 2 * c.hidden_size**2  # of MTP modules, which FP8 leaves alone
-        casts = a * (entries if forward.fp8 else sum(layer.all for layer in matrices) - gates)
+    c = config
+    layers = layers_of(c, part)
+    casts = sum(_cast_weights(c, forward, layer) for layer in layers)
+    attention = sum(_kept(_attention(c, forward), forward) for _ in layers)
+    feed_forward = sum(_kept(_feed_forward(c, layer, forward), forward) for layer in layers)
+    of_blocks = sum(layer_bytes(c, forward, layer).kept for layer in layers)
     return {
-        "attention": round(forward.tokens * attention),
-        "feed-forward": round(forward.tokens * feed_forward),
-        "embedding and head": round(forward.tokens * per_token) + once,  # and what MTP modules add to a block
+        "attention": attention,
+        "feed-forward": feed_forward,
+        # And what MTP modules add to a block.
+        "embedding and head": of_blocks - attention - feed_forward - casts + sum(end_bytes(c, forward, part)),
         "weights in the compute dtype": casts,
     }
 
 
 def working_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> int:
     """Bytes that live beside `activation_bytes` for a while: an estimate of the most, while one block goes backward or a loss is
-    made. Arguments as there.
-
-    Those of a block are what it computes again, its weights in the compute dtype with their gradients, and gradients on their way
-    through it: of its input, output and residual stream, and of the rows, outputs, gate and up of its experts. Those of a loss are
-    the logits of a chunk of tokens, on a CPU in fp32 beside them, and the head in the compute dtype. Where ranks share sequences,
-    the gradients of the keys and values of whole ones, of one piece and the sum, may be more than those of a feed-forward network.
-    """
-    c, a, tokens = config, forward.element_size, forward.tokens
-    part = part or Part(range(c.num_hidden_layers))
-    most = 0
-    if part.last:
-        chunk = min(tokens, max(CHUNK_BYTES // (4 * c.vocab_size), CHUNK_ROWS[forward.device]))
-        most = a * c.vocab_size * chunk
-        if a != 4:
-            most += a * c.vocab_size * c.hidden_size + (4 * c.vocab_size * chunk if forward.device == "cpu" else 0)
-    layers = {*part.layers[:1], *part.layers[-1:]} | (
-        {c.num_hidden_layers} if part.last and c.num_nextn_predict_layers else set()
-    )
-    for layer in layers:
-        rows = [*_attention(c, forward), *_feed_forward(c, layer, forward)]
-        # What is kept as the output of a product is, computed again, the same memory: only the difference comes anew.
-        everything, kept = (sum(row.bytes for row in rows if mode in row.kept) for mode in ("none", forward.recompute))
-        again = max(0, everything - kept)
-        k, width = (forward.expert_rows(c), c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
-        gradients = a * (3 * c.hidden_size + k * (c.hidden_size + 3 * width))
-        if forward.context > 1:
-            of_keys_and_values = forward.of_whole(2 * a * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
-            queries = a * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
-            gradients = max(gradients, 3 * a * c.hidden_size + queries + of_keys_and_values)
-        weights = 0
-        if a != 4 and forward.casts_weights and not forward.fp8:
-            matrices = layer_matrices(c, layer).all
-            weights = a * (matrices if forward.recompute != "none" else 0) + a * matrices
-        most = max(most, round(tokens * (again + gradients)) + weights)
-    return most
+    made. Arguments as there."""
+    layers = layers_of(config, part)
+    of_loss = loss_bytes(config, forward) if part is None or part.last else 0
+    return max([of_loss, *(layer_bytes(config, forward, layer).working for layer in {*layers[:1], *layers[-2:]})])
 
 
 def put_aside_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> int:
-    """Bytes that lie between the two parts of a backward pass: factors of the products that make gradients of weights
-    (`model.ops.weight_gradient`), each once. Arguments as of `activation_bytes`.
+    """Bytes that lie between the two parts of a backward pass. Arguments as of `activation_bytes`."""
+    return sum(layer_bytes(config, forward, layer).aside for layer in layers_of(config, part))
 
-    Nothing is put aside of gates and heads, nor where weights are cast first.
+
+def layers_of(config: ModelConfig, part: Part | None) -> list[int]:
+    """Of a part, in the order of the forward pass, those of MTP modules last."""
+    main = config.num_hidden_layers
+    if part is None:
+        return list(range(main + config.num_nextn_predict_layers))
+    return [*part.layers, *range(main, main + config.num_nextn_predict_layers * part.last)]
+
+
+class LayerBytes(NamedTuple):
+    """Of one layer and micro-batch.
+
+    kept: from its forward pass to its backward pass.
+
+    working: beside them, while it goes backward: what it computes again, its weights in the compute dtype with their gradients,
+    and gradients on their way through it: of its input, output and residual stream, and of the rows, outputs, gate and up of its
+    experts. Where ranks share sequences, the gradients of the keys and values of whole ones, of one piece and the sum, may be more
+    than those of a feed-forward network.
+
+    aside: between the two parts of its backward pass, factors of the products that make gradients of weights
+    (`model.ops.weight_gradient`), each once. Nothing is put aside of gates and heads, nor where weights are cast first.
     """
+
+    kept: int
+    working: int
+    aside: int
+
+
+@cache
+def layer_bytes(config: ModelConfig, forward: ForwardPass, layer: int) -> LayerBytes:
+    c = config
+    rows = [*_attention(c, forward), *_feed_forward(c, layer, forward)]
+    is_mtp = layer >= c.num_hidden_layers
+    of_mtp = [*_mtp_entry(c, forward.element_size), *_mtp_exit(c, forward)] if is_mtp else []
+    kept = _kept(rows, forward) + _kept(of_mtp, forward) + _cast_weights(c, forward, layer)
+    return LayerBytes(kept, _working(c, forward, layer, rows), _aside(c, forward, layer))
+
+
+class EndBytes(NamedTuple):
+    """Of one micro-batch: what neither a layer nor its neighbours keep."""
+
+    kept: int  # what goes out, or the final norm and the gradients of the heads' inputs, taken in the forward pass; rotations
+    head_gradient: int  # fp32, one for all losses
+
+
+def end_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> EndBytes:
+    """Arguments as of `activation_bytes`."""
     c, a = config, forward.element_size
     part = part or Part(range(c.num_hidden_layers))
-    if a != 4 and forward.casts_weights and not forward.fp8:
-        return 0
     depths = c.num_nextn_predict_layers if part.last else 0
-    layers = [*part.layers, *depths * [c.num_hidden_layers]]
-    per_token = sum(
-        sum(map(forward.factor, _factors(c, layer))) + _factors_apart(c, layer, forward) for layer in layers
-    )
-    per_token += depths * a * 3 * c.hidden_size  # of eh_proj, which is not FP8
+    per_token = _norm(c.hidden_size, a) + (1 + depths) * a * c.hidden_size if part.last else a * c.hidden_size
+    if depths and not part.first:
+        per_token += a * c.hidden_size  # embeddings for MTP modules, which are else the first block's input
+    once = forward.sequence_length * c.qk_rope_head_dim * 4  # cosines and sines
+    if part.first or depths:
+        pieces = forward.micro_batch * (2 if forward.context > 1 else 1)
+        once += pieces * c.num_nextn_predict_layers * a * c.hidden_size  # embeddings of the tokens beyond T
+    return EndBytes(forward.tokens * per_token + once, 4 * c.vocab_size * c.hidden_size if part.last else 0)
+
+
+def loss_bytes(config: ModelConfig, forward: ForwardPass) -> int:
+    """Bytes that live beside all that is kept while a loss is made: the logits of a chunk of tokens, on a CPU in fp32 beside them,
+    and the head in the compute dtype."""
+    c, a = config, forward.element_size
+    chunk = min(forward.tokens, max(CHUNK_BYTES // (4 * c.vocab_size), CHUNK_ROWS[forward.device]))
+    if a == 4:
+        return a * c.vocab_size * chunk
+    in_fp32 = 4 * c.vocab_size * chunk if forward.device == "cpu" else 0
+    return a * c.vocab_size * (chunk + c.hidden_size) + in_fp32
+
+
+def _kept(rows: list["_Row"], forward: ForwardPass) -> int:
+    return round(forward.tokens * sum(row.bytes for row in rows if forward.recompute in row.kept))
+
+
+def _cast_weights(c: ModelConfig, forward: ForwardPass, layer: int) -> int:
+    if forward.recompute != "none" or forward.element_size == 4 or not forward.casts_weights:
+        return 0
+    is_mtp = layer >= c.num_hidden_layers
+    entry = 2 * c.hidden_size**2 if is_mtp else 0  # which FP8 leaves alone
+    if forward.fp8:
+        return forward.element_size * entry
+    gate = c.n_routed_experts * c.hidden_size if c.is_moe(layer) else 0  # computed in fp32, from the weights themselves
+    return forward.element_size * (layer_matrices(c, layer).all + entry - gate)
+
+
+def _working(c: ModelConfig, forward: ForwardPass, layer: int, rows: list["_Row"]) -> int:
+    a = forward.element_size
+    # What is kept as the output of a product is, computed again, the same memory: only the difference comes anew.
+    everything, kept = (sum(row.bytes for row in rows if mode in row.kept) for mode in ("none", forward.recompute))
+    again = max(0, everything - kept)
+    k, width = (forward.expert_rows(c), c.moe_intermediate_size) if c.is_moe(layer) else (1, c.intermediate_size)
+    gradients = a * (3 * c.hidden_size + k * (c.hidden_size + 3 * width))
+    if forward.context > 1:
+        of_keys_and_values = forward.of_whole(2 * a * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        queries = a * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+        gradients = max(gradients, 3 * a * c.hidden_size + queries + of_keys_and_values)
+    weights = 0
+    if a != 4 and forward.casts_weights and not forward.fp8:
+        matrices = layer_matrices(c, layer).all
+        weights = a * (matrices if forward.recompute != "none" else 0) + a * matrices
+    return round(forward.tokens * (again + gradients)) + weights
+
+
+def _aside(c: ModelConfig, forward: ForwardPass, layer: int) -> int:
+    if forward.element_size != 4 and forward.casts_weights and not forward.fp8:
+        return 0
+    per_token = sum(map(forward.factor, _factors(c, layer))) + _factors_apart(c, layer, forward)
+    if layer >= c.num_hidden_layers:
+        per_token += 3 * forward.element_size * c.hidden_size  # of eh_proj, which is not FP8
     return round(forward.tokens * per_token)
 
 

@@ -80,7 +80,8 @@ class DDPEngine(GlobalStep):
         step_optimizer(self.optimizer, lr, divisor, skip)
 
     def drop_gradients(self) -> None:
-        self.optimizer.zero_grad()
+        """Gradients lie in DDP's buckets: dropped, those of the next step's first micro-batches would be memory of their own."""
+        self.optimizer.zero_grad(set_to_none=self.replicas is None)
 
     def state(self) -> State:
         own = moments(self.optimizer, self.model.named_parameters())

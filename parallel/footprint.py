@@ -32,26 +32,21 @@ Counted is the fullest rank, of a pipeline rank. Buffers of the communication ar
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
-from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
 import torch
 
-from model.activations import Device, ForwardPass, activation_bytes, put_aside_bytes, working_bytes
 from model.config import ModelConfig
 from model.hf import state_shapes
-from model.transformer import Part
 from parallel.layout import Layout, cut_of
 from parallel.parts import EMBEDDING, parts_of
-from parallel.timeline import order_of
 
 Shapes = Mapping[str, torch.Size]
 
 BIAS = "e_score_correction_bias"  # of the routers: a buffer, whole on the device of every rank
 MAX_LIVE = 10**9  # elements
-
-_order = cache(order_of)  # takes PyTorch longer than all else here
+BUCKET = 5 * 10**8  # elements
 
 
 class Footprint(NamedTuple):
@@ -60,33 +55,21 @@ class Footprint(NamedTuple):
     parameters: int  # and buffers
     gradients: int
     moments: int
-    gathered: int  # at most, while the model computes
+    gathered: int  # zero3: at most, while the model computes
+    communication: int  # zero1, zero2, zero3: DeepSpeed's buckets
     host: int
-
-    @property
-    def device(self) -> int:
-        return self.parameters + self.gradients + self.moments + self.gathered
-
-
-class Activations(NamedTuple):
-    """Bytes of a rank's activations."""
-
-    kept: int  # most at once of what forward passes leave for their backward passes
-    working: int  # beside them for a while
 
 
 def footprint(
     layout: Layout,
     config: ModelConfig,
-    element_size: int = 4,
     moment_size: int = 4,
     micro_batches: int = 1,
     pipeline_rank: int = 0,
 ) -> Footprint:
-    """What one rank holds.
+    """What one rank holds from step to step, or at the end of one.
 
     Args:
-        element_size: bytes of the compute dtype, in which fsdp gathers.
         moment_size: bytes of an element of each of the two moments.
         micro_batches: of a rank in a step.
     """
@@ -94,109 +77,8 @@ def footprint(
     biases = sum(4 * shape.numel() for name, shape in tensors.items() if name.endswith(BIAS))
     shapes = {name: shape for name, shape in tensors.items() if not name.endswith(BIAS)}
     count = {"ddp": _ddp, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3, "fsdp": _fsdp}[layout.config.engine]
-    held = count(layout, shapes, _Sizes(element_size, moment_size, micro_batches))
+    held = count(layout, shapes, _Sizes(moment_size, micro_batches))
     return held._replace(parameters=held.parameters + biases)
-
-
-def peak_bytes(
-    layout: Layout, config: ModelConfig, held: Footprint, activations: int, working: int, micro_batches: int = 1
-) -> int:
-    """Most bytes that live on the device of the fullest rank at once.
-
-    Args:
-        held: what it holds throughout.
-        activations, working: of one micro-batch (`model.activations.activation_bytes`, `working_bytes`), or of those under way.
-
-    A single process whose step is one micro-batch has no gradients while it goes forward, and in the backward pass they take
-    the place of activations: then the peak is where the backward pass begins, with the gradient of the head, which is among the
-    activations, and those of one block, or where it ends, with all of them. Otherwise gradients lie there throughout.
-    """
-    if layout.config.engine != "ddp" or layout.world_size > 1 or micro_batches > 1:
-        return held.device + activations + working
-    units = gathered_units(layout, parameter_shapes(config), 4)
-    first = 4 * max(unit.elements for key, unit in units.items() if key.isdigit())
-    return held.device - held.gradients + max(activations + first, held.gradients) + working
-
-
-def under_way(
-    layout: Layout,
-    config: ModelConfig,
-    pipeline_rank: int = 0,
-    *,
-    sequence_length: int,
-    micro_batch: int,
-    micro_batches: int,
-    element_size: int,
-    device: Device = "cpu",
-    imbalance: float = 1.0,
-) -> Activations:
-    """Activations of a rank.
-
-    Args:
-        micro_batch: sequences.
-        micro_batches: of a rank in a step.
-        element_size: bytes of the compute dtype.
-        imbalance: rows that arrive at its experts over those that leave it.
-    """
-    c = layout.config
-    forward = ForwardPass(
-        micro_batch,
-        sequence_length,
-        element_size,
-        c.recompute,
-        device,
-        casts_weights=c.engine != "fsdp",  # which gathers them in the compute dtype
-        spreads_experts=c.expert > 1,
-        imbalance=imbalance,
-        fp8=c.fp8,
-        fp8_dispatch=c.fp8_dispatch,
-        context=c.context,
-    )
-
-    def kept(part: Part | None) -> int:
-        return sum(activation_bytes(config, forward, part).values())
-
-    if c.pipeline == 1:
-        return Activations(kept(None), working_bytes(config, forward))
-    parts, placement = parts_of(layout), layout.placement
-    mine = placement.stages_of(pipeline_rank)
-    state = forward.tokens * config.hidden_size * element_size
-    stages = {}
-    for stage in mine:
-        from_here = stage > 0 and stage - 1 in mine
-        stages[stage] = _Held(
-            kept(parts[stage]) - (state if from_here else 0),  # what that stage hands on is counted there
-            put_aside_bytes(config, forward, parts[stage]),
-        )
-    working = max(working_bytes(config, forward, parts[stage]) for stage in mine)
-    return Activations(_most_at_once(layout, pipeline_rank, micro_batches, stages), working)
-
-
-class _Held(NamedTuple):
-    """Bytes of one micro-batch in one stage."""
-
-    forward: int  # from its forward pass to its backward pass
-    aside: int  # between the two parts of its backward pass
-
-
-def _most_at_once(layout: Layout, pipeline_rank: int, micro_batches: int, stages: Mapping[int, _Held]) -> int:
-    """The largest sum, in the order of the schedule, of what micro-batches leave in the stages of a rank."""
-    c = layout.config
-    enough = min(micro_batches, 2 * c.stages)  # more fill no pipeline further
-    order = _order(c.schedule, c.pipeline, c.stages // c.pipeline, enough)[pipeline_rank]
-    now = most = 0
-    for action in order:
-        of_input, of_weights = ({work.stage for work in action if work.kind == kind} for kind in ("B", "W"))
-        for kind, stage, _ in action:
-            held = stages[stage]
-            if kind == "F":
-                now += held.forward
-            elif kind == "B":
-                now += (0 if stage in of_weights else held.aside) - held.forward
-            elif stage not in of_input:
-                now -= held.aside
-            most = max(most, now)
-    return most
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -235,17 +117,52 @@ def _on(layout: Layout, shapes: Shapes, pipeline_rank: int) -> dict[str, torch.S
     return {name: shape for name, shape in shapes.items() if is_here(name)}
 
 
-def gathered_units(layout: Layout, shapes: Shapes, element_size: int) -> dict[str, "Unit"]:
-    """What fsdp gathers together: "root" (head and final norm), "embedding", and every block by its number."""
+class Unit(NamedTuple):
+    """What fsdp gathers and reduces together: a block, the embedding, or the root: head and final norm. Elements of its expert
+    rank's matrices, with the rows that make parts equal."""
+
+    elements: int = 0
+    apart: int = (
+        0  # of experts that lie on several ranks, which are gathered and reduced apart from the rest of their block
+    )
+    feed_forward: int = 0  # of the routed experts, or of a dense network
+    part: int = 0  # on the fullest rank
+    bytes: int = 0  # as they are gathered: norms, gates, embedding and head in fp32, all else in the compute dtype
+
+    def __add__(self, other: tuple[int, ...]) -> "Unit":  # type: ignore[override]
+        return Unit(*(mine + theirs for mine, theirs in zip(self, other)))
+
+    @property
+    def reduced_first(self) -> int:
+        return self.apart or self.elements
+
+    @property
+    def reduced_last(self) -> int:
+        return self.elements - self.apart
+
+
+def units_of(layout: Layout, shapes: Shapes, element_size: int) -> dict[str, Unit]:
+    """By the number of the block, and "root" and "embedding"."""
     units: dict[str, Unit] = defaultdict(Unit)
     for name, shape in shapes.items():
         parts = name.split(".")
         key = parts[2] if parts[1] == "layers" else "embedding" if parts[1] == "embed_tokens" else "root"
-        elements = _apart(layout, name, shape)
+        part = _elements(layout, name, shape)
+        is_expert = ".experts." in name
+        spread = is_expert and layout.config.expert > 1
+        elements = part * (layout.expert_shard if spread else layout.shard)
         is_exact = "norm" in name or name.endswith(".gate.weight") or not key.isdigit()
-        unit = units[key]
-        units[key] = Unit(unit.elements + elements, unit.bytes + elements * (4 if is_exact else element_size))
-    return units
+        in_network = is_expert or (
+            ".mlp." in name and ".shared_experts." not in name and not name.endswith(".gate.weight")
+        )
+        units[key] += Unit(
+            elements,
+            elements if spread else 0,
+            elements if in_network else 0,
+            part,
+            elements * (4 if is_exact else element_size),
+        )
+    return dict(units)
 
 
 def _apart(layout: Layout, name: str, shape: torch.Size) -> int:
@@ -253,32 +170,26 @@ def _apart(layout: Layout, name: str, shape: torch.Size) -> int:
     return shape.numel() // (layout.config.expert if ".experts." in name else 1)
 
 
-class Unit(NamedTuple):
-    elements: int = 0
-    bytes: int = 0  # as they are gathered
-
-
 class _Sizes(NamedTuple):
-    element: int
     moment: int
     micro_batches: int
 
 
 def _ddp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     whole = sum(shape.numel() for shape in shapes.values())
-    return Footprint(4 * whole, 4 * whole, 2 * sizes.moment * whole, gathered=0, host=0)
+    return Footprint(4 * whole, 4 * whole, 2 * sizes.moment * whole, gathered=0, communication=0, host=0)
 
 
 def _zero12(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     part = ceil(sum(shape.numel() for shape in shapes.values()) / layout.world_size)
     whole = sum(_apart(layout, name, shape) for name, shape in shapes.items())
-    moments = 2 * sizes.moment * part
+    moments, bucket = 2 * sizes.moment * part, _bucket(layout)
     if layout.config.offload == "none":
         gradients = whole if layout.config.engine == "zero1" else part
-        return Footprint(4 * whole, 4 * gradients, moments, gathered=0, host=0)
+        return Footprint(4 * whole, 4 * gradients, moments, gathered=0, communication=bucket, host=0)
     gradients = whole if layout.config.engine == "zero1" else 0
     copies = 4 if layout.config.engine == "zero2" and sizes.micro_batches > 1 else 3
-    return Footprint(4 * whole, 4 * gradients, 0, gathered=0, host=4 * copies * part + moments)
+    return Footprint(4 * whole, 4 * gradients, 0, gathered=0, communication=bucket, host=4 * copies * part + moments)
 
 
 def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
@@ -288,39 +199,26 @@ def _zero3(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
         modules[name.rpartition(".")[0]] += shape.numel()
     gathered = 4 * min(sum(modules.values()), max(MAX_LIVE, *modules.values()))
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
+    bucket = _bucket(layout)
     if layout.config.offload == "none":
-        return Footprint(parameters, gradients, moments, gathered, host=0)
+        return Footprint(parameters, gradients, moments, gathered, bucket, host=0)
     host = parameters + 2 * gradients + moments
     if layout.config.offload == "optimizer":
-        return Footprint(parameters, 0, 0, gathered, host)
-    return Footprint(0, 0, 0, gathered, parameters + host)
+        return Footprint(parameters, 0, 0, gathered, bucket, host)
+    return Footprint(0, 0, 0, gathered, bucket, parameters + host)
+
+
+def _bucket(layout: Layout) -> int:
+    """Bytes of DeepSpeed's bucket of gradients."""
+    return 4 * int(layout.config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
 
 
 def _fsdp(layout: Layout, shapes: Shapes, sizes: _Sizes) -> Footprint:
     part = sum(_elements(layout, name, shape) for name, shape in shapes.items())
-    units = gathered_units(layout, shapes, sizes.element)
-    sums = sizes.micro_batches > 1 or layout.config.pipeline > 1
-    gathered = _at_work(units) if layout.config.reshards else _all_at_once(units, sums)
     parameters, gradients, moments = 4 * part, 4 * part, 2 * sizes.moment * part
     if layout.config.offload == "none":
-        return Footprint(parameters, gradients, moments, gathered, host=0)
-    return Footprint(0, 0, 0, gathered, host=parameters + gradients + moments)
-
-
-def _at_work(units: Mapping[str, Unit]) -> int:
-    """The root, and the most that is whole beside it where the forward pass begins, in the backward pass between two blocks, and at
-    its end: parameters of what is at work and of what is next, gradients (fp32) of what is at work."""
-    embedding, blocks = units["embedding"], [unit for key, unit in units.items() if key.isdigit()]
-    begin = embedding.bytes + blocks[0].bytes
-    between = [earlier.bytes + later.bytes + 4 * later.elements for earlier, later in pairwise(blocks)]
-    end = blocks[0].bytes + 4 * max(blocks[0].elements, embedding.elements)
-    return units["root"].bytes + max(begin, *between, end)
-
-
-def _all_at_once(units: Mapping[str, Unit], sums: bool) -> int:
-    """All parameters, and the gradients of one unit, or of all where they are summed over micro-batches first."""
-    elements = [unit.elements for unit in units.values()]
-    return sum(unit.bytes for unit in units.values()) + 4 * (sum(elements) if sums else max(elements))
+        return Footprint(parameters, gradients, moments, gathered=0, communication=0, host=0)
+    return Footprint(0, 0, 0, gathered=0, communication=0, host=parameters + gradients + moments)
 
 
 def _elements(layout: Layout, name: str, shape: torch.Size) -> int:

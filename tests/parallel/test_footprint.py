@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from model.activations import end_bytes
 from model.config import ModelConfig, load_preset
 from model.flops import parameter_counts
 from model.hf import state_shapes
 from model.moe import Experts
 from model.transformer import Transformer
-from parallel.footprint import Footprint, footprint, gathered_units, shapes_on, under_way
+from parallel.footprint import Footprint, footprint, shapes_on, units_of
 from parallel.layout import Layout, ParallelConfig
 from parallel.parts import keep_parts, parts_of
+from parallel.peak import Moment, forward_pass, moments_of
 from parallel.pipeline import Stage
 from parallel.placement import Schedule
 from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
@@ -77,7 +79,7 @@ def test_fsdp_gathers_the_units_that_are_counted(workers, reshard, dtype):
     """At most the root and one block with half of its experts are whole, or else all; all gradients between micro-batches."""
     parallel = replace(FSDP, expert=2, reshard_after_forward=reshard)
     shapes = {name: tensor.shape for name, tensor in state_shapes(CONFIG).items() if "bias" not in name}
-    units = gathered_units(Layout(parallel, 2, CONFIG), shapes, dtype.itemsize)
+    units = units_of(Layout(parallel, 2, CONFIG), shapes, dtype.itemsize)
     root, blocks = units["root"].bytes, [unit.bytes for key, unit in units.items() if key.isdigit()]
     expected = root + max(blocks) if reshard else sum(unit.bytes for unit in units.values())
     ranks = workers.run(2, measure, Case(parallel, dtype))
@@ -119,10 +121,11 @@ def check_under_way(workers: Any, parallel: ParallelConfig, slack: float) -> Non
     layout = Layout(parallel, 2, CONFIG, (LENGTH,))
     size = parallel.micro_batch
     for rank, most in enumerate(workers.run(2, most_alive, Case(parallel))):
-        counted = under_way(
-            layout, CONFIG, rank // layout.stage_ranks, sequence_length=LENGTH, micro_batch=size,
-            micro_batches=SEQUENCES // size, element_size=4,
-        ).kept  # fmt: skip
+        forward = forward_pass(layout, sequence_length=LENGTH, micro_batch=size, element_size=4)
+        moments = list(moments_of(layout, CONFIG, forward, 4, SEQUENCES // size, rank // layout.stage_ranks))
+        counted = max(moment.activations for moment in moments)
+        if parallel.pipeline == 1:
+            counted += end_bytes(CONFIG, forward).head_gradient
         assert most == pytest.approx(counted, rel=slack)
 
 
@@ -133,29 +136,58 @@ P = parameter_counts(V3).trainable
 
 
 def of_v3(world_size: int, moment_size: int = 2, micro_batches: int = 1, **parallel: Any) -> Footprint:
-    return footprint(Layout(ParallelConfig(**parallel), world_size, V3), V3, 2, moment_size, micro_batches)
+    return footprint(Layout(ParallelConfig(**parallel), world_size, V3), V3, moment_size, micro_batches)
+
+
+def of_a_step(world_size: int, micro_batches: int = 1, **parallel: Any) -> dict[str, Moment]:
+    """V3 in bf16, T = 4,096."""
+    layout = Layout(ParallelConfig(**parallel), world_size, V3)
+    forward = forward_pass(layout, sequence_length=4096, micro_batch=1, element_size=2, device="cuda")
+    return {moment.when: moment for moment in moments_of(layout, V3, forward, 2, micro_batches)}
+
+
+HEAD = 129280 * 7168
+ATTENTION = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+SHARED, DENSE = 3 * 7168 * 2048, 3 * 7168 * 18432
+EXPERTS = 256 * 3 * 7168 * 2048
 
 
 def test_v3_on_1024_processes_of_fsdp_with_64_expert_ranks():
     """12 bytes a parameter over 1,024 ranks are 8.0 GB; a block is gathered with 4 of its 256 experts, and the head in fp32."""
     held = of_v3(1024, engine="fsdp", expert=64)
     assert held.parameters + held.gradients + held.moments == pytest.approx(12 * P / 1024 + biases(V3), rel=0.01)
-    head = 129280 * 7168
-    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
-    dense = attention + 3 * 7168 * 18432  # more than attention, four experts and the shared one
-    # Head and embedding in fp32 and the first block in bf16, as the forward pass begins. In the end the embedding's gradient takes
-    # the embedding's place; between two dense blocks, 2 + 2 + 4 bytes of 0.58 B are less than 2 bytes of them and 4 of 0.93 B.
-    assert held.gathered == pytest.approx(4 * head + 4 * head + 2 * dense, rel=0.001)
+    step = of_a_step(1024, engine="fsdp", expert=64)
+    # Head and embedding in fp32, the latter a second time, as it arrived.
+    assert step["first layers"].gathered == pytest.approx(
+        12 * HEAD, rel=0.01
+    )  # with rows that 1,024 ranks do not share evenly
+    # Backward in a layer with experts: head in fp32, this layer and the one before it in bf16, without padding.
+    layer = 2 * (ATTENTION + SHARED + EXPERTS // 64)
+    assert step["backward in layer 30"].gathered == pytest.approx(4 * HEAD + 2 * layer, rel=0.03)
+    # The gradient of what is not experts' of the layer behind is still being sent; and rows to and from experts travel.
+    sent = step["backward in layer 30"].communication - 8 * 4096 * 2 * 7168
+    assert sent == pytest.approx(4 * (ATTENTION + SHARED), rel=0.05)
+    # Head's, embedding's and one of them on its way.
+    end = step["end, as they are sent"]
+    assert end.gradients + end.communication == pytest.approx(12 * HEAD + held.gradients, rel=0.01)
 
 
 def test_v3_without_resharding_keeps_every_block_whole():
-    few = of_v3(1024, engine="fsdp", expert=64, reshard_after_forward=False)
-    experts = 59 * 256 * 3 * 7168 * 2048
+    few = of_a_step(1024, engine="fsdp", expert=64, reshard_after_forward=False)
+    experts = 59 * EXPERTS
     whole = P - experts + experts / 64
-    heads = 2 * 129280 * 7168
-    assert few.gathered == pytest.approx(2 * (whole - heads) + 4 * heads + 2 * heads, rel=0.01)
-    many = of_v3(1024, engine="fsdp", expert=64, reshard_after_forward=False, micro_batches=2)
-    assert many.gathered - few.gathered == pytest.approx(4 * whole - 2 * heads, rel=0.01)
+    assert few["loss"].gathered == pytest.approx(2 * (whole - 2 * HEAD) + 8 * HEAD, rel=0.05)  # padding, as above
+    many = of_a_step(1024, 2, engine="fsdp", expert=64, reshard_after_forward=False)
+    first = "backward in layer 61"  # of the last micro-batch: gradients of the others lie there whole, in fp32
+    assert many[first].gradients == pytest.approx(4 * whole + 2 * EXPERTS / 64, rel=0.05)
+    assert few[first].gradients == pytest.approx(4 * HEAD + 2 * EXPERTS / 64, rel=0.01)
+
+
+def test_a_step_of_one_micro_batch_has_gradients_of_the_layers_that_have_gone_backward():
+    """So that a further one needs the memory of all gradients while the first layers' activations are there."""
+    one, two = (of_a_step(64, number, engine="fsdp")["backward in layer 61"] for number in (1, 2))
+    assert two.gradients - one.gradients == pytest.approx(4 * P / 64, rel=0.01)
+    assert two._replace(gradients=0) == one._replace(gradients=0)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +207,7 @@ def test_v3_without_resharding_keeps_every_block_whole():
 )
 def test_bytes_of_a_parameter_under_each_engine_on_64_processes(engine, offload, device, host):
     held = of_v3(64, moment_size=4, engine=engine, offload=offload)
-    assert held.device - held.gathered - biases(V3) == pytest.approx(device * P, rel=1e-3)
+    assert held.parameters + held.gradients + held.moments - biases(V3) == pytest.approx(device * P, rel=1e-3)
     assert held.host == pytest.approx(host * P, rel=1e-3)
 
 
@@ -255,8 +287,11 @@ def most_alive(case: Case) -> int:
     batches = micro_batches(case, 0)
     marks: list[int] = []  # bytes of gradients at each
 
+    def gradients() -> int:
+        return sum(p.grad.nbytes for p in engine.model.parameters() if p.grad is not None)
+
     def mark(returned: Any = None) -> None:
-        marks.append(sum(p.grad.nbytes for p in engine.model.parameters() if p.grad is not None))
+        marks.append(gradients() - before)
         with torch.profiler.record_function(f"mark {len(marks)}"):
             pass
 
@@ -270,6 +305,7 @@ def most_alive(case: Case) -> int:
 
     for _ in range(2):  # one-time allocations; DDP makes its buckets anew in the second step
         engine.step(batches, SETTINGS)
+    before = gradients()  # in DDP's buckets
     chunks = ["forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"]
     patches = [patch.object(Stage, name, marked(getattr(Stage, name))) for name in chunks]
     patches += [
@@ -291,7 +327,7 @@ def most_alive(case: Case) -> int:
             live += event.nbytes()
         elif event.name().startswith("mark "):
             found[int(event.name().split()[1])] = live
-    return max(found[number] - gradients for number, gradients in enumerate(marks, start=1))
+    return max(found[number] - new for number, new in enumerate(marks, start=1))
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from parallel.footprint import footprint, peak_bytes, shapes_on, under_way
+from parallel.footprint import footprint, shapes_on
+from parallel.peak import forward_pass, fullest, moments_of
 from train.planning.step import PlannedStep
 
 MOMENTS = {"fp32": 4, "bf16": 2}  # bytes
@@ -10,15 +11,16 @@ MOMENTS = {"fp32": 4, "bf16": 2}  # bytes
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a process that are alive at once, in a step of one kind.
+    """Bytes of a process at the moment of a step when most are alive: `peak` is their sum.
 
-    On its device lie the parts of parameters, gradients and moments that the layout gives it, what it gathers of others, buffers of
-    messages (`parallel.footprint`), what a micro-batch, or those under way in a pipeline, keep for their backward pass, and what a
-    block needs at work (`model.activations`); not counted is the allocator's slack. On the host lie what is offloaded and the
-    average of the weights.
+    On its device lie the parts of parameters and moments that the layout gives it (`parallel.footprint`), and what a moment needs
+    beside them (`parallel.peak`): gradients as far as they are there, what it gathers of others, buffers of messages, what a
+    micro-batch, or those under way in a pipeline, keep for their backward pass, and what a block needs at work; not counted is the
+    allocator's slack. On the host lie what is offloaded and the average of the weights.
     """
 
     pipeline_rank: int
+    when: str  # what it does then
     parameters: int
     gradients: int
     moments: int
@@ -26,37 +28,37 @@ class RankMemory:
     communication: int
     activations: int
     working: int
-    peak: int  # not always the sum: gradients may take the place of activations
+    peak: int
     host: int
 
 
 def memory_of(step: PlannedStep, pipeline_rank: int = 0) -> RankMemory:
     """What the fullest of its processes holds."""
     recipe, layout, config = step.recipe, step.layout, step.config
-    element = step.compute.itemsize
-    held = footprint(layout, config, element, MOMENTS[recipe.precision.moments], step.micro_batches, pipeline_rank)
-    activations = under_way(
+    moment = MOMENTS[recipe.precision.moments]
+    held = footprint(layout, config, moment, step.micro_batches, pipeline_rank)
+    forward = forward_pass(
         layout,
-        config,
-        pipeline_rank,
         sequence_length=step.span.sequence_length,
         micro_batch=step.micro_batch,
-        micro_batches=step.micro_batches,
-        element_size=element,
+        element_size=step.compute.itemsize,
         device="cuda" if recipe.on_gpu else "cpu",
+        imbalance=step.imbalance,
     )
+    most = fullest(moments_of(layout, config, forward, moment, step.micro_batches, pipeline_rank))
     holders = layout.stage_ranks if layout.config.engine == "ddp" else layout.shard  # of one average of the weights
     here = sum(shape.numel() for shape in shapes_on(layout, config, pipeline_rank).values())
     average = 4 * -(-here // holders) if recipe.optimizer.ema else 0
     return RankMemory(
         pipeline_rank,
+        most.when,
         held.parameters,
-        held.gradients,
+        most.gradients,
         held.moments,
-        held.gathered,
-        0,
-        activations.kept,
-        activations.working,
-        peak_bytes(layout, config, held, activations.kept, activations.working, step.micro_batches),
+        most.gathered,
+        most.communication,
+        most.activations,
+        most.working,
+        held.parameters + held.moments + most.all,
         held.host + average * (2 if recipe.on_gpu else 1),
     )
