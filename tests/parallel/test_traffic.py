@@ -251,3 +251,44 @@ def test_a_ring_sends_what_the_text_books_say():
     assert sent("all_gather", 4, 8) == sent("reduce_scatter", 4, 8) == 6
     assert sent("all_reduce", 4, 8) == 12
     assert sent("all_reduce", 1, 8) == 0
+
+
+@pytest.mark.parametrize(
+    "flow, node, expected",
+    [
+        # 64 neighbours, 8 to a node, 64 bytes: 7 go to others of the node, 56 to other nodes, one stays.
+        (Flow("tokens", "all_to_all", 64, 64), 8, (7, 56)),
+        (Flow("tokens", "all_to_all", 64, 64), 72, (63, 0)),
+        # Two nodes of 4: a ring of 8 sends 7 of 8 bytes; one of the 4 rings through a node leaves it at this device.
+        (Flow("blocks", "all_gather", 8, 8), 4, (7 * 3 / 4, 7 / 4)),
+        (Flow("gradients", "all_reduce", 8, 8), 4, (14 * 3 / 4, 14 / 4)),
+        (Flow("gradients", "reduce_scatter", 8, 8), 8, (7, 0)),
+        # 4 replicas, 8 apart: each on a node of its own. 2 apart: all on one.
+        (Flow("gradients", "all_reduce", 4, 8, stride=8), 8, (0, 12)),
+        (Flow("gradients", "all_reduce", 4, 8, stride=2), 8, (12, 0)),
+        # 6 neighbours on nodes of 4: 3 to a node, as 4 would not divide them.
+        (Flow("blocks", "all_gather", 6, 6), 4, (5 * 2 / 3, 5 / 3)),
+        # From rank 4 to rank 8 and to rank 0, on nodes of 8.
+        (Flow("states", "send", 2, 8, stride=4, first=4), 8, (0, 8)),
+        (Flow("gradients of states", "send", 2, 8, stride=-4, first=4), 8, (8, 0)),
+    ],
+)
+def test_what_leaves_a_node_follows_from_where_ranks_lie(flow: Flow, node: int, expected: tuple[float, float]):
+    links = flow.by_link(node)
+    assert links == pytest.approx(expected)
+    if flow.collective != "all_to_all":
+        assert sum(links) == pytest.approx(flow.sent)
+
+
+def test_neighbours_share_experts_and_replicas_are_far_apart():
+    """8 ranks in 2 stages of 4: 2 replicas, 2 ranks apart, of experts on 2 neighbours."""
+    config = ParallelConfig("fsdp", pipeline=2, replicate=2, expert=2, unproven=True)
+    layout = Layout(config, 8, CONFIG, (LENGTH,))
+    flows = step_traffic(layout, CONFIG, tokens=64, micro_batches=2, element_size=2, pipeline_rank=1)
+    places = {(flow.what, flow.collective): (flow.ranks, flow.stride, flow.first) for flow in flows}
+    assert places["tokens", "all_to_all"] == (2, 1, 0)
+    assert places["blocks", "all_gather"] == (2, 1, 0)
+    assert ("experts", "all_gather") not in places  # whole on each
+    assert places["gradients of states", "send"] == (2, -4, 4)
+    strides = {flow.stride for flow in flows if flow.what == "gradients" and flow.ranks == 2}
+    assert strides >= {1, 2}
