@@ -34,9 +34,10 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
+import parallel.overlap
 from parallel.ddp import DDPEngine
 from parallel.expert import WAIT_FOR_ROWS
 from parallel.pipeline import Stage
@@ -214,6 +215,7 @@ class StepBytes(LiveBytes):
         yield Stage, "forward_one_chunk", self._taking("incoming")
         yield Stage, "backward_one_chunk", self._taking("of_outgoing")
         yield DDPEngine, "_sum_gradients", self._making("communication")
+        yield parallel.overlap, "_as_here", _with_modes
         yield self.engine, "backward", self._summing
         yield self.engine, "update", self._updating
 
@@ -283,6 +285,34 @@ def _gradients(parameters: Iterable[FSDPParam]) -> Iterator[Tensor | None]:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _with_modes(as_here: Any) -> Any:
+    """A thread of its own, as a chunk has that overlaps another, has no modes: give it those of this one."""
+
+    def with_modes(run: Callable[[], None]) -> Callable[[], None]:
+        modes = _get_current_dispatch_mode_stack()
+
+        def there() -> None:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(_again(mode) if isinstance(mode, LiveBytes) else mode)
+                run()
+
+        there_as_here: Callable[[], None] = as_here(there)
+        return there_as_here
+
+    return with_modes
+
+
+@contextmanager
+def _again(live: LiveBytes) -> Iterator[None]:
+    """Storages that are resized are followed already."""
+    TorchDispatchMode.__enter__(live)
+    try:
+        yield
+    finally:
+        TorchDispatchMode.__exit__(live, None, None, None)
 
 
 def _and_then(run: Any, look: Any) -> Any:

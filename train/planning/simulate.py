@@ -10,7 +10,6 @@ alive when. What is not:
 - Values: tokens are zeros, and every layer's fullest expert rank is the one looked at (`train.planning.load`).
 - Messages arrive at once. A run holds a sent one until its receiver has it, and gathers ahead while it computes.
 - Of a step's micro-batches only so many go through as can be alive at the same time (`enough`).
-- Overlapped chunks of DualPipeV go one after the other.
 - On a GPU: attention by a kernel that pads nothing and masks nothing; results of kernels stand for them, with the rows that
   grouped products read by an index; no `run.compile`; neither the allocator's slack nor what CUDA and NCCL take.
 - On a CPU what C++ kernels take while they run.
@@ -189,7 +188,6 @@ def _engine(step: PlannedStep, model: Transformer) -> Any:
     if step.layout.config.engine == "ddp" and engine.replicas:
         engine.buckets_are_final, engine.replicas.reducer = True, Buckets(engine.replicas.reducer)
     if engine.pipeline:
-        engine.pipeline.turns = None
         engine.pipeline.outbox.waiter = None
     return engine
 
@@ -199,6 +197,13 @@ def _launcher(step: PlannedStep, engine: Any) -> Callable[[int], Any]:
     config, span = step.config.at_length(step.span.sequence_length), step.span
     engine.model.set_positions(config)
     size = step.micro_batch, span.sequence_length + 1 + config.num_nextn_predict_layers
-    batch = Batch(torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int32))
     settings = StepSettings(lr=1e-4, gamma=1e-3, alpha=1e-4, lambda_=0.3, batch=span.sequences)
-    return lambda micro_batches: engine.launch([batch] * micro_batches, settings)
+
+    def launch(micro_batches: int) -> None:
+        batches = [
+            Batch(torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int32))
+            for _ in range(micro_batches)
+        ]
+        engine.launch(batches, settings)
+
+    return launch

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.ops.cpu
 import parallel.build
 import parallel.ddp
+import parallel.overlap
 import parallel.step
 from model.ops.attention.assembled import Assembled
 from model.ops.fp8.kernels import SwiGLUGradients
@@ -97,6 +98,8 @@ class Arrivals(TorchDispatchMode):
     """What one waits for lies where it lay: the shapes of these operations would be new memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is WAIT_FOR_ROWS:
+            parallel.overlap.meanwhile()
         return args[0].detach() if func in WAITS else func(*args, **(kwargs or {}))
 
 
