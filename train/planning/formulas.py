@@ -1,29 +1,33 @@
 """How each figure of a plan is computed: a line, with the functions that hold the equation."""
 
+from textwrap import wrap
 from typing import Any
 
 from train.config import RecipeError
 from train.planning.plan import Plan
 from train.planning.written import duration, figure, share, size, words
 
+WIDTH = 128
+
 # Of `RankMemory`.
 _MEMORY = {
+    "when": "the moment of a step at which most is alive, of which all bytes are said: `parallel.peak.moments_of`",
     "parameters": "4 bytes for each element that the layout gives the process, and whole routers' biases: "
     "`parallel.footprint.footprint`",
-    "gradients": "4 bytes for each element, of its part under zero2, zero3 and fsdp, else of all it computes with: "
-    "`parallel.footprint.footprint`",
+    "gradients": "of those of its part, 4 bytes for each element, what is there at the peak, and of others' until they are sent: "
+    "`parallel.peak.moments_of`",
     "moments": "2 · m bytes for each element of its part, m = 4 or, with precision.moments: bf16, 2: "
     "`parallel.footprint.footprint`",
-    "gathered": "what it has whole for a while of parameters (and, under fsdp, gradients) that others keep: "
-    "`parallel.footprint.footprint`",
-    "communication": "buffers in which messages are put together and arrive: `train.planning.memory.memory_of`",
+    "gathered": "parameters that others keep, as they arrive and as they are used, at the peak: `parallel.peak.moments_of`",
+    "communication": "gradients that are sent, rows of tokens, states, and DeepSpeed's bucket, at the peak: "
+    "`parallel.peak.moments_of`",
     "activations": "what forward passes under way leave for their backward passes, bytes a token by operation: "
-    "`parallel.footprint.under_way` of `model.activations.activation_bytes`",
-    "working": "the largest block's tensors while it computes, or a chunk of logits: `model.activations.working_bytes`",
-    "peak": "the most that live at once, which is their sum but where gradients take the place of activations: "
-    "`parallel.footprint.peak_bytes`",
-    "host": "what is offloaded, and the average of the weights, 4 bytes an element of the process's part, twice beside a GPU: "
-    "`train.planning.memory.memory_of`",
+    "`parallel.peak.moments_of` of `model.activations.layer_bytes`",
+    "working": "the tensors of a layer at work at the peak, or a chunk of logits: `model.activations.layer_bytes`, "
+    "`model.activations.loss_bytes`",
+    "peak": "the sum of these at the moment of a step when it is largest: `parallel.peak.fullest`",
+    "host": "what is offloaded, and the average of the weights, 4 bytes an element of the process's part, twice beside a "
+    "GPU: `train.planning.memory.memory_of`",
 }
 
 # Of `Plan.numbers()`, and before them the fields of `RankMemory`.
@@ -101,10 +105,9 @@ def _explained(plan: Plan, key: str, value: Any) -> list[str]:
         lines += [f"    {line}" for line in value]
     elif "bytes" in key:
         lines[0] += f" ({size(value)})"
-    lines.append(f"    {FORMULAS[key]}")
+    lines += wrap(FORMULAS[key], WIDTH, initial_indent="    ", subsequent_indent="    ")
     if key == "step_seconds" and plan.time:
-        lines += [
-            f"    {duration(term.seconds):>8} {share(term.seconds, value):>7}  {term.name}: {term.formula}"
-            for term in plan.time.terms
-        ]
+        for term in plan.time.terms:
+            line = f"    {duration(term.seconds):>8} {share(term.seconds, value):>7}  {term.name}: {term.formula}"
+            lines += wrap(line, WIDTH, subsequent_indent=" " * 24)
     return lines

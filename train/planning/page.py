@@ -11,8 +11,8 @@ from train.config import RecipeError
 from train.planning import pictures
 from train.planning.formulas import FORMULAS
 from train.planning.plan import Plan
-from train.planning.shown import KINDS, LINKS, answer, beside, layout_in_words, parts_of, timeline_of, title
-from train.planning.written import amount, duration, figure, share, size, words
+from train.planning.shown import KINDS, LINKS, answer, beside, layout_in_words, parts_of, room_of, timeline_of, title
+from train.planning.written import amount, counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
     from train.planning.search import Search
@@ -50,6 +50,7 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         "share": share,
         "words": words,
         "code": code,
+        "counted": counted,
     }
     numbers = plan.numbers()
     course = timeline_of(plan.step, plan.time) if len(plan.memory) > 1 else None
@@ -63,6 +64,7 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         colours=pictures.COLOURS,
         parts_of=parts_of,
         stages=pictures.STAGES[: plan.layout.config.stages // plan.layout.config.pipeline],
+        room=room_of(plan),
         memory=Markup(pictures.memory(plan)),
         terms=Markup(pictures.terms(plan.time.terms)) if plan.time else "",
         course=course,

@@ -11,7 +11,7 @@ from data.report.figures import PALETTE
 from parallel.timeline import Action
 from train.planning.formulas import FORMULAS
 from train.planning.plan import Plan
-from train.planning.shown import KINDS, Timeline, parts_of
+from train.planning.shown import KINDS, Timeline, parts_of, room_of
 from train.planning.step_time import Term
 from train.planning.written import duration, share, size
 
@@ -31,10 +31,9 @@ STAGES = (
 
 def memory(plan: Plan) -> str:
     """A stacked bar for each pipeline rank, and the line of what the device has to use."""
-    usable = plan.device.usable if plan.device else None
-    stacks = [sum(parts_of(held).values()) for held in plan.memory]
-    scale = (WIDTH - LABEL - RIGHT) / max([usable or 0, *stacks, *(held.peak for held in plan.memory)])
-    top = 26 if usable else 4
+    room = room_of(plan)
+    scale = (WIDTH - LABEL - RIGHT) / room.bytes
+    top = 26 if room.usable else 4
     height = top + ROW * len(plan.memory) + 4
     drawn = []
     for row, held in enumerate(plan.memory):
@@ -47,17 +46,14 @@ def memory(plan: Plan) -> str:
             if count:
                 about = f"{name}, {KINDS[kind]}: {count:,} bytes ({size(count)})\n{FORMULAS[kind]}"
                 drawn.append(_box(start, y, end - start, BAR, f'class="part" fill="{COLOURS[kind]}"', about))
-        if sum(parts.values()) != held.peak:
-            drawn.append(_line(LABEL + scale * held.peak, y - 3, y + BAR + 3, "peak", f"peak: {held.peak:,} bytes"))
-        over = usable is not None and held.peak > usable
+        over = room.usable is not None and held.peak > room.usable
         drawn.append(
             _text(WIDTH - RIGHT + 10, y + 13, size(held.peak) + " too much" * over, kind="over" if over else "")
         )
-    if plan.device and usable:
-        x = LABEL + scale * usable
-        about = f"{usable:,.0f} bytes of {plan.device.memory:,.0f}"
-        drawn.append(_line(x, top - 8, height, "usable", about))
-        drawn.append(_text(x, 12, f"usable {size(usable)}", "end" if x > WIDTH / 2 else "start"))
+    if plan.device and room.usable:
+        x = LABEL + scale * room.usable
+        drawn.append(_line(x, top - 8, height, "usable", f"{room.usable:,.0f} bytes of {plan.device.memory:,.0f}"))
+        drawn.append(_text(x, 12, f"usable {size(room.usable)}", "end" if x > WIDTH / 2 else "start"))
     return _svg(height, drawn, "memory of each pipeline rank by kind")
 
 

@@ -10,7 +10,7 @@ from train.planning.memory import RankMemory
 from train.planning.plan import Plan
 from train.planning.step import PlannedStep, costs_of_engine, pace_by_flops, play
 from train.planning.step_time import StepTime
-from train.planning.written import amount, duration, share, size
+from train.planning.written import amount, counted, duration, long_time, share, size
 
 if TYPE_CHECKING:
     from train.planning.simulate import Simulation
@@ -33,7 +33,7 @@ ANSWER = {
     "tokens_per_second_per_device": "Tokens per second",
     "mfu": "MFU",
     PER_TRILLION: "GPU-hours",
-    "days": "Days",
+    "days": "Run",
     "peak_bytes_per_rank": "Memory of a process",
     "micro_batches_per_step": "Largest step",
     "tokens": "Run",
@@ -55,9 +55,7 @@ def title(plan: Plan) -> str:
     """V3 on 2,048 × H800."""
     model = plan.recipe.model.preset or "a model"
     processes = plan.layout.world_size
-    if plan.device:
-        return f"{model} on {processes:,} × {plan.device.name}"
-    return f"{model} on {processes:,} process{'es' if processes > 1 else ''}"
+    return f"{model} on " + (f"{processes:,} × {plan.device.name}" if plan.device else counted(processes, "process"))
 
 
 def answer(plan: Plan, numbers: Mapping[str, Any]) -> list[Fact]:
@@ -72,7 +70,9 @@ def answer(plan: Plan, numbers: Mapping[str, Any]) -> list[Fact]:
 def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     held, c, span, processes = plan.fullest, plan.layout.config, plan.step.span, plan.layout.world_size
     where = f" on pipeline rank {held.pipeline_rank}" if c.pipeline > 1 else ""
-    steps = f"{span.sequences:,} sequences of {span.sequence_length:,}, {plan.step.micro_batches:,} micro-batches"
+    steps = (
+        f"{span.sequences:,} sequences of {span.sequence_length:,}, {counted(plan.step.micro_batches, 'micro-batch')}"
+    )
     if plan.device and plan.time:
         speed, days, hours = (numbers[key] for key in ("tokens_per_second_per_device", "days", PER_TRILLION))
         yield "fits", "yes" if plan.fits else "no", f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
@@ -80,7 +80,7 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         yield "tokens_per_second_per_device", amount(speed), f"on each device; {amount(speed * processes)} on all"
         yield "mfu", share(numbers["mfu"]), f"of the device's peak in {'FP8' if c.fp8 else plan.recipe.compute}"
         yield PER_TRILLION, amount(hours), f"per trillion tokens; {amount(days * 24 * processes)} in all"
-        yield "days", f"{days:,.1f}" if days >= 0.1 else f"{days:.2g}", f"for {amount(numbers['tokens'])} tokens"
+        yield "days", long_time(days), f"for {amount(numbers['tokens'])} tokens in {numbers['steps']:,} steps"
     else:
         yield "peak_bytes_per_rank", size(held.peak), f"at its peak{where}"
         yield "micro_batches_per_step", amount(span.batch_tokens), f"tokens: {steps} a process"
@@ -103,6 +103,21 @@ def layout_in_words(plan: Plan) -> str:
     if c.offload != "none":
         parts.append(f"offload={c.offload}")
     return " · ".join([*parts, f"micro_batch={plan.step.micro_batch}", f"recompute={c.recompute}"])
+
+
+class Room(NamedTuple):
+    """What bars of memory are drawn in."""
+
+    bytes: float
+    usable: float | None  # where the line stands; None: not in the picture
+
+
+def room_of(plan: Plan) -> Room:
+    """As much as the fullest rank needs, or the device has, unless it has so much more that nothing would be seen of the bars."""
+    usable, most = plan.device.usable if plan.device else None, plan.fullest.peak
+    if usable is None or 8 * most < usable:
+        return Room(most, None)
+    return Room(max(usable, most), usable)
 
 
 def parts_of(held: RankMemory) -> dict[str, int]:

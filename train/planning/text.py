@@ -10,16 +10,18 @@ from train.planning.plan import Plan
 from train.planning.shown import (
     KINDS,
     LINKS,
+    Room,
     Timeline,
     answer,
     beside,
     kind_of,
     layout_in_words,
     parts_of,
+    room_of,
     timeline_of,
     title,
 )
-from train.planning.written import duration, figure, share, size, words
+from train.planning.written import counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
     from train.planning.simulate import Simulation
@@ -63,35 +65,32 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    usable = plan.device.usable if plan.device else None
-    scale = max([usable or 0, *(sum(parts_of(held).values()) for held in plan.memory)]) / WIDTH
-    fullest = plan.fullest
+    room, fullest = room_of(plan), plan.fullest
     several, digits = len(plan.memory) > 1, len(str(len(plan.memory) - 1))
     label = 5 + digits if several else 0
-    lines = [
-        "memory of the fullest process" + (" of each pipeline rank" if several else "")
-        + (f"; │ is what {plan.device.name} has to use: {size(usable)}" if plan.device and usable else "")
-    ]  # fmt: skip
+    mark = "│ is" if room.usable else "off the picture:"
+    usable = f"; {mark} what {plan.device.name} has for a run: {size(plan.device.usable)}" if plan.device else ""
+    lines = [f"memory of the fullest process{' of each pipeline rank' * several}{usable}"]
     for held in plan.memory:
         name = f"rank {held.pipeline_rank:{digits}} " if several else ""
-        over = " too much" if usable and held.peak > usable else ""
-        lines.append(f"{name}{_stacked(held, scale, usable)} {size(held.peak):>7}{over}")
+        over = " too much" if room.usable and held.peak > room.usable else ""
+        lines.append(f"{name}{_stacked(held, room)} {size(held.peak):>7}{over}")
     of = f" of rank {fullest.pipeline_rank}" if several else ""
     legend = [f"{FILL[kind]} {KINDS[kind]} {size(count)}" for kind, count in parts_of(fullest).items() if count]
-    lines += [f"{'':{label}} {line}" for line in _wrapped([*legend, f"= {size(fullest.peak)}{of}"])]
-    if sum(parts_of(fullest).values()) != fullest.peak:
-        lines.append(f"{'':{label}} not all of it at the same time")
+    lines += [f"{'':{label}} {line}" for line in _wrapped([*legend, f"= {size(fullest.peak)}{of}, {fullest.when}"])]
     if fullest.host:
         lines.append(f"{'':{label}} and {size(fullest.host)} on the host")
     return lines
 
 
-def _stacked(held: RankMemory, scale: float, usable: float | None) -> str:
-    parts = parts_of(held)
+def _stacked(held: RankMemory, room: Room) -> str:
+    parts, scale = parts_of(held), room.bytes / WIDTH
     ends = [round(end / scale) for end in accumulate(parts.values(), initial=0)]
     bar = "".join(FILL[kind] * (end - start) for kind, (start, end) in zip(parts, pairwise(ends))).ljust(WIDTH)
-    place = min(round(usable / scale), WIDTH) if usable else None
-    return bar if place is None else f"{bar[:place]}│{bar[place:]}"
+    if room.usable is None:
+        return bar
+    place = round(room.usable / scale)
+    return f"{bar[:place]}│{bar[place:]}"
 
 
 def _time(plan: Plan) -> list[str]:
@@ -115,8 +114,9 @@ def _links(plan: Plan) -> list[str]:
     speeds = {"node": plan.device.link_bandwidth, "network": plan.device.network}
     lines = ["what a process sends in a step"]
     for link, count in plan.time.sent.items():
-        takes = f"{size(speeds[link])}/s: {duration(count / speeds[link])} in all, hidden behind products or not"
-        lines.append(f"{LINKS[link]:30} {size(count):>8}" + (f"   {takes}" if count else ""))
+        if count:
+            takes = f"{size(speeds[link])}/s: {duration(count / speeds[link])} in all, hidden behind products or not"
+            lines.append(f"{LINKS[link]:30} {size(count):>8}   {takes}")
     return lines
 
 
@@ -131,7 +131,7 @@ def _pipeline(course: Timeline) -> Iterator[str]:
         pictures = [_row(chunks, start, end, column) for start, end in windows]
         yield f"rank {rank:{digits}} {' ⋯ '.join(pictures)}"
     if course.skipped:
-        yield f"{'':{digits + 5}} ⋯ and {course.skipped:,} micro-batches more, each as those beside the cut"
+        yield f"{'':{digits + 5}} ⋯ and {counted(course.skipped, 'micro-batch')} more, each as those beside the cut"
 
 
 def _row(chunks: Sequence[Chunk], start: float, end: float, column: float) -> str:
@@ -152,9 +152,9 @@ def _row(chunks: Sequence[Chunk], start: float, end: float, column: float) -> st
 
 def _simulation(plan: Plan, simulation: "Simulation") -> list[str]:
     lines = [f"{'simulated beside counted':28} {'simulated':>10} {'counted':>10}"]
-    for name, found, counted in beside(plan, simulation):
-        ratio = f"{found / counted:7.3f}" if counted else f"{'–':>7}"
-        lines.append(f"{name:28} {size(found):>10} {size(counted):>10} {ratio}")
+    for name, found, formula in beside(plan, simulation):
+        ratio = f"{found / formula:7.3f}" if formula else f"{'–':>7}"
+        lines.append(f"{name:28} {size(found):>10} {size(formula):>10} {ratio}")
     return lines
 
 

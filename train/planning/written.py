@@ -2,8 +2,6 @@
 
 from typing import Any
 
-HOUR, DAY = 3600, 86400
-
 
 def size(count: float) -> str:
     """61234567890 as 61.2 GB; a GB is 10⁹ bytes, as memory is sold."""
@@ -21,6 +19,14 @@ def duration(seconds: float) -> str:
         if seconds >= unit * 0.9995:
             return f"{_three(seconds / unit)} {name}"
     return f"{_three(seconds / 1e-6)} µs" if seconds else "0 s"
+
+
+def long_time(days: float) -> str:
+    """55.74 as 55.7 days; less than a day in hours, less than an hour in minutes or seconds."""
+    for unit, name in ((1.0, "days"), (1 / 24, "h"), (1 / 1440, "min")):
+        if days >= unit:
+            return f"{days / unit:,.1f} {name}"
+    return duration(days * 86400)
 
 
 def amount(value: float) -> str:
@@ -51,6 +57,12 @@ def figure(name: str, value: Any) -> str:
     if value >= 1e15:
         return f"{value:.4g}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def counted(number: int, what: str) -> str:
+    """1 process, 1,024 processes."""
+    several = f"{what}{'es' if what[-1] in 'sh' else 's'}"
+    return f"{number:,} {what if number == 1 else several}"
 
 
 def words(name: str) -> str:

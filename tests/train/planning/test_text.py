@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.planning.plans import even, tiny, two, v3
 from train.planning import text
-from train.planning.shown import KINDS, timeline_of
+from train.planning.shown import KINDS, Room, timeline_of
 from train.planning.text import FILL, in_words
 
 
@@ -29,10 +29,18 @@ def test_one_process_has_no_pipeline() -> None:
 
 
 def test_bars_are_as_long_as_their_bytes() -> None:
-    """4 characters a GB; the line of what is usable stands behind the 11th GB."""
-    held = SimpleNamespace(**dict.fromkeys(KINDS, 10**9), peak=7 * 10**9)
-    bar = text._stacked(held, scale=0.25e9, usable=11e9)
-    assert bar.rstrip() == "".join(4 * letter for letter in FILL.values()) + 16 * " " + "│"
+    """18 GB in 72 characters, 4 a GB; the line of what is usable stands behind the 11th GB."""
+    held: Any = SimpleNamespace(**dict.fromkeys(KINDS, 10**9))
+    bar = text._stacked(held, Room(18e9, 11e9))
+    assert bar == ("".join(4 * letter for letter in FILL.values()) + 16 * " " + "│").ljust(73)
+    assert text._stacked(held, Room(7e9, None)).count(FILL["gathered"]) == 10
+
+
+def test_a_device_with_far_more_memory_is_off_the_picture() -> None:
+    lines = in_words(two())
+    assert any("off the picture: what H100 has for a run: 74.8 GB" in line for line in lines)
+    assert not any("│" in line for line in lines)
+    assert any("│ is what H800 has for a run: 74.8 GB" in line for line in in_words(v3()))
 
 
 def test_a_timeline_is_drawn_chunk_by_chunk() -> None:
