@@ -40,7 +40,8 @@ import torch
 from model.config import ModelConfig
 from model.hf import state_shapes
 from parallel.layout import Layout, cut_of
-from parallel.parts import EMBEDDING, parts_of
+from parallel.parts import EMBEDDING
+from parallel.placement import Placement
 
 Shapes = Mapping[str, torch.Size]
 
@@ -73,7 +74,7 @@ def footprint(
         moment_size: bytes of an element of each of the two moments.
         micro_batches: of a rank in a step.
     """
-    tensors = _on(layout, _tensors(config), pipeline_rank)
+    tensors = _on(config, _placement(layout), pipeline_rank)
     biases = sum(4 * shape.numel() for name, shape in tensors.items() if name.endswith(BIAS))
     shapes = {name: shape for name, shape in tensors.items() if not name.endswith(BIAS)}
     count = {"ddp": _ddp, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3, "fsdp": _fsdp}[layout.config.engine]
@@ -81,14 +82,24 @@ def footprint(
     return held._replace(parameters=held.parameters + biases)
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def parameter_shapes(config: ModelConfig) -> Shapes:
     """Shapes of the parameters, without the buffers."""
-    return {name: shape for name, shape in _tensors(config).items() if not name.endswith(BIAS)}
+    return _parameters_on(config, None, 0)
 
 
-def shapes_on(layout: Layout, config: ModelConfig, pipeline_rank: int) -> dict[str, torch.Size]:
+def shapes_on(layout: Layout, config: ModelConfig, pipeline_rank: int) -> Shapes:
     """Those that lie on a pipeline rank."""
-    return _on(layout, parameter_shapes(config), pipeline_rank)
+    return _parameters_on(config, _placement(layout), pipeline_rank)
+
+
+def _placement(layout: Layout) -> Placement | None:
+    return layout.placement if layout.config.pipeline > 1 else None
+
+
+@cache
+def _parameters_on(config: ModelConfig, placement: Placement | None, pipeline_rank: int) -> Shapes:
+    tensors = _on(config, placement, pipeline_rank)
+    return {name: shape for name, shape in tensors.items() if not name.endswith(BIAS)}
 
 
 @cache
@@ -96,25 +107,24 @@ def _tensors(config: ModelConfig) -> Shapes:
     return {name: tensor.shape for name, tensor in state_shapes(config).items()}
 
 
-def _on(layout: Layout, shapes: Shapes, pipeline_rank: int) -> dict[str, torch.Size]:
+@cache
+def _on(config: ModelConfig, placement: Placement | None, pipeline_rank: int) -> Shapes:
     """As `parallel.parts.keep_parts` leaves them."""
-    if layout.config.pipeline == 1:
-        return dict(shapes)
-    assert layout.model is not None
-    model, parts = layout.model, parts_of(layout)
-    mine = [parts[stage] for stage in layout.placement.stages_of(pipeline_rank)]
-    has_first, has_last = any(part.first for part in mine), any(part.last for part in mine)
-    layers = {layer for part in mine for layer in part.layers}
+    if placement is None:
+        return _tensors(config)
+    stages = placement.stages_of(pipeline_rank)
+    has_first, has_last = 0 in stages, len(placement.layers) - 1 in stages
+    layers = {layer for stage in stages for layer in placement.layers[stage]}
 
     def is_here(name: str) -> bool:
         if name.startswith("model.layers."):
             layer = int(name.split(".")[2])
-            return has_last if layer >= model.num_hidden_layers else layer in layers
+            return has_last if layer >= config.num_hidden_layers else layer in layers
         if name == EMBEDDING:
-            return has_first or (has_last and model.num_nextn_predict_layers > 0)
+            return has_first or (has_last and config.num_nextn_predict_layers > 0)
         return has_last
 
-    return {name: shape for name, shape in shapes.items() if is_here(name)}
+    return {name: shape for name, shape in _tensors(config).items() if is_here(name)}
 
 
 class Unit(NamedTuple):
