@@ -282,29 +282,31 @@ def _divisors(number: int) -> list[int]:
 
 def _of_group(space: _Space, group: _Group, fallen: "_Reasons") -> Iterator[Plan]:
     """Those that fit."""
-    usable, is_too_much = size(space.device.usable), False
+    does_not_fit = f"do not fit in {size(space.device.usable)}"
+    is_too_much = False
     for micro_batch in group.sizes:
         # The largest may be the only one of its step, whose gradients need not lie beside those of others.
         if is_too_much and micro_batch != group.sizes[-1]:
-            fallen.add("memory", f"do not fit in {usable}", how_many=len(RECOMPUTE))
+            fallen.add("memory", does_not_fit, how_many=len(RECOMPUTE))
             continue
-        for number, recompute in enumerate(RECOMPUTE, start=1):
-            plan = space.plan({**group.parallel, "micro_batch": micro_batch, "recompute": recompute})
-            if isinstance(plan, str):
-                fallen.refuse(plan)
-            elif plan.fits:
-                yield plan
-                example = f"{_line(space.recipe, plan)} fits"
-                fallen.add("recompute", "need not recompute so much to fit", example, len(RECOMPUTE) - number)
-                break
+        tried = [space.plan({**group.parallel, "micro_batch": micro_batch, "recompute": mode}) for mode in RECOMPUTE]
+        for problem in tried:
+            if isinstance(problem, str):
+                fallen.refuse(problem)
+        plans = [plan for plan in tried if not isinstance(plan, str)]
+        is_too_much = bool(plans) and not plans[-1].fits
+        fitting = next((number for number, plan in enumerate(plans) if not is_too_much and plan.fits), len(plans))
+        for plan in plans[:fitting]:
+            if 0 < plan.least < fallen.distance("memory"):
+                peak = plan.fullest.peak
+                example = f"{size(peak)}: {_line(space.recipe, plan)}"
+                fallen.add("memory", does_not_fit, example, distance=peak)
             else:
-                is_too_much = recompute == "full"
-                if plan.least < fallen.distance("memory"):
-                    peak = plan.fullest.peak
-                    example = f"{size(peak)}: {_line(space.recipe, plan)}"
-                    fallen.add("memory", f"do not fit in {usable}", example, distance=peak)
-                else:
-                    fallen.add("memory", f"do not fit in {usable}")
+                fallen.add("memory", does_not_fit)
+        if plans[fitting:]:
+            yield plans[fitting]
+            example = f"{_line(space.recipe, plans[fitting])} fits"
+            fallen.add("recompute", "need not recompute so much to fit", example, len(plans) - fitting - 1)
 
 
 class _Reasons:
