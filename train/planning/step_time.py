@@ -246,7 +246,8 @@ class _Planner:
         played = play(self.step, *self.pace)
         rank = max(range(self.parallel.pipeline), key=lambda rank: played.works[rank])
         alone = self.count * sum(sizes[n] for n in self._stages_of(rank))
-        self.overlap_saves = alone - played.works[rank]
+        if self._takes_turns:
+            self.overlap_saves = alone - played.works[rank]
         return rank, played.seconds - played.works[rank]
 
     # Terms
