@@ -77,7 +77,11 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         speed, days, hours = (numbers[key] for key in ("tokens_per_second_per_device", "days", PER_TRILLION))
         yield "fits", "yes" if plan.fits else "no", f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
         yield "step_seconds", duration(plan.time.seconds), steps
-        yield "tokens_per_second_per_device", amount(speed), f"on each device; {amount(speed * processes)} on all"
+        yield (
+            "tokens_per_second_per_device",
+            amount(speed),
+            "on each device" + f"; {amount(speed * processes)} on all" * several,
+        )
         yield "mfu", share(numbers["mfu"]), f"of the device's peak in {'FP8' if c.fp8 else plan.recipe.compute}"
         yield PER_TRILLION, amount(hours), f"per trillion tokens; {amount(days * 24 * processes)} in all"
         yield "days", long_time(days), f"for {amount(numbers['tokens'])} tokens in {numbers['steps']:,} steps"
