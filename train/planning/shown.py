@@ -80,7 +80,7 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         yield (
             "tokens_per_second_per_device",
             amount(speed),
-            "on each device" + f"; {amount(speed * processes)} on all" * several,
+            "on each device" + f"; {amount(speed * processes)} on all" * (processes > 1),
         )
         yield "mfu", share(numbers["mfu"]), f"of the device's peak in {'FP8' if c.fp8 else plan.recipe.compute}"
         yield PER_TRILLION, amount(hours), f"per trillion tokens; {amount(days * 24 * processes)} in all"
