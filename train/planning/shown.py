@@ -149,6 +149,7 @@ class Timeline:
         in_seconds: whether times are in seconds; else only their ratios are known.
         skipped: micro-batches that are not played.
         pause: what they take.
+        waits: share of the time in which a rank waits, in the mean over the whole step.
     """
 
     chunks: Sequence[Sequence[Chunk]]
@@ -157,6 +158,7 @@ class Timeline:
     in_seconds: bool
     skipped: int
     pause: float
+    waits: float
 
     @property
     def span(self) -> float:
@@ -191,8 +193,9 @@ def timeline_of(step: PlannedStep, time: StepTime | None = None) -> Timeline:
     chunks = timeline(order_of(c.schedule, c.pipeline, c.stages // c.pipeline, played), costs, sizes)
     shown = max(chunk.end for rank in chunks for chunk in rank)
     unit = costs.forward * sum(sizes) / len(sizes)
-    pause = play(step, costs, sizes).seconds - shown
-    return Timeline(chunks, c.stages, unit, pace is not None, step.micro_batches - played, pause)
+    whole = play(step, costs, sizes)
+    waits = 1 - sum(whole.works) / c.pipeline / whole.seconds
+    return Timeline(chunks, c.stages, unit, pace is not None, step.micro_batches - played, whole.seconds - shown, waits)
 
 
 def kind_of(action: Action) -> str:

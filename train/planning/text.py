@@ -124,8 +124,10 @@ def _pipeline(course: Timeline) -> Iterator[str]:
     """A row for each rank; a column is what a forward chunk takes, in the mean."""
     windows = course.windows(COLUMNS)
     column = max(sum(end - start for start, end in windows) / COLUMNS, course.unit)
-    yield "pipeline: F forward, B backward, W gradients of weights alone, & forward beside backward, · waits;"
-    yield f"small letters: in a stage behind the rank's first; a column is {course.length(column)}"
+    measure = "" if course.in_seconds else ", by FLOPs"
+    small = "; small letters: a later stage of the rank" if course.stages > len(course.chunks) else ""
+    yield f"pipeline: ranks wait {share(course.waits)} of the time in the mean{measure}; a column is {course.length(column)}"
+    yield f"F forward, B backward, W gradients of weights, & forward beside backward, · waits{small}"
     digits = len(str(len(course.chunks) - 1))
     for rank, chunks in enumerate(course.chunks):
         pictures = [_row(chunks, start, end, column) for start, end in windows]

@@ -45,7 +45,8 @@ def test_a_device_with_far_more_memory_is_off_the_picture() -> None:
 
 def test_a_timeline_is_drawn_chunk_by_chunk() -> None:
     """1f1b on two ranks: a backward pass takes two forward passes, the first rank waits for the last one's first."""
-    *_, first, last = text._pipeline(timeline_of(even("1f1b", 2, 3)))
+    said, _, first, last = text._pipeline(timeline_of(even("1f1b", 2, 3)))
+    assert said == "pipeline: ranks wait 25.0 % of the time in the mean, by FLOPs; a column is 1 F"  # 3 of 12
     assert first == "rank 0 FF··BBFBB·BB"
     assert last == "rank 1 ·FBBFBBFBB··"
 
