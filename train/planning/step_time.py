@@ -7,14 +7,11 @@ process that has the most to do, and add up to the step: where others have less,
     of a pipeline      what this rank waits for others: the step played through with these costs (`train.planning.step.play`)
     of a step          weights and gradients that travel, as far as nothing hides them, the optimizer
 
-A message hides behind what the device computes meanwhile, which it slows a little: of s seconds that travel beside c that compute
-max(0, s − c) + share · min(s, c) are added. What computes meanwhile:
+Messages hide behind what the device computes meanwhile (`train.planning.stages`):
 
-    tokens to experts    the shared experts, in both directions; in a chunk of dualpipev that goes forward and backward at once
-                         the whole other pass
     weights of blocks    the block before; at the step's beginning, where they stay gathered, the first micro-batch's forward pass
     gradients            the backward pass of the block before, or of the last micro-batch; in a pipeline nothing
-    nothing              latents, weights of embedding and head, what DeepSpeed's stages 1 and 2 send, states that fill a pipeline
+    nothing              weights of embedding and head, what DeepSpeed's stages 1 and 2 send, states that fill a pipeline
 
 Not counted: the host, which runs ahead of a GPU, and what it costs to start a message.
 """
@@ -24,16 +21,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from model.flops import flops_mfu
-from model.transformer import Part
 from parallel.footprint import shapes_on
-from parallel.parts import parts_of
-from parallel.timeline import Costs
 from parallel.traffic import Flow, Links, bytes_of_trips, step_traffic
 from train.planning.devices import Device
 from train.planning.memory import MOMENTS
-from train.planning.rates import Rates, rates_of
-from train.planning.step import Pace, PlannedStep, play
-from train.planning.work import How, Pass, Work, work_of_head, work_of_layer
+from train.planning.stages import Stage, Stages
+from train.planning.step import Pace, PlannedStep
 
 HOST_LINK = 50e9  # bytes/s between device and host in one direction: PCIe 5.0 with 16 lanes has 63; assumed
 HOST_MEMORY = 40e9  # bytes/s of host memory for each device of a node: 8 of 12 channels share about 300; assumed
@@ -76,183 +69,26 @@ def step_time(step: PlannedStep, device: Device) -> StepTime:
     Raises:
         DeviceError: FP8 on a device without it, or on a CPU, which emulates it.
     """
-    planner = _Planner(step, device)
-    terms = tuple(term for term in planner.terms() if term.seconds > 0)
+    planned = _Terms(step, device)
+    terms = tuple(term for term in planned if term.seconds > 0)
     seconds = sum(term.seconds for term in terms)
     layout, span = step.layout, step.span
     peak = device.fp8 if layout.config.fp8 else device.bf16
     assert peak
     flops = flops_mfu(step.config, span.sequence_length) * span.batch_tokens
-    return StepTime(terms, planner.sent(), flops / (seconds * layout.world_size * peak), planner.pace)
+    return StepTime(terms, planned.sent(), flops / (seconds * layout.world_size * peak), planned.stages.pace)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A stage, or the whole model: what a micro-batch does there, and seconds of it."""
-
-    work: Work
-    forward: float
-    inputs: float  # with what is computed again
-    weights: float
-    there: float  # seconds that tokens travel to experts forward, and back
-    back: float
-    again: float  # the same where the backward pass sends again
-    waits_forward: float  # what of it is not hidden in a pass by itself
-    waits_backward: float
-    latents_forward: float
-    latents_backward: float
-
-
-class _Planner:
-    """Terms of one step."""
+class _Terms:
+    """Of one step."""
 
     def __init__(self, step: PlannedStep, device: Device):
         self.step, self.device = step, device
-        self.layout, self.config = step.layout, step.config
-        c = self.parallel = step.layout.config
-        self.on_gpu = device.name != "cpu"
-        self.count = step.micro_batches
-        self.tokens = step.tokens // step.micro_batches
-        element = step.compute.itemsize
-        self.how = How(
-            tokens=self.tokens,
-            length=step.span.sequence_length,
-            element=element,
-            gathered=element if c.engine == "fsdp" else 4,
-            recompute=c.recompute,
-            fp8=c.fp8,
-            expert=c.expert,
-            context=c.context,
-            imbalance=step.imbalance,
-            accumulates=self.count > 1,
-            puts_together=self.on_gpu or element != 4,
-        )
-        self.rows = self.tokens * self.config.num_experts_per_tok * c.expert / self.config.n_routed_experts
-        if c.expert > 1:
-            self.rows *= step.imbalance
-        self.rates: Rates = rates_of(device, self.config, self.how)
-        parts = parts_of(self.layout) if c.pipeline > 1 else [Part(range(self.config.num_hidden_layers))]
-        self.stages = [self._stage(part) for part in parts]
-        self.rank, self.bubble = self._busiest()
-        self.here = [self.stages[n] for n in self._stages_of(self.rank)]
+        self.layout, self.config, self.parallel = step.layout, step.config, step.layout.config
+        self.stages = Stages(step, device)
+        self.count, self.rates = step.micro_batches, self.stages.rates
 
-    # Of a micro-batch
-
-    def _stage(self, part: Part) -> _Stage:
-        work = sum((work_of_layer(self.config, layer, self.how) for layer in part.layers), Work())
-        if part.last:
-            for _ in range(self.config.num_nextn_predict_layers):
-                work += work_of_layer(self.config, self.config.num_hidden_layers, self.how)
-            work += work_of_head(self.config, self.how)
-        there, back = self._trips()
-        shared = self._seconds(work.shared_experts) / max(work.moe_layers, 1)
-        again = there + back if self.parallel.recompute == "full" else 0.0
-        forward = self._not_hidden(there, shared) + back
-        backward = there + self._not_hidden(back, 2 * shared)
-        again_waits = forward if again else 0.0
-        latents = self._latents()
-        return _Stage(
-            work,
-            self._seconds(work.forward),
-            self._seconds(work.inputs, backward=True) + self._seconds(work.again),
-            self._seconds(work.weights),
-            work.moe_layers * there,
-            work.moe_layers * back,
-            work.moe_layers * again,
-            work.moe_layers * forward,
-            work.moe_layers * (backward + again_waits),
-            work.layers * latents,
-            work.layers * latents * (2 if again else 1),
-        )
-
-    def _seconds(self, of: Pass, backward: bool = False) -> float:
-        return sum(self._by_kind(of, backward).values())
-
-    def _by_kind(self, of: Pass, backward: bool = False) -> dict[str, float]:
-        rates = self.rates
-        return {
-            "linear": of.linear / rates.linear,
-            "experts": of.experts / rates.of_experts(self.rows),
-            "attention": of.attention / (rates.attention_backward if backward else rates.attention),
-            "head": of.head / rates.head,
-            "moved": of.moved / rates.memory,
-        }
-
-    def _trips(self) -> tuple[float, float]:
-        """Seconds that the rows of a layer travel to the fullest expert rank, and from it."""
-        if self.parallel.expert == 1:
-            return 0.0, 0.0
-        rows = self.tokens * self.config.num_experts_per_tok
-        there, back = (
-            self._travel(Flow("tokens", "all_to_all", self.parallel.expert, rows * size)) * self.step.imbalance
-            for size in bytes_of_trips(self.layout, self.config.hidden_size, self.how.element)
-        )
-        return there, back
-
-    def _latents(self) -> float:
-        """Seconds that those of a layer travel, or their gradients."""
-        whole = self.tokens * self.parallel.context * (self.config.kv_lora_rank + self.config.qk_rope_head_dim)
-        return self._travel(Flow("latents", "all_gather", self.parallel.context, whole * self.how.element))
-
-    def _travel(self, flow: Flow) -> float:
-        node, network = flow.by_link(self.device.node)
-        return max(node / self.rates.node, network / self.rates.network)
-
-    def _not_hidden(self, travels: float, computes: float) -> float:
-        """Seconds that a message adds to what a device computes meanwhile."""
-        return travels - min(travels, computes) * (1 - self.rates.sending)
-
-    # Of a pipeline
-
-    def _stages_of(self, rank: int) -> tuple[int, ...]:
-        return self.layout.placement.stages_of(rank) if self.parallel.pipeline > 1 else (0,)
-
-    @property
-    def _takes_turns(self) -> bool:
-        """Whether forward and backward chunks run at once."""
-        return self.parallel.schedule == "dualpipev" and self.parallel.expert > 1 and self.parallel.pipeline > 1
-
-    def _busiest(self) -> tuple[int, float]:
-        """The pipeline rank that works longest, and what it waits for the others."""
-        self.overlap_saves = 0.0
-        self.pace: Pace | None = None
-        if self.parallel.pipeline == 1:
-            return 0, 0.0
-        stages = self.stages
-        forward = sum(s.forward + s.waits_forward + s.latents_forward for s in stages)
-        inputs = sum(s.inputs + s.waits_backward + s.latents_backward for s in stages)
-        weights = sum(s.weights for s in stages)
-        overlapped = None
-        if self._takes_turns:
-            of_forward, of_backward = sum(s.forward for s in stages), sum(s.inputs + s.weights for s in stages)
-            latents = sum(s.latents_forward + s.latents_backward for s in stages)
-            travels = sum(s.there + s.back for s in stages)
-            again = sum(s.again for s in stages)
-            overlapped = of_forward + of_backward + latents
-            overlapped += self._not_hidden(travels, of_backward) + self._not_hidden(travels + again, of_forward)
-        total = forward + inputs + weights
-        costs = Costs(forward / total, inputs / total, weights / total, overlapped and overlapped / total)
-        sizes = [
-            s.forward
-            + s.waits_forward
-            + s.latents_forward
-            + s.inputs
-            + s.waits_backward
-            + s.latents_backward
-            + s.weights
-            for s in stages
-        ]
-        self.pace = Pace(costs, sizes)
-        played = play(self.step, *self.pace)
-        rank = max(range(self.parallel.pipeline), key=lambda rank: played.works[rank])
-        alone = self.count * sum(sizes[n] for n in self._stages_of(rank))
-        if self._takes_turns:
-            self.overlap_saves = alone - played.works[rank]
-        return rank, played.seconds - played.works[rank]
-
-    # Terms
-
-    def terms(self) -> Iterator[Term]:
+    def __iter__(self) -> Iterator[Term]:
         yield from self._products()
         yield self._memory()
         yield self._again()
@@ -262,9 +98,9 @@ class _Planner:
         yield from self._pipeline()
         yield from self._optimizer()
 
-    def _sum(self, of: Callable[[_Stage], float]) -> float:
+    def _sum(self, of: Callable[[Stage], float]) -> float:
         """Over the stages here and the micro-batches of a step."""
-        return self.count * sum(of(stage) for stage in self.here)
+        return self.count * sum(of(stage) for stage in self.stages.here)
 
     def _done(self, kind: str) -> tuple[float, float]:
         """What of a kind is done in the step but again, and its seconds."""
@@ -273,20 +109,25 @@ class _Planner:
         )
         seconds = self._sum(
             lambda s: (
-                self._by_kind(s.work.forward)[kind]
-                + self._by_kind(s.work.inputs, backward=True)[kind]
-                + self._by_kind(s.work.weights)[kind]
+                self.stages.by_kind(s.work.forward)[kind]
+                + self.stages.by_kind(s.work.inputs, backward=True)[kind]
+                + self.stages.by_kind(s.work.weights)[kind]
             )
         )
         return amount, seconds
 
     def _products(self) -> Iterator[Term]:
-        micro = f"{self.tokens:,} tokens · {self.count:,} micro-batches"
-        per_token = self.tokens * self.count
+        micro = f"{self.stages.tokens:,} tokens · {self.count:,} micro-batches"
+        per_token = self.stages.tokens * self.count
         of = "FP8" if self.parallel.fp8 else "compute dtype"
         for name, kind, rate, why in [
             ("linear maps", "linear", self.rates.linear, of),
-            ("experts", "experts", self.rates.of_experts(self.rows), f"{of}, {self.rows:,.0f} rows an expert"),
+            (
+                "experts",
+                "experts",
+                self.rates.of_experts(self.stages.rows),
+                f"{of}, {self.stages.rows:,.0f} rows an expert",
+            ),
             ("attention", "attention", 0.0, "forward and backward"),
             ("head", "head", self.rates.head, "compute dtype"),
         ]:
@@ -300,7 +141,7 @@ class _Planner:
 
     def _memory(self) -> Term:
         amount, seconds = self._done("moved")
-        each = f"{self.tokens:,} tokens · {self.count:,} micro-batches · {_bytes(amount / self.tokens / self.count)}"
+        each = f"{self.stages.tokens:,} tokens · {self.count:,} micro-batches · {_bytes(amount / self.stages.tokens / self.count)}"
         what = "norms, SwiGLU, routing, residuals, rotary keys, casts, sums of gradients" + (
             ", quantisation" if self.parallel.fp8 else ""
         )
@@ -308,8 +149,8 @@ class _Planner:
 
     def _again(self) -> Term:
         kinds: dict[str, float] = defaultdict(float)
-        for stage in self.here:
-            for kind, seconds in self._by_kind(stage.work.again).items():
+        for stage in self.stages.here:
+            for kind, seconds in self.stages.by_kind(stage.work.again).items():
                 kinds[kind] += self.count * seconds
         parts = " + ".join(f"{seconds:.4g} s {kind}" for kind, seconds in kinds.items() if seconds)
         return Term("recomputation", sum(kinds.values()), f"{self.parallel.recompute}: {parts}, as in the forward pass")
@@ -317,60 +158,61 @@ class _Planner:
     def _tokens(self) -> Term:
         alone = self._sum(lambda s: s.waits_forward + s.waits_backward)
         whole = self._sum(lambda s: 2 * (s.there + s.back) + s.again)
-        there, back = bytes_of_trips(self.layout, self.config.hidden_size, self.how.element)
-        layers = sum(s.work.moe_layers for s in self.here)
+        there, back = bytes_of_trips(self.layout, self.config.hidden_size, self.stages.how.element)
+        layers = sum(s.work.moe_layers for s in self.stages.here)
         links = Flow("", "all_to_all", self.parallel.expert, 1).by_link(self.device.node)
         trips = 2 + (self.parallel.recompute == "full")
-        rows = self.tokens * self.config.num_experts_per_tok
+        rows = self.stages.tokens * self.config.num_experts_per_tok
         text = (
             f"{self.count:,} micro-batches · {layers} layers · {rows:,} rows · {trips} · ({there:,} B there + {back:,} B back) · "
             f"{self.step.imbalance:g} of the mean; of it {links.node:.3f} at {_bytes(self.rates.node)}/s beside "
             f"{links.network:.3f} at {_bytes(self.rates.network)}/s: {whole:.4g} s, of which "
-            f"{whole - alone + self.overlap_saves:.4g} s hidden behind "
-            f"{'the other pass and ' if self._takes_turns else ''}shared experts"
+            f"{whole - alone + self.stages.saves:.4g} s hidden behind "
+            f"{'the other pass and ' if self.stages.takes_turns else ''}shared experts"
         )
-        return Term("tokens to experts", max(0.0, alone - self.overlap_saves), text)
+        return Term("tokens to experts", max(0.0, alone - self.stages.saves), text)
 
     def _of_latents(self) -> Term:
-        seconds = self._sum(lambda s: s.latents_forward + s.latents_backward)
+        """Gathered forward, again where all is recomputed, and their gradients scattered."""
+        ranks, layers = self.parallel.context, sum(s.work.layers for s in self.stages.here)
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        layers = sum(s.work.layers for s in self.here)
-        return Term(
-            "latents",
-            seconds,
-            f"{self.count:,} micro-batches · {layers} layers · {self.tokens:,} tokens · {self.parallel.context - 1} other ranks · "
-            f"{width} · {self.how.element} B, there and their gradients back",
-        )
+        whole = self.stages.tokens * ranks * width * self.stages.how.element
+        trips = 2 + (self.parallel.recompute == "full")
+        flow = Flow("latents", "all_gather", ranks, whole)
+        text = f"{self.count:,} micro-batches · {layers} layers · {trips} · {self._shown([flow])}"
+        return Term("latents", self._sum(lambda s: s.latents_forward + s.latents_backward), text)
 
     def _weights_and_gradients(self) -> Iterator[Term]:
-        flows = self._flows(self.rank)
+        flows = self._flows(self.stages.rank)
         weights = [f for f in flows if f.collective == "all_gather" and f.what != "latents"]
         gradients = [f for f in flows if f.what == "gradients"]
-        forward = sum(s.forward for s in self.here)
-        backward = sum(s.inputs + s.weights for s in self.here)
+        forward = sum(s.forward for s in self.stages.here)
+        backward = sum(s.inputs + s.weights for s in self.stages.here)
         engine, reshards = self.parallel.engine, self.parallel.reshards
-        of_weights, of_gradients = sum(map(self._travel, weights)), sum(map(self._travel, gradients))
-        root = sum(self._travel(f) for f in weights if f.what in ("embedding", "head"))
+        of_weights, of_gradients = sum(map(self.stages.travel, weights)), sum(map(self.stages.travel, gradients))
+        root = sum(self.stages.travel(f) for f in weights if f.what in ("embedding", "head"))
         blocks = of_weights - root
         if engine == "fsdp" and reshards:
             first = blocks / 2 / max(self.config.num_hidden_layers, 1)
-            ahead = self._not_hidden(blocks / 2 - first, self.count * forward)
-            behind = self._not_hidden(blocks / 2 + of_gradients, self.count * backward)
+            ahead = self.stages.not_hidden(blocks / 2 - first, self.count * forward)
+            behind = self.stages.not_hidden(blocks / 2 + of_gradients, self.count * backward)
             share = of_gradients / (blocks / 2 + of_gradients) if of_gradients else 0.0
             weights_wait, gradients_wait = root + first + ahead + behind * (1 - share), behind * share
             behind_what = "behind the block before, in each pass of each micro-batch, but the first, embedding and head"
         elif engine == "fsdp":
-            weights_wait = root + self._not_hidden(blocks, forward)
-            gradients_wait = of_gradients if self.parallel.pipeline > 1 else self._not_hidden(of_gradients, backward)
+            weights_wait = root + self.stages.not_hidden(blocks, forward)
+            gradients_wait = (
+                of_gradients if self.parallel.pipeline > 1 else self.stages.not_hidden(of_gradients, backward)
+            )
             behind_what = "once, behind the first micro-batch"
         elif engine == "zero3":
-            weights_wait = self._not_hidden(of_weights, self.count * (forward + backward))
-            gradients_wait = self._not_hidden(of_gradients, self.count * backward)
+            weights_wait = self.stages.not_hidden(of_weights, self.count * (forward + backward))
+            gradients_wait = self.stages.not_hidden(of_gradients, self.count * backward)
             behind_what = "behind what computes"
         else:
             weights_wait = of_weights
             hidden = engine == "ddp" and self.parallel.pipeline == 1
-            gradients_wait = self._not_hidden(of_gradients, backward) if hidden else of_gradients
+            gradients_wait = self.stages.not_hidden(of_gradients, backward) if hidden else of_gradients
             behind_what = "after the optimizer"
         yield Term("weights", weights_wait, f"{self._shown(weights)} = {of_weights:.4g} s, {behind_what}")
         hides = "not hidden" if gradients_wait == of_gradients else "behind the backward pass"
@@ -380,20 +222,20 @@ class _Planner:
         c = self.parallel
         if c.pipeline == 1:
             return
-        size = self.tokens * self.config.hidden_size * self.how.element
-        one = self._travel(Flow("states", "send", 2, size, self.layout.stage_ranks, self._edge()))
+        size = self.stages.tokens * self.config.hidden_size * self.stages.how.element
+        one = self.stages.travel(Flow("states", "send", 2, size, self.layout.stage_ranks, self._edge()))
         hops = 2 * (c.stages - 1 if c.schedule in ("zbv", "dualpipev") else c.pipeline - 1)
         yield Term(
             "states",
             hops * one,
             f"{hops} hops to fill and to drain · {_bytes(size)} / link = {one:.4g} s each; hidden between",
         )
-        works = self._sum(lambda s: s.forward + s.inputs + s.weights)
+        works = self._sum(lambda s: s.computes)
         yield Term(
             "bubble",
-            self.bubble,
+            self.stages.bubble,
             f"{c.schedule} of {c.pipeline} ranks, {self.count:,} micro-batches, played through with the costs of each stage: "
-            f"rank {self.rank} computes {works:.4g} s and waits for others",
+            f"rank {self.stages.rank} computes {works:.4g} s and waits for others",
         )
 
     def _edge(self) -> int:
@@ -405,7 +247,7 @@ class _Planner:
     def _optimizer(self) -> Iterator[Term]:
         moment = MOMENTS[self.step.recipe.precision.moments]
         engine, offload = self.parallel.engine, self.parallel.offload
-        here = sum(shape.numel() for shape in shapes_on(self.layout, self.config, self.rank).values())
+        here = sum(shape.numel() for shape in shapes_on(self.layout, self.config, self.stages.rank).values())
         elements = here / (self.layout.world_size if engine.startswith("zero") else self.layout.shard)
         size = 8 + 8 + 4 * moment  # weights read and written, gradients read twice (the norm), moments read and written
         rate = self.rates.optimizer if offload == "none" else HOST_MEMORY
@@ -440,16 +282,19 @@ class _Planner:
             self.config,
             tokens=self.step.tokens,
             micro_batches=self.count,
-            element_size=self.how.element,
+            element_size=self.stages.how.element,
             pipeline_rank=rank,
         )
 
     def _shown(self, flows: list[Flow]) -> str:
-        links = [flow.by_link(self.device.node) for flow in flows]
-        node, network = sum(link.node for link in links), sum(link.network for link in links)
-        return (
-            f"{_bytes(node)} at {_bytes(self.rates.node)}/s beside {_bytes(network)} at {_bytes(self.rates.network)}/s"
-        )
+        """Each by the link that takes longer."""
+        parts = []
+        for flow in flows:
+            node, network = flow.by_link(self.device.node)
+            slow = network / self.rates.network > node / self.rates.node
+            size, rate = (network, self.rates.network) if slow else (node, self.rates.node)
+            parts.append(f"{_bytes(size)} of {flow.what} / {_bytes(rate)}/s {'between' if slow else 'in'} nodes")
+        return " + ".join(parts)
 
 
 def _flops(number: float) -> str:

@@ -195,10 +195,9 @@ def _quantisation(c: ModelConfig, how: How, rows: float, width: int) -> tuple[fl
 
 
 def _weights(how: How) -> tuple[float, float]:
-    """Bytes an element of a matrix: to cast or quantise it in a pass, and to add its gradient to those before."""
-    if how.fp8:
-        cast = how.gathered + 1.0
-    else:
-        cast = how.gathered + how.element if how.gathered != how.element else 0.0
-    gradient = min(how.gathered, how.element)
-    return cast, (gradient + 8.0) if how.accumulates else 0.0
+    """Bytes an element of a matrix: to cast or quantise it in a pass, and of its gradient: to cast it back, and to add it to those
+    before."""
+    is_cast = how.gathered != how.element and not how.fp8
+    both = how.gathered + how.element
+    forward = how.gathered + 1.0 if how.fp8 else both * is_cast
+    return forward, both * is_cast + (min(how.gathered, how.element) + 8.0) * how.accumulates
