@@ -257,3 +257,7 @@ def draw(step: PlannedStep, data_rank: int) -> list[Batch]:
     size = (step.micro_batch, step.span.sequence_length + 1 + step.config.num_nextn_predict_layers)
     drawn = [torch.randint(step.config.vocab_size, size, generator=generator) for _ in range(step.micro_batches)]
     return [Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32)) for tokens in drawn]
+
+
+if __name__ == "__main__":
+    main()

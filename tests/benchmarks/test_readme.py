@@ -8,7 +8,19 @@ from tests.benchmarks.commands import ROOT, commands, run
 
 
 @pytest.mark.parametrize(
-    "program", ["auto.py", "balance.py", "coverage.py", "fp8.py", "learn.py", "long_context.py", "prepare.py"]
+    "program",
+    [
+        "auto.py",
+        "balance.py",
+        "coverage.py",
+        "fp8.py",
+        "learn.py",
+        "long_context.py",
+        "planned_memory.py",
+        "planned_time.py",
+        "prepare.py",
+        "published_plans.py",
+    ],
 )
 def test_every_option_of_the_readme_is_one_of_the_program(program):
     words = commands()[program]
