@@ -2,31 +2,29 @@
 
 With P elements in all, of 4 bytes as parameters and gradients and m as a moment, on W processes, s = `layout.shard` to a copy:
 
-| engine  | parameters | gradients | moments | whole for a while                                                          |
-|---------|------------|-----------|---------|----------------------------------------------------------------------------|
-| `ddp`   | 4P         | 4P        | 2mP     |                                                                            |
-| `zero1` | 4P         | 4P        | 2mP/W   |                                                                            |
-| `zero2` | 4P         | 4P/W      | 2mP/W   |                                                                            |
-| `zero3` | 4P/W       | 4P/W      | 2mP/W   | parameters: 10⁹ elements¹, or the largest module                           |
-| `fsdp`  | 4P/s       | 4P/s      | 2mP/s   | parameters of the head and of two units², gradients of one; or all of both³ |
+| engine  | parameters | gradients | moments | beside them                                                |
+|---------|------------|-----------|---------|------------------------------------------------------------|
+| `ddp`   | 4P         | 4P        | 2mP     |                                                            |
+| `zero1` | 4P         | 4P        | 2mP/W   | a bucket of gradients, 4 · 5·10⁸ bytes¹                    |
+| `zero2` | 4P         | 4P/W      | 2mP/W   | the same                                                   |
+| `zero3` | 4P/W       | 4P/W      | 2mP/W   | the same; parameters: 10⁹ elements², or the largest module |
+| `fsdp`  | 4P/s       | 4P/s      | 2mP/s   |                                                            |
 
-¹ `stage3_max_live_parameters` as it is if nobody sets it.
-² A block, or the embedding, which is at work, and the next, which is on its way. In the compute dtype, but norms, gates, embedding
-  and head in fp32.
-³ `reshard_after_forward: false`; all gradients only where a step has several micro-batches, which are summed before they travel.
+¹ `reduce_bucket_size` as it is if nobody sets it, allocated whole.
+² `stage3_max_live_parameters` as it is if nobody sets it.
+
+So it is when a step ends. What comes and goes in a step, and when that is most, says `parallel.peak`: gradients before they are
+sent, parameters that fsdp gathers, messages, activations.
 
 fsdp cuts a parameter along its first dimension, ⌈n/s⌉ rows to a rank. With expert parallelism an expert's matrices lie on one of
-`expert` ranks and are cut over `expert_shard`, which is 1/s again, but a block is gathered with 1/expert of its experts; so is what
-zero1 and zero2 keep whole. Offloading moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under
-stages 1 and 2, of the gradients under 3; under 2 of the gradients too where a step has several micro-batches.
+`expert` ranks and are cut over `expert_shard`, which is 1/s again; what zero1 and zero2 keep whole is then 1/expert of the experts.
+Offloading moves what is cut to the host. DeepSpeed has it there with a copy, of the weights under stages 1 and 2, of the gradients
+under 3; under 2 of the gradients too where a step has several micro-batches.
 
 FP8 changes nothing of this: weights are quantised where they are used, and forgotten.
 
-In a pipeline P is what lies on one pipeline rank, the copy of the embedding included, W and s are ranks of one stage, and fsdp has
-everything whole throughout the step. The activations of several micro-batches lie there at once: `under_way` plays the order of the
-schedule through. Ranks that share sequences hold what ranks without context parallelism do.
-
-Counted is the fullest rank, of a pipeline rank. Buffers of the communication are not: DeepSpeed's have 5·10⁸ elements each.
+In a pipeline P is what lies on one pipeline rank, the copy of the embedding included, W and s are ranks of one stage. Counted is
+the fullest rank, of a pipeline rank.
 """
 
 from collections import defaultdict
