@@ -217,7 +217,7 @@ def _search(recipe: Recipe, gpus: int, device: "Device", imbalance: float, plot:
 
 
 def _lines(result: "Search") -> Iterator[str]:
-    from train.planning.written import amount, share, size
+    from train.planning.written import amount, duration, share, size
 
     on = f"{result.world_size:,} × {result.device.name}, {size(result.device.usable)} each to use"
     yield f"{on}: {result.candidates:,} layouts, of which {result.fit:,} fit and run as they are"
@@ -225,7 +225,7 @@ def _lines(result: "Search") -> Iterator[str]:
 
     def row(place: int, plan: "Plan") -> str:
         assert plan.time
-        time, rate = f"{plan.time.seconds:,.4g} s", amount(plan.tokens_per_second)
+        time, rate = duration(plan.time.seconds), amount(plan.tokens_per_second)
         numbers = f"{place:>4} {time:>9} {rate:>11} {share(plan.time.mfu):>7} {size(plan.fullest.peak):>8}"
         return f"{numbers}   {' '.join(result.overrides(plan))}"
 
