@@ -1,18 +1,19 @@
 """How much of a device's peak each kind of work reaches. For GPUs published figures, for this machine's CPU what is measured here.
 
-One set of fractions for all GPUs, those of Hopper. Others reach less of their peaks: the best bf16 product has 73 % of a GB200's
-and 51 % of an MI300X's (stas00/ml-engineering, "Maximum Achievable Matmul FLOPS"); for these predictions are too fast.
+Products are counted against the best one that was found on a GPU (`BEST`), of whatever shape suits it: stas00/ml-engineering,
+"Maximum Achievable Matmul FLOPS". What they reach of that is taken for the same on all GPUs:
 
-    linear maps, FP8      0.57 of the peak. DeepGEMM's first README, H800: the six shapes of V3 with 4,096 rows, 590 to 1,358
-                          TFLOP/s, weighed by their FLOPs
-    linear maps and head  0.65 in bf16. Assumed: DeepGEMM's shapes have 81 % of the best FP8 product found on an H100 (1,403
-                          TFLOP/s, stas00/ml-engineering), and the best of bf16 is taken for 80 % of the peak
-    experts               0.62 · n / (n + 110) with n rows each, FP8. The same README, grouped, gate, up and down together: 45 %
-                          of the peak with 256 rows, 50 % with 512, 56 % with 1,024, 61 % with 4,096. In bf16 0.68: assumed
-    attention, forward    0.60. FlashAttention-3 on an H100, 4,096 tokens, heads of 128: 590 TFLOP/s (pytorch/benchmark #2391); 740
-                          at best (arXiv 2407.08608)
-    attention, backward   0.36. Assumed: three quarters of forward, and 5 products where 4 are counted
+    linear maps and head  0.80. DeepGEMM's first README, H800: the six FP8 shapes of V3 with 4,096 rows, 590 to 1,358 TFLOP/s, by
+                          their FLOPs 1,130 in the mean; the best is 1,403. In bf16 assumed to be the same
+    experts               0.875 · n / (n + 110) with n rows each. The same README, grouped, gate, up and down together: 45 % of the
+                          peak with 256 rows, 50 % with 512, 56 % with 1,024, 61 % with 4,096. In bf16 assumed to be the same
+    attention, forward    0.74. FlashAttention-3 on an H100, 4,096 tokens, heads of 128: 590 TFLOP/s (pytorch/benchmark #2391; 740
+                          at best, arXiv 2407.08608); the best product is 794
+    attention, backward   0.44. Assumed: three quarters of forward, and 5 products where 4 are counted
     all products in fp32  0.05 of the peak of bf16. Assumed: without tensor cores an H100 has 67 of 989 TFLOP/s
+
+and of bandwidths:
+
     memory                0.80. Assumed
     link in a node        0.78. DeepEP V1: 153 and 158 GB/s of an H800's 200
     network               0.86. DeepEP V1 between two nodes: 43 GB/s of 50; 43 and 46 where rows travel one by one to 64 ranks
@@ -26,11 +27,22 @@ from model.config import ModelConfig
 from train.planning.devices import Device, DeviceError
 from train.planning.work import How
 
-FP32 = 0.05
-LINEAR = {"fp8": 0.57, "bf16": 0.65, "fp32": FP32}
-EXPERTS = {"fp8": 0.62, "bf16": 0.68, "fp32": FP32}
+BEST = {  # bf16 and FP8, of the peak; of others that of an H100
+    "GB300": (0.73, 0.72),  # as GB200
+    "GB200": (0.73, 0.72),
+    "B300": (0.79, 0.75),
+    "B200": (0.78, 0.76),
+    "GH200": (0.84, 0.78),
+    "H200": (0.80, 0.73),
+    "H100": (0.80, 0.71),
+    "A100": (0.87, 0.0),
+    "MI355X": (0.68, 0.68),  # FP8 of AMD's: as bf16
+    "MI325X": (0.60, 0.60),
+    "MI300X": (0.51, 0.51),
+}
+LINEAR, EXPERTS, ATTENTION, ATTENTION_BACKWARD = 0.80, 0.875, 0.74, 0.44
 HALF = 110  # rows of an expert
-ATTENTION, ATTENTION_BACKWARD = 0.60, 0.36
+FP32 = 0.05
 MEMORY, NODE, NETWORK = 0.80, 0.78, 0.86
 SENDING = 20 / 132
 
@@ -86,17 +98,16 @@ def rates_of(device: Device, config: ModelConfig, how: How) -> Rates:
 
 @cache
 def _published(device: Device, fp8: bool, element: int) -> Rates:
-    exact = "bf16" if element == 2 else "fp32"
-    peak, of = (device.fp8, "fp8") if fp8 else (device.bf16, exact)
-    assert peak
-    slower = 1.0 if element == 2 else FP32
+    of_bf16, of_fp8 = BEST.get(device.name, BEST["H100"])
+    exact = (of_bf16 if element == 2 else FP32) * device.bf16
+    best = of_fp8 * device.fp8 if fp8 and device.fp8 else exact
     return Rates(
-        linear=LINEAR[of] * peak,
-        experts=EXPERTS[of] * peak,
+        linear=LINEAR * best,
+        experts=EXPERTS * best,
         half=HALF,
-        attention=ATTENTION * slower * device.bf16,
-        attention_backward=ATTENTION_BACKWARD * slower * device.bf16,
-        head=LINEAR[exact] * device.bf16,
+        attention=ATTENTION * exact,
+        attention_backward=ATTENTION_BACKWARD * exact,
+        head=LINEAR * exact,
         memory=MEMORY * device.memory_bandwidth,
         optimizer=MEMORY * device.memory_bandwidth,
         node=NODE * device.link_bandwidth,
