@@ -31,7 +31,7 @@ from train.config import Recipe, RecipeError
 from train.planning.devices import Device
 from train.planning.memory import MOMENTS
 from train.planning.plan import Plan
-from train.planning.written import size
+from train.planning.written import duration, size
 from train.schedule import Schedule
 from train.sections import ParallelSection
 
@@ -61,7 +61,6 @@ ALWAYS_SAID = ("engine", "micro_batch", "recompute")
 RULES = {
     "schedule.batch_tokens": "a batch of the run does not divide over the processes that read it",
     "parallel.micro_batch": "a batch of the run makes too few micro-batches, or uneven rounds of them, for the pipeline",
-    "parallel.pipeline": "the engine does not spread layers",
     "parallel.expert": "the processes do not share the experts evenly",
     "parallel.context": "the processes do not share the sequences evenly",
 }
@@ -146,7 +145,7 @@ def search(
     others = [plan for plan in fit if plan.layout.config.unproven is not recipe.parallel.unproven]
     for slower in (proven[BEST:], others[BEST:]):
         for plan in slower:
-            example = f"{_seconds(plan):.4g} s: {_line(recipe, plan)}"
+            example = f"{duration(_seconds(plan))}: {_line(recipe, plan)}"
             fallen.add("time", "fit, and take longer than the best", example, distance=_seconds(plan))
     own = _own(space, proven)
     return Search(recipe, world_size, device, total, proven[:BEST], others[:BEST], fallen.by_number(), own, len(proven))
