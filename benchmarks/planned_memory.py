@@ -148,7 +148,7 @@ def main() -> None:
 def compared(case: Case) -> dict[str, Any]:
     ranks = measure(case)
     fullest = max(range(case.processes), key=lambda rank: ranks[rank].peak)
-    step = case.step(max(rank.imbalance for rank in ranks))
+    step = case.step(ranks[fullest].imbalance)
     found = counted(step, fullest // step.layout.stage_ranks)
     return found | {"measured": ranks[fullest]._asdict(), "measured_on_each": [rank.peak for rank in ranks]}
 

@@ -249,9 +249,9 @@ def _in_pipeline(rank: _Rank) -> Iterator[Moment]:
             held = stages[stage]
             if kind == "F":
                 now += held.forward
-                beside += held.in_forward
+                beside = max(beside, held.in_forward)
             elif kind == "B":
-                beside += held.in_backward if stage in of_weights else held.in_two_parts
+                beside = max(beside, held.in_backward if stage in of_weights else held.in_two_parts)
         if action:
             name = "+".join(f"{work.kind} of stage {work.stage}" for work in action)
             yield Moment(name, gradients, gathered, messages, now, beside)
