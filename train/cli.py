@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from train.arguments import AsJson, Overrides, RecipeName
+from train.arguments import AsJson, Overrides, RecipeName, started_processes
 from train.config import RecipeError, load_recipe
 from train.planning.command import plan, print_advice, schedule_of
 from train.scaling.commands import scaling
@@ -87,7 +87,7 @@ def train(
         from train.planning.plan import Plan
         from train.planning.text import table
 
-        planned = Plan.of(loaded, schedule_of(loaded), processes or int(os.environ.get("WORLD_SIZE", "1")))
+        planned = Plan.of(loaded, schedule_of(loaded), processes or started_processes())
         print(loaded.to_yaml())
         print("\n".join(table(planned.numbers())))
         print_advice(loaded)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from train.arguments import AsJson, Overrides, RecipeName
+from train.arguments import AsJson, Overrides, RecipeName, started_processes
 from train.config import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def plan(
     on = _device(device) if search or device is not None or gpus is not None else None
     where = [f"run.device={'cpu' if on.name == 'cpu' else 'cuda'}"] if on else []
     loaded = load_recipe(recipe, [*(overrides or []), *where])
-    number = gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    number = gpus or started_processes()
     if search:
         assert on
         _search(loaded, number, on, imbalance or IMBALANCE, plot, as_json)
