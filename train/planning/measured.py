@@ -17,7 +17,7 @@ from model.layers import Linear, RMSNorm
 from model.ops import rows as row_ops
 from model.ops import swiglu
 from model.ops.attention import BACKENDS
-from model.ops.cross_entropy import linear_cross_entropy
+from model.ops.cross_entropy import CPU_ROWS, linear_cross_entropy
 from model.ops.experts import experts
 from model.ops.routing import sort_by_expert
 from model.rope import rotation, softmax_scale
@@ -78,6 +78,8 @@ def _linear(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
     ]
     width = c.n_shared_experts * c.moe_intermediate_size if c.n_moe_layers else c.intermediate_size
     shapes += [(dim, width), (dim, width), (width, dim)]
+    less = _less(tokens, 6 * sum(a * b for a, b in shapes))
+    shapes = [(a // less, b // less) for a, b in shapes]
     rows = _fitting(tokens, 6 * sum(a * b for a, b in shapes))
     maps = [Linear(a, b) for a, b in shapes]
     inputs = [torch.randn(rows, a, dtype=dtype, requires_grad=True) for a, _ in shapes]
@@ -93,24 +95,25 @@ def _linear(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
 
 def _experts(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
     """FLOP/s of the products of experts, with as many rows each as this many tokens give them, or fewer."""
-    one = 3 * c.hidden_size * c.moe_intermediate_size
+    less = _less(tokens, 6 * 3 * c.hidden_size * c.moe_intermediate_size)
+    dim, width = c.hidden_size // less, c.moe_intermediate_size // less
+    one = 3 * dim * width
     number = max(1, min(c.n_routed_experts, ELEMENTS // one))
     k = min(c.num_experts_per_tok, number)
     rows = max(1, tokens * c.num_experts_per_tok * number // (c.n_routed_experts * k))  # as many to an expert
     rows = _fitting(rows, 6 * k * one)
     order, place, counts = sort_by_expert(torch.rand(rows, number).topk(k).indices, number)
     index, weights = order // k, torch.rand(rows * k, requires_grad=True)
-    x = torch.randn(rows, c.hidden_size, dtype=dtype, requires_grad=True)
-    gate_up = torch.randn(number, 2 * c.moe_intermediate_size, c.hidden_size, requires_grad=True)
-    down = torch.randn(number, c.hidden_size, c.moe_intermediate_size, requires_grad=True)
-    grad = torch.randn(rows, c.hidden_size, dtype=dtype)
+    x = torch.randn(rows, dim, dtype=dtype, requires_grad=True)
+    gate_up = torch.randn(number, 2 * width, dim, requires_grad=True)
+    down = torch.randn(number, dim, width, requires_grad=True)
+    grad = torch.randn(rows, dim, dtype=dtype)
 
     def run() -> None:
         x.grad = weights.grad = gate_up.grad = down.grad = None
         experts(x, index, place, counts, weights, gate_up.to(dtype), down.to(dtype)).backward(grad)
 
-    halves = torch.randn(rows * k, 2 * c.moe_intermediate_size, dtype=dtype)
-    outputs = torch.randn(rows * k, c.hidden_size, dtype=dtype)
+    halves, outputs = torch.randn(rows * k, 2 * width, dtype=dtype), torch.randn(rows * k, dim, dtype=dtype)
 
     def between() -> None:
         """What is no product."""
@@ -154,19 +157,20 @@ def _attention(c: ModelConfig, tokens: int, length: int, dtype: torch.dtype) -> 
 
 def _head(c: ModelConfig, tokens: int, dtype: torch.dtype, memory: float) -> float:
     """FLOP/s of the head's products; the time of the loss is that of the bytes it moves."""
-    rows = _fitting(tokens, 6 * c.vocab_size * c.hidden_size)
+    words = min(c.vocab_size, max(256, int(FLOPS / (6 * CPU_ROWS * c.hidden_size))))
+    rows = _fitting(tokens, 6 * words * c.hidden_size)
     x = torch.randn(rows, c.hidden_size, dtype=dtype, requires_grad=True)
-    weight = torch.randn(c.vocab_size, c.hidden_size, requires_grad=True)
-    labels = torch.randint(c.vocab_size, (rows,))
+    weight = torch.randn(words, c.hidden_size, requires_grad=True)
+    labels = torch.randint(words, (rows,))
 
     def run() -> None:
         x.grad = weight.grad = None
         linear_cross_entropy(x, weight, labels).backward()
 
-    alone = c.override({"num_nextn_predict_layers": 0})
+    alone = c.override({"num_nextn_predict_layers": 0, "vocab_size": words})
     seconds = _best(run)
-    moved = work_of_head(alone, How.simple(rows, rows)).forward.moved / memory
-    return 6 * rows * c.vocab_size * c.hidden_size / max(seconds - moved, seconds / 2)
+    moved = work_of_head(alone, How.simple(rows, rows, dtype.itemsize)).forward.moved / memory
+    return 6 * rows * words * c.hidden_size / max(seconds - moved, seconds / 2)
 
 
 def _memory(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
@@ -224,6 +228,12 @@ def _optimizer() -> float:
         optimizer.step()
 
     return ELEMENTS * (8 + 8 + 16) / _best(run)
+
+
+def _less(tokens: int, flops: float) -> int:
+    """By how much the widths of matrices are divided, so that a run may have CPU_ROWS rows, each of so many FLOPs: large ones reach
+    what smaller ones do, but few rows less than many."""
+    return max(1, round((min(tokens, CPU_ROWS) * flops / FLOPS) ** 0.5))
 
 
 def _fitting(rows: int, flops: float) -> int:
