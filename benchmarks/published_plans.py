@@ -44,7 +44,6 @@ class Row(NamedTuple):
     parallel: str
     fp8: bool = True
     mtp: bool = True
-    recompute: str = "selective"
     differs: str = ""  # from what is planned
 
     def plan(self) -> Plan:
@@ -53,7 +52,7 @@ class Row(NamedTuple):
             [
                 "run.device=cuda",
                 f"schedule.batch_tokens={self.sequences * LENGTH}",
-                f"parallel={{engine: fsdp, recompute: {self.recompute}, unproven: true, {self.parallel}}}",
+                f"parallel={{engine: fsdp, recompute: selective, unproven: true, {self.parallel}}}",
                 f"precision.fp8={json.dumps(self.fp8)}",
                 f"precision.fp8_dispatch={json.dumps(self.fp8)}",
                 f"model.num_nextn_predict_layers={int(self.mtp)}",
@@ -73,16 +72,6 @@ ROWS = {
         1e12 / (180e3 * 3600),
         "pipeline: 16, schedule: dualpipev, expert: 64",
         differs="fsdp without resharding is ZeRO-1 that gathers in bf16; evaluation and restarts are in the figure",
-    ),
-    "DeepSeek-V3, recomputing all": Row(
-        "the same",
-        "h800",
-        2048,
-        15360,
-        1e12 / (180e3 * 3600),
-        "pipeline: 16, schedule: dualpipev, expert: 64",
-        recompute="full",
-        differs="what selective recomputation keeps here does not fit 80 GB; DeepSeek keeps inputs of products in FP8 alone",
     ),
     "H100": Row(
         f"{BRIDGE}-archive, 25.09: 1,297 tokens/s, 338 TFLOP/s; TP2 PP8 VP4 EP64, 8,192 sequences",
