@@ -42,7 +42,9 @@ from parallel.ddp import DDPEngine
 from parallel.expert import WAIT_FOR_ROWS
 from parallel.pipeline import Stage
 
-ALL_TO_ALL = torch.ops._c10d_functional.all_to_all_single.default
+c10d = torch.ops._c10d_functional
+MESSAGES = {c10d.all_to_all_single.default, c10d.all_gather_into_tensor.default, c10d.reduce_scatter_tensor.default}
+WAITS = {c10d.wait_tensor.default, WAIT_FOR_ROWS}
 KINDS = ("parameters", "gradients", "moments", "gathered", "communication", "activations")
 
 
@@ -82,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
     def note(self, values: Iterable[Any]) -> set[int]:
         """Count the tensors among `values` from here on. Returns the numbers of their storages."""
         tensors = (_local(value) for value in values if isinstance(value, Tensor))
-        return {self._number(tensor.untyped_storage()) for tensor in tensors if not tensor.is_meta}
+        return {self._number(tensor.untyped_storage()) for tensor in tensors if not _is_meta(tensor)}
 
     def start(self) -> None:
         """`peak` shall look at what happens from here on, on top of what is alive."""
@@ -183,11 +185,11 @@ class StepBytes(LiveBytes):
         return {kind: most[kind] for kind in KINDS}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ALL_TO_ALL:
+        if func in MESSAGES:
             with self._makes("communication"):
                 return super().__torch_dispatch__(func, types, args, kwargs)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is WAIT_FOR_ROWS:
+        if func in WAITS:
             self.take((*args, result))
         return result
 
@@ -313,6 +315,12 @@ def _again(live: LiveBytes) -> Iterator[None]:
         yield
     finally:
         TorchDispatchMode.__exit__(live, None, None, None)
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    """Without memory for good; a fake tensor's `is_meta` would ask the modes."""
+    device: torch.device | None = getattr(tensor, "fake_device", None)
+    return tensor.is_meta if device is None else device.type == "meta"
 
 
 def _and_then(run: Any, look: Any) -> Any:

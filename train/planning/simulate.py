@@ -18,16 +18,15 @@ alive when. What is not:
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.samples import Batch
 from model.ops.attention.choose import Workload
@@ -43,7 +42,7 @@ from train.config import RecipeError
 from train.optimizer import build_optimizer
 from train.planning.live_bytes import StepBytes
 from train.planning.load import Load
-from train.planning.stand_ins import Arrivals, Buckets, Fp8OfAGpu, Scratch, attention_of_a_gpu, stand_ins
+from train.planning.stand_ins import Buckets, FakeTensors, Fp8OfAGpu, Scratch, attention_of_a_gpu, stand_ins
 from train.planning.step import PlannedStep
 
 CPU = torch.device("cpu")
@@ -59,27 +58,39 @@ class Simulation:
     micro_batches: int  # that went through
 
 
+class Asked(NamedTuple):
+    """What shall be simulated: the first process of a pipeline rank.
+
+    Attributes:
+        micro_batches: None: `enough`.
+    """
+
+    step: PlannedStep
+    pipeline_rank: int = 0
+    micro_batches: int | None = None
+
+
 def simulate(step: PlannedStep, pipeline_rank: int = 0) -> Simulation:
     """Simulate the first process of a pipeline rank, in a process of its own.
 
     Raises:
         LayoutError: such a layout cannot be simulated; the message names the nearest that can.
     """
-    return simulate_all([(step, pipeline_rank)])[0]
+    return simulate_all([Asked(step, pipeline_rank)])[0]
 
 
-def simulate_all(steps: list[tuple[PlannedStep, int]]) -> list[Simulation]:
-    """`simulate` several, one after the other in one process."""
-    for step, _ in steps:
-        check(step)
+def simulate_all(asked: Sequence[Asked]) -> list[Simulation]:
+    """`simulate` several, one after the other in one process, to which nothing of them is left."""
+    for one in asked:
+        check(one.step)
     context = multiprocessing.get_context("spawn")
     answers, there = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(there, steps), daemon=True)
+    process = context.Process(target=_serve, args=(there, list(asked)), daemon=True)
     process.start()
     there.close()
     found: list[Simulation] = []
     try:
-        for _ in steps:
+        for _ in asked:
             answer = answers.recv()
             if isinstance(answer, Exception):
                 raise answer
@@ -109,32 +120,32 @@ def check(step: PlannedStep) -> None:
         )
 
 
-def _serve(answers: Connection, steps: list[tuple[PlannedStep, int]]) -> None:
+def _serve(answers: Connection, asked: list[Asked]) -> None:
     torch.set_num_threads(1)
-    for step, pipeline_rank in steps:
+    for one in asked:
         try:
-            answers.send(simulate_here(step, pipeline_rank))
+            answers.send(simulate_here(*one))
         except (LayoutError, RecipeError) as mistake:
             answers.send(mistake)
         except Exception:
             answers.send(RuntimeError(f"the simulation failed:\n{traceback.format_exc()}"))
 
 
-def simulate_here(step: PlannedStep, pipeline_rank: int = 0) -> Simulation:
-    """The same in this process, which must not have a process group."""
+def simulate_here(step: PlannedStep, pipeline_rank: int = 0, micro_batches: int | None = None) -> Simulation:
+    """The same in this process, which must not have a process group, and in which fake tensors may be left in caches."""
     began = time.perf_counter()
     layout, gpu = step.layout, step.recipe.on_gpu
-    micro_batches = enough(layout, step.micro_batches)
+    micro_batches = micro_batches or enough(layout, step.micro_batches)
     rank = pipeline_rank * layout.stage_ranks
     with _alone_among(layout.world_size, rank), stand_ins(Load(step.imbalance), gpu):
         with torch.device("meta"):
-            model = _model(step)
+            model = model_of(step)
         apply_recompute(model, layout.config.recompute)
-        with FakeTensorMode(allow_non_fake_inputs=True), Arrivals():
+        with FakeTensors():
             engine = _engine(step, model)
             launch = _launcher(step, engine)
             live = StepBytes(engine)
-            with live.watching(), Scratch():
+            with live.watching(), Scratch() if gpu else nullcontext():
                 if getattr(engine, "replicas", None):  # DDP's buckets, which last, are not seen before they are filled
                     launch(1)
                     live.start()
@@ -164,7 +175,7 @@ def _alone_among(world_size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _model(step: PlannedStep) -> Transformer:
+def model_of(step: PlannedStep) -> Transformer:
     """As `train.trainer` makes it, but for kernels that are chosen by trial on a GPU."""
     recipe, config, layout = step.recipe, step.config.at_length(step.span.sequence_length), step.layout.config
     gpu, masked = recipe.on_gpu, recipe.data.mask_documents

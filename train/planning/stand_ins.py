@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,11 +27,10 @@ from model.ops.fp8.quantize import E4M3, TILE, Quantized, padded_rows
 from parallel.expert import WAIT_FOR_ROWS, AllToAllDispatcher
 from parallel.meshes import Meshes
 from train.optimizer import AdamWBf16Moments
-from train.planning.live_bytes import replaced
+from train.planning.live_bytes import WAITS, replaced
 from train.planning.load import Load
 
 ops = torch.ops.rorqual
-WAITS = {torch.ops._c10d_functional.wait_tensor.default, WAIT_FOR_ROWS}
 
 
 @contextmanager
@@ -94,13 +93,18 @@ class Buckets:
         return getattr(self.reducer, name)
 
 
-class Arrivals(TorchDispatchMode):
-    """What one waits for lies where it lay: the shapes of these operations would be new memory."""
+class FakeTensors(FakeTensorMode):
+    """Tensors without memory. What one waits for lies where it lay: the shapes of these operations would be new memory."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is WAIT_FOR_ROWS:
-            parallel.overlap.meanwhile()
-        return args[0].detach() if func in WAITS else func(*args, **(kwargs or {}))
+        if func in WAITS:
+            if func is WAIT_FOR_ROWS:
+                parallel.overlap.meanwhile()
+            func = torch.ops.aten.detach.default
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
 class Scratch(TorchDispatchMode):
@@ -164,12 +168,16 @@ class Fp8OfAGpu(Chosen):
         scale = weight.new_empty(*batch, -(-n // TILE), -(-k // TILE), dtype=torch.float32)
         return Quantized(weight.new_empty(*batch, n, k, dtype=E4M3), scale)
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
+    def swiglu(self, gate: Tensor, *_: Any) -> Quantized:
         return _rows(gate)
 
-    def swiglu_backward(self, grad: Tensor, gate: Quantized, up: Quantized, counts: Tensor | None) -> SwiGLUGradients:
+    def swiglu_backward(
+        self, grad: Tensor, gate: Quantized, up: Quantized, *weights_and_counts: Any
+    ) -> SwiGLUGradients:
+        *weights, counts = weights_and_counts
         columns = [_columns(grad, counts) for _ in range(3)]
-        return SwiGLUGradients(columns[0], _rows(grad), columns[1], _rows(grad), columns[2])
+        of_weights = [grad.new_empty(0 if w is None else len(grad), dtype=torch.float32) for w in weights]
+        return SwiGLUGradients(columns[0], _rows(grad), columns[1], _rows(grad), columns[2], *of_weights)
 
 
 def _rows(x: Tensor) -> Quantized:
