@@ -13,7 +13,7 @@ from train.config import load_recipe
 from train.planning.live_bytes import StepBytes
 from train.planning.memory import memory_of
 from train.planning.plan import Plan
-from train.planning.simulate import simulate_all
+from train.planning.simulate import Asked, simulate_all
 from train.planning.step import PlannedStep
 from train.schedule import Schedule
 
@@ -37,7 +37,7 @@ def test_a_simulated_step_holds_what_is_counted() -> None:
         step_of("tiny", 2, "engine: ddp, pipeline: 2, schedule: zbv, micro_batch: 4", *on_cpu),
         step_of("tiny", 8, "engine: fsdp, expert: 4, micro_batch: 8", *on_gpu, imbalance=1.2),
     ]
-    for step, simulated in zip(steps, simulate_all([(step, 0) for step in steps])):
+    for step, simulated in zip(steps, simulate_all([Asked(step) for step in steps])):
         assert memory_of(step).peak == pytest.approx(simulated.peak, rel=0.05), step.layout.config
 
 
