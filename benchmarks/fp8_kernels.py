@@ -130,8 +130,9 @@ def movers(kernels: Kernels, shapes: Shapes, device: torch.device) -> Iterator[C
     yield mover("columns of rows, grouped", grouped, rows, lambda: spread(dequantize(rows), counts).T)
     yield mover("blocks", partial(kernels.quantize_blocks, w, torch.bfloat16, False), w, lambda: w)
     yield mover("blocks, transposed", partial(kernels.quantize_blocks, w, torch.bfloat16, True), w, lambda: w.T)
-    yield mover("swiglu", partial(kernels.swiglu, gate, up), (gate, up), lambda: swiglu(gate, up))
-    inputs, gradients = (grad, kept_gate, kept_up), partial(kernels.swiglu_backward, grad, kept_gate, kept_up, counts)
+    yield mover("swiglu", partial(kernels.swiglu, gate, up, None), (gate, up), lambda: swiglu(gate, up))
+    inputs = grad, kept_gate, kept_up
+    gradients = partial(kernels.swiglu_backward, *inputs, None, counts)
     of_gate = partial(gradient_of_gate, grad, dequantize(kept_gate), dequantize(kept_up))
     yield mover("swiglu backward, grouped", gradients, inputs, of_gate, lambda out: out.gate)
 

@@ -327,14 +327,13 @@ def _experts(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
         _Row("logits", 4 * c.n_routed_experts, PRODUCT),
         _Row("shares of affinities, for the balance loss of pieces", _shares(c, forward), NONE),
         _Row("chosen experts and their weights", 12 * k, ALWAYS),
-        _Row("weights in the order of the experts", 4 * k, NONE),
+        _Row("weights in the order of the experts", 4 * arrived, NONE),
         _Row("places of the pairs in that order", 8 * k, NONE),
         _Row("rows of the pairs in that order", 0 if apart else 8 * k, NONE),
         _Row(
             "input rows of the experts", arrived * forward.factor(dim) if fp8 else 0, NONE
         ),  # 0: the input of the gate
         *_swiglu(c.moe_intermediate_size, forward, rows=arrived),
-        _Row("outputs of the experts, to be weighed", a * k * dim if apart else 0, PRODUCT),
         *_swiglu(c.n_shared_experts * c.moe_intermediate_size, forward),
     ]
 
@@ -347,12 +346,13 @@ def _shares(c: ModelConfig, forward: ForwardPass) -> int:
 
 
 def _travel(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
-    """Beside the rows of `_experts`, whose outputs are kept where they come home."""
+    """Beside the rows of `_experts`."""
     rows = forward.expert_rows(c)
     row = c.hidden_size + -(-c.hidden_size // TILE) if forward.fp8_dispatch else forward.element_size * c.hidden_size
     return [
         _Row("orders of the rows that arrived, there and back", 16 * rows, NONE),
         _Row("rows that arrived, by the rank they came from", rows * row, SELECTIVE if forward.fp8 else PRODUCT),
+        _Row("their weights", 4 * rows, SELECTIVE),
     ]
 
 
@@ -378,7 +378,7 @@ def _mtp_exit(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
     return [
         _Row("final norm of the depth", _norm(c.hidden_size, forward.element_size), NONE),
         _Row("for it: output of the shared experts", output, SELECTIVE),
-        _Row("sums of the experts' outputs", 0 if forward.fp8 or forward.spreads_experts else output, SELECTIVE),
+        _Row("sums of the experts' outputs", output, SELECTIVE),
     ]
 
 

@@ -43,7 +43,7 @@ class Arrived(NamedTuple):
     row_of: Tensor  # [M] the row of each pair
     place: Tensor  # [N', K'] the pairs of each row
     counts: Tensor  # [E_local] pairs of each expert
-    weights: Tensor | None  # [M] fp32, how much each pair counts; None: 1
+    weights: Tensor  # [M] fp32, how much each pair counts
 
 
 H = TypeVar("H", bound=Handle)
@@ -98,11 +98,11 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
 
-    def forward(self, rows: Tensor, index: Tensor, place: Tensor, counts: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(self, rows: Tensor, index: Tensor, place: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """What has `Arrived` → [N', D]."""
         if self.fp8:
-            pairs = self.fp8.experts(spread_rows(rows, place), counts, self.gate_up_proj, self.down_proj)  # [M, D]
-            return sum_rows(pairs, place, weights)
+            pairs = self.fp8.experts(spread_rows(rows, place), counts, weights, self.gate_up_proj, self.down_proj)
+            return sum_rows(pairs, place)  # of M
         gate_up, down = self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype)
         return self.backend(rows, index, place, counts, weights, gate_up, down)
 

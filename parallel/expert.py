@@ -3,7 +3,11 @@
     send:  a rank's N·K (token, expert) rows, sorted by expert, hence by the rank that has the expert
            counts [E] → every rank tells every other how many rows it will send to each of its experts
            rows [N·K, D] → rows [M, D] in the order (source rank, expert); sorted to (expert, source rank) for the experts
-    back:  the same way in reverse; each token then sums its K rows by weight
+           weights [N·K] → weights [M], in a message of their own: the experts weigh
+    back:  the rows the same way in reverse; each token then sums its K
+
+Since what comes home is weighed already, no gradient asks for it, and nobody keeps those K·D numbers a token (`model.ops.experts`).
+The gradient of the weights is made by the experts and travels home with that of the rows: 4 bytes a row each way.
 
 With FP8 dispatch (V3 §3.3.3) rows travel to experts, and the gradients of what experts hand out, in E4M3 with a power of two for
 every 128 numbers: D + ⌈D/128⌉ bytes a row. What experts hand out and the gradients of their rows travel in the compute dtype:
@@ -30,7 +34,7 @@ from model.moe import Arrived, LocalDispatcher, MoE
 from model.ops.fp8.kernels import Kernels
 from model.ops.fp8.quantize import Quantized, dequantize
 from model.ops.operation import operation
-from model.ops.rows import spread_rows, sum_rows
+from model.ops.rows import permute, spread_rows, sum_rows
 from model.transformer import Transformer
 from parallel.overlap import meanwhile
 
@@ -69,6 +73,7 @@ class AllToAllDispatcher:
         order: Tensor  # [M] the row to take for each place, from (source rank, expert) to (expert, source rank)
         inverse: Tensor  # [M]
         on_their_way: Tensor  # [M, D]; in FP8 [M, D + ⌈D/128⌉]
+        weights: Tensor  # [M] fp32, on their way too
         trip: "Trip"
 
     def __init__(self, experts: int, group: dist.ProcessGroup, fp8: Kernels | None = None):
@@ -85,9 +90,9 @@ class AllToAllDispatcher:
         send, receive = self.rows(leaving, arriving, local.place.numel())
         outward = InFp8(self.fp8, tokens.shape[1], tokens.dtype) if self.fp8 else AsTheyAre()
         trip = Trip(self.group, send, receive, outward, AsTheyAre())
-        on_their_way = _Depart.apply(spread_rows(tokens, local.place), trip)  # N·K rows leave
+        rows, weights = _Depart.apply(trip, spread_rows(tokens, local.place), local.weights)  # N·K leave
         order, inverse = _orders(arriving, total=sum(receive))
-        return self.Handle(local, local.counts, arriving.sum(0), order, inverse, on_their_way, trip)
+        return self.Handle(local, local.counts, arriving.sum(0), order, inverse, rows, weights, trip)
 
     def rows(self, leaving: Tensor, arriving: Tensor, total: int) -> tuple[list[int], list[int]]:
         """How many rows go to each rank and come from each, on the host: the one wait for the device.
@@ -100,13 +105,14 @@ class AllToAllDispatcher:
         return send, receive
 
     def receive(self, handle: Handle) -> Arrived:
-        rows = _Arrive.apply(handle.on_their_way, handle.trip)  # (source rank, expert)
-        return Arrived(rows, handle.order, handle.inverse.unsqueeze(1), handle.arriving, None)
+        order, inverse = handle.order, handle.inverse
+        rows, weights = _Arrive.apply(handle.trip, handle.on_their_way, handle.weights)  # (source rank, expert)
+        return Arrived(rows, order, inverse.unsqueeze(1), handle.arriving, permute(weights, order, inverse))
 
     def combine(self, expert_output: Tensor, handle: Handle) -> Tensor:
         home = handle.trip.back()
-        rows = _Arrive.apply(_Depart.apply(expert_output, home), home)  # [N·K, D]
-        return sum_rows(rows, handle.local.place, handle.local.weights)
+        (rows,) = _Arrive.apply(home, *_Depart.apply(home, expert_output))  # [N·K, D]
+        return sum_rows(rows, handle.local.place)
 
 
 class Form(Protocol):
@@ -151,7 +157,7 @@ class InFp8:
 
 
 class Trip:
-    """Rows between the ranks of a group: forward once and, for the gradient, back once.
+    """Rows between the ranks of a group, and a number for each where there is one: forward once and, for the gradient, back once.
 
     Args:
         send: rows for each rank, in the order in which they lie here.
@@ -162,7 +168,7 @@ class Trip:
     def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], out: Form, home: Form):
         self.group, self.send, self.receive = group, send, receive
         self.out, self.home = out, home
-        self.gradient: Tensor | None = None  # on its way
+        self.gradients: list[Tensor] = []  # on their way
 
     def back(self) -> "Trip":
         """The way home of what this trip brought; gradients then go the way of this trip, and in its form."""
@@ -170,37 +176,47 @@ class Trip:
 
 
 class _Depart(torch.autograd.Function):
-    """Let rows set off: the output must not be touched before `_Arrive`. The backward pass waits for their gradients."""
+    """Let rows set off, and numbers beside them: outputs must not be touched before `_Arrive`.
+
+    The backward pass waits for their gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, trip: Trip) -> Tensor:
+    def forward(ctx: Any, trip: Trip, rows: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
         ctx.trip = trip
+        beside = [_exchange(t, trip.send, trip.receive, trip.group) for t in numbers]
         on_their_way = _exchange(trip.out.pack(rows), trip.send, trip.receive, trip.group)
         # A collective takes bytes but no E4M3, and autograd follows E4M3 but no bytes.
-        return on_their_way if on_their_way.is_floating_point() else on_their_way.view(torch.float8_e4m3fn)
+        if not on_their_way.is_floating_point():
+            on_their_way = on_their_way.view(torch.float8_e4m3fn)
+        return on_their_way, *beside
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gradient, ctx.trip.gradient = ctx.trip.gradient, None
-        return ctx.trip.home.unpack(wait_for_rows(gradient)), None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (of_rows, *beside), ctx.trip.gradients = ctx.trip.gradients, []
+        return None, ctx.trip.home.unpack(wait_for_rows(of_rows)), *map(_wait, beside)
 
 
 class _Arrive(torch.autograd.Function):
-    """Wait for rows. In the backward pass their gradients set off, and travel while others compute.
+    """Wait for what has set off. In the backward pass gradients set off, and travel while others compute.
 
     A gradient on its way has the shape of the rows that left, which autograd does not allow here: it goes to `_Depart` by the trip.
     """
 
     @staticmethod
-    def forward(ctx: Any, on_their_way: Tensor, trip: Trip) -> Tensor:
-        ctx.trip, ctx.shape, ctx.dtype = trip, on_their_way.shape, on_their_way.dtype
-        return trip.out.unpack(wait_for_rows(on_their_way).view_as(on_their_way))
+    def forward(ctx: Any, trip: Trip, on_their_way: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        ctx.trip = trip
+        ctx.forms = [(t.shape, t.dtype) for t in (on_their_way, *numbers)]
+        rows = trip.out.unpack(wait_for_rows(on_their_way).view_as(on_their_way))
+        return rows, *(_wait(t).view_as(t) for t in numbers)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *of_numbers: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         trip = ctx.trip
-        trip.gradient = _exchange(trip.home.pack(grad), trip.receive, trip.send, trip.group)
-        return grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None
+        gradients = [*of_numbers, trip.home.pack(grad)]
+        *beside, of_rows = (_exchange(t, trip.receive, trip.send, trip.group) for t in gradients)
+        trip.gradients = [of_rows, *beside]
+        return None, *(grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.forms)
 
 
 def _orders(arriving: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@
 Of a feed-forward network, routed experts included, the output of the last product is not kept: no gradient asks for it. In an MTP
 module one does, that of the norm behind the block; there what the experts make of a token is kept, summed.
 
-With expert parallelism `selective` keeps rows as they arrive, so that none travels twice, and what experts hand out where it comes
-home, to be weighed: 2·K·D elements a token and layer beyond what one device keeps. Under `full` rows travel again. So with context
-parallelism: `selective` keeps the latents and rotary keys of whole sequences, R + rope numbers for each of their tokens, and makes
-keys and values of them again; under `full` they are gathered again.
+With expert parallelism `selective` keeps rows as they arrive, so that none travels twice, and their weights: K·(D + 1) numbers a
+token and layer beyond what one device keeps. What experts hand out is weighed before it comes home, and no gradient asks for it.
+Under `full` rows travel again. So with context parallelism: `selective` keeps the latents and rotary keys of whole sequences,
+R + rope numbers for each of their tokens, and makes keys and values of them again; under `full` they are gathered again.
 
 In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` is what it is
 without FP8: it keeps the outputs of products in the compute dtype, and quantises their inputs again. So it saves norms and
@@ -169,9 +169,9 @@ class _SelectivePolicy(FullPolicy):
         network.register_forward_hook(self._leave_feed_forward)
 
     def keeps(self, func: Any, args: tuple[Any, ...]) -> bool:
-        if func is SUM:
-            return args[2] is None  # outputs of experts that carry their weights; others are read to weigh them
-        kept = func in ROUTING or func in ATTENTION or func in EXCHANGES or func.name() in ATTENTION_ELSEWHERE
+        if func is SUM or func in ROUTING or func in EXCHANGES:
+            return True
+        kept = func in ATTENTION or func.name() in ATTENTION_ELSEWHERE
         return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
 
     def has_kept(self, kept: Kept) -> None:
@@ -179,10 +179,13 @@ class _SelectivePolicy(FullPolicy):
         if last is SUM:
             if before in GROUPED_PRODUCTS:
                 _hollow(kept, -2)
+            elif before is WAIT_FOR_ROWS:  # outputs that came home, weighed
+                _hollow(kept, -2)
+                _hollow(kept, -3)
             if not self.reads_output:
                 _hollow(kept, -1)
         elif last is c10d.all_to_all_single.default and before is SUM:
-            _hollow(kept, -2)  # it is kept where it comes home
+            _hollow(kept, -2)  # on their way home
 
     def _enter(self, *_: Any) -> None:
         self.inside_up_projection = True

@@ -21,8 +21,9 @@ them its experts; r replicas:
 
     with expert parallelism   X becomes X/e, gathered, scattered and reduced over s/e ranks (s: all under zero1 and zero2), and
                               tokens travel over e ranks:
-                              all-to-all  trips · layers with experts · tokens · K · D · a
+                              all-to-all  layers with experts · tokens · K · (trips · D · a + trips/2 · 4)
                               trips: there and back, forward and backward: 4; 6 where `full` recomputation sends again
+                              The weights of rows travel with them, and the gradients of both.
                               With FP8 dispatch the way to the experts, forward and recomputed, and the way there of the gradients
                               of what they hand out have D + ⌈D/128⌉ bytes a row in place of D · a
 
@@ -73,6 +74,7 @@ from parallel.parts import EMBEDDING
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "all_to_all", "send"]
 GRADIENT = 4  # bytes of an element of a gradient, and of a master weight
+WEIGHT = 4  # of how much a row counts, on the way to its expert, and of the gradient of that, on the way back
 
 # DeepSpeed's defaults, in elements.
 PERSISTENT, REUSED, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
@@ -276,17 +278,18 @@ def _tokens(layout: Layout, config: ModelConfig, shapes: Shapes, tokens: int, el
 
 
 def bytes_of_row(layout: Layout, width: int, element_size: int) -> int:
-    """Bytes of one token's row to one expert in all its trips through a layer."""
-    runs = 2 if layout.config.recompute == "full" else 1
-    there, back = bytes_of_trips(layout, width, element_size)
-    of_rows, of_gradients = runs * (there + back), there + back  # to the experts and back
-    return of_rows + of_gradients
+    """Bytes of one token's row to one expert, and of its weight, in all their trips through a layer."""
+    forward = 2 if layout.config.recompute == "full" else 1
+    return (forward + 1) * sum(bytes_of_trips(layout, width, element_size))
 
 
 def bytes_of_trips(layout: Layout, width: int, element_size: int) -> tuple[int, int]:
-    """Bytes of it to an expert, and of what the expert hands out; or of the gradient of the latter, and of that of the row."""
+    """Bytes of it to an expert, and of what the expert hands out; or of the gradient of the latter, and of that of the row.
+
+    The row's weight is counted with the former; its gradient travels with that of the row.
+    """
     plain = width * element_size
-    return width + _ceil(width, TILE) // TILE if layout.config.fp8_dispatch else plain, plain
+    return WEIGHT + (width + _ceil(width, TILE) // TILE if layout.config.fp8_dispatch else plain), plain
 
 
 def _zero_option(layout: Layout, name: str, default: Any) -> Any:

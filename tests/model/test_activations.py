@@ -77,7 +77,7 @@ def test_in_fp8_activation_bytes_are_those_that_live(changes, dtype, recompute):
 
 def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
     """And four bytes of a scale for 128 of them; beside them the input of the gate, which is not FP8. But FP8 keeps the input rows
-    of the experts, and what they hand out, where bf16 takes rows by an index and weighs before the last product.
+    of the experts, where bf16 takes rows by an index.
 
     At 4,096 tokens, in 3 dense and 59 MoE layers.
     """
@@ -85,7 +85,7 @@ def test_v3_in_fp8_keeps_a_byte_for_each_factor_of_its_products():
     bf16, fp8 = (bytes_counted(config, 1, 4096, 2, fp8=on, **sizes) for on in (False, True))
     attention = 7168 + 1536 + 512 + 7168  # inputs of q_a and kv_a, q_b, kv_b and of the feed-forward part
     one, inner = 1 - 4 / 128, 2 * 2 - 2 * (1 + 4 / 128)  # saved of an input; of gate and up
-    experts = 9 * 2048 * inner - 2 * 7168 - 8 * 7168 * (1 + 4 / 128 + 2) + 8 * 8  # the index, eight bytes
+    experts = 9 * 2048 * inner - 2 * 7168 - 8 * 7168 * (1 + 4 / 128) + 8 * 8  # the index, eight bytes
     assert bf16 - fp8 == 4096 * (62 * attention * one + 3 * 18432 * inner + 59 * experts)
 
 
@@ -111,7 +111,7 @@ def test_weights_that_come_in_the_compute_dtype_are_not_kept_a_second_time():
 
 
 def test_rows_that_arrive_at_the_fullest_experts_cost_what_experts_keep():
-    """Twice as many rows as leave: once more the rows, their orders there and back, and gate and up, in each of 59 MoE layers."""
+    """Twice as many as leave: once more the rows, weights, orders there and back, and gate and up, in each of 59 MoE layers."""
     config = preset("v3")
     even, uneven = (bytes_counted(config, 1, 4096, 2, spreads_experts=True, imbalance=by) for by in (1.0, 2.0))
-    assert uneven - even == 4096 * 8 * 59 * (2 * 7168 + 16 + 2 * 2 * 2048)
+    assert uneven - even == 4096 * 8 * 59 * (2 * 7168 + 4 + 16 + 2 * 2 * 2048)

@@ -81,7 +81,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is SET_OFF:
-            self.log.append((self.side, f"{'counts' if args[0].dtype is torch.int64 else 'rows'} set off"))
+            what = "rows" if args[0].dim() == 2 and args[0].dtype is not torch.int64 else "numbers"
+            self.log.append((self.side, f"{what} set off"))
         out = func(*args, **(kwargs or {}))
         if func is WAIT_FOR_ROWS:
             self.log.append((self.side, "rows arrived"))

@@ -212,13 +212,9 @@ def check_tokens(
         leaving //= 2  # the router runs twice, and gives out what it decided the first time
     plain, in_fp8 = model.hidden_size * element_size, model.hidden_size + -(-model.hidden_size // 128)
     there = in_fp8 if config.fp8_dispatch else plain
-    trips = [
-        there,
-        plain,
-        there,
-        plain,
-    ]  # rows to the experts and home; the gradients of those that came home, and back
-    assert found == leaving * sum(trips + ([there, plain] if config.recompute == "full" else []))
+    # Rows with their weights to the experts, and rows home; the gradients of those that came home, and of both.
+    trips = [there + 4, plain, there, plain + 4]
+    assert found == leaving * sum(trips + (trips[:2] if config.recompute == "full" else []))
     expected = sum(flow.sent for flow in flows if flow.collective == "all_to_all")
     assert found == pytest.approx(expected, rel=0.2)  # popular experts are where chance put them
 

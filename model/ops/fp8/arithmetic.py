@@ -12,6 +12,7 @@ the backward pass:
 | a linear map                | its input in rows, E4M3     | requantised to columns                                  |
 | the map after attention     | its input as it is          | quantised to columns                                    |
 | SwiGLU                      | gate and up in rows, E4M3   | silu(gate) · up is computed again, straight to columns  |
+| how much rows count         | the numbers, fp32           | times what SwiGLU gives out; their gradient from that   |
 
 The report keeps the input after attention in E5M6, 12 bits, because attention's own backward pass uses it too. Here that pass is
 PyTorch's, which keeps its output in the compute dtype by itself, and the map holds on to that very tensor (`model.attention` lays
@@ -63,17 +64,21 @@ class Fp8:
 
     def feed_forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """down(silu(gate(x)) · up(x)): x [..., D], weights [F, D], [F, D], [D, F] → [..., D]."""
-        return _FeedForward.apply(self, torch.is_grad_enabled(), x.flatten(0, -2), None, gate, up, down).view_as(x)
+        rows = x.flatten(0, -2)
+        return _FeedForward.apply(self, torch.is_grad_enabled(), rows, None, None, gate, up, down).view_as(x)
 
-    def experts(self, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def experts(
+        self, rows: Tensor, counts: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         """`feed_forward` of each group of rows with weights of its own.
 
         Args:
             rows: [M, D] sorted by expert, `counts` [E] of each.
+            row_weights: [M] fp32, how much what becomes of each row counts; 1 where there are none.
             gate_up: [E, 2F, D], gate first.
             down: [E, D, F].
         """
-        return _FeedForward.apply(self, torch.is_grad_enabled(), rows, counts, gate_up, down)
+        return _FeedForward.apply(self, torch.is_grad_enabled(), rows, counts, row_weights, gate_up, down)
 
     @torch.no_grad()
     def note(self, scales: Scales, tensors: Mapping[str, Quantized]) -> None:
@@ -119,23 +124,33 @@ class _Linear(torch.autograd.Function):
 class _FeedForward(torch.autograd.Function):
     """Weights are gate, up and down; or, with `counts`, gate and up one below the other, and down, of every expert.
 
+    Rows are weighed before the last product, as in `model.ops.experts`: what it gives out is not needed again.
+
     `learns`: whether there will be a backward pass, which a forward pass in here cannot ask for.
     """
 
     @staticmethod
-    def forward(ctx: Any, fp8: Fp8, learns: bool, x: Tensor, counts: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        fp8: Fp8,
+        learns: bool,
+        x: Tensor,
+        counts: Tensor | None,
+        row_weights: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
         kernels, dtype = fp8.kernels, x.dtype
         gate_w, up_w, down_w = (kernels.quantize_blocks(w, dtype, transpose=False) for w in _three(weights))
         rows = kernels.quantize_rows(x, power_of_two=True)
         gate = _multiply(kernels, rows, gate_w, counts, dtype)
         up = _multiply(kernels, rows, up_w, counts, dtype)
-        product = kernels.swiglu(gate, up)
+        product = kernels.swiglu(gate, up, row_weights)
         noted = {"gate_proj input": rows, "gate_proj weight": gate_w, "up_proj weight": up_w}
         if learns:
             kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
             noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
             ctx.fp8, ctx.dtype, ctx.leaves = fp8, dtype, [leaf_of(w) for w in weights]
-            ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, *weights)
+            ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, row_weights, *weights)
         noted |= {"down_proj input": product, "down_proj weight": down_w}
         fp8.note(fp8.scales, {f".{name}": tensor for name, tensor in noted.items()})
         return _multiply(kernels, product, down_w, counts, dtype)
@@ -145,14 +160,15 @@ class _FeedForward(torch.autograd.Function):
         fp8, dtype, kernels = ctx.fp8, ctx.dtype, ctx.fp8.kernels
         saved = ctx.saved_tensors  # once: a block that recomputes hands them out only then
         rows, gate, up = (Quantized(*saved[i : i + 2]) for i in (0, 2, 4))
-        counts, *weights = saved[6:]
+        counts, row_weights, *weights = saved[6:]
         gate_w, up_w, down_w = (kernels.quantize_blocks(w, dtype, transpose=True) for w in _three(weights))
         if counts is None:
             d_rows, d_columns = kernels.quantize_rows_and_columns(grad)
         else:
             d_rows = kernels.quantize_rows(grad, power_of_two=True)
             d_columns = kernels.requantize_columns(d_rows, counts)
-        d = kernels.swiglu_backward(_multiply(kernels, d_rows, down_w, counts, dtype), gate, up, counts)
+        d_product = _multiply(kernels, d_rows, down_w, counts, dtype)
+        d = kernels.swiglu_backward(d_product, gate, up, row_weights, counts)
         noted = {".down_proj gradient": d_rows, ".gate_proj gradient": d.gate, ".up_proj gradient": d.up}
         fp8.note(fp8.gradient_scales, noted)
         d_x = _multiply(kernels, d.gate, gate_w, counts, torch.float32)
@@ -164,7 +180,7 @@ class _FeedForward(torch.autograd.Function):
             weight_gradient(leaf, _wgrad, kernels, counts, dtype, w.dtype, x, *columns)
             for (x, columns), w, leaf in zip(factors, weights, ctx.leaves, strict=True)
         )
-        return None, None, d_x.to(dtype), None, *of_weights
+        return None, None, d_x.to(dtype), None, None if row_weights is None else d.weights, *of_weights
 
 
 def _three(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

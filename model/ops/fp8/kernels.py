@@ -27,11 +27,12 @@ from model.ops.fp8.quantize import (
 class SwiGLUGradients(NamedTuple):
     """What the backward products around a SwiGLU multiply with."""
 
-    product: Quantized  # columns of silu(gate) · up, computed again
+    product: Quantized  # columns of w · silu(gate) · up, computed again
     gate: Quantized  # rows of the gradient of gate
     gate_columns: Quantized
     up: Quantized
     up_columns: Quantized
+    weights: Tensor  # [M] fp32, the gradient of w; [0] where there are none
 
 
 class Kernels(Protocol):
@@ -69,12 +70,14 @@ class Kernels(Protocol):
         """a bᵀ over the rows of each group apart: columns [N, P] and [K, P] → [E, N, K]; zero for a group without rows."""
         ...
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
-        """Rows of silu(gate) · up; both [M, F], perhaps with a stride."""
+    def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None) -> Quantized:
+        """Rows of w · silu(gate) · up; both [M, F], perhaps with a stride; weights w [M] fp32, or 1."""
         ...
 
-    def swiglu_backward(self, grad: Tensor, gate: Quantized, up: Quantized, counts: Tensor | None) -> SwiGLUGradients:
-        """From the gradient of silu(gate) · up [M, F] and both factors in rows."""
+    def swiglu_backward(
+        self, grad: Tensor, gate: Quantized, up: Quantized, weights: Tensor | None, counts: Tensor | None
+    ) -> SwiGLUGradients:
+        """From the gradient of w · silu(gate) · up [M, F], both factors in rows, and the weights."""
         ...
 
 
@@ -100,21 +103,30 @@ class Reference(Chosen):
         blocks = quantize_blocks(weight.to(compute_dtype))
         return transpose_blocks(blocks) if transpose else blocks
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
-        return quantize_rows(F.silu(gate.float()) * up.float())
+    def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None) -> Quantized:
+        product = F.silu(gate.float()) * up.float()
+        return quantize_rows(product if weights is None else product.mul_(weights.unsqueeze(1)))
 
-    def swiglu_backward(self, grad: Tensor, gate: Quantized, up: Quantized, counts: Tensor | None) -> SwiGLUGradients:
+    def swiglu_backward(
+        self, grad: Tensor, gate: Quantized, up: Quantized, weights: Tensor | None, counts: Tensor | None
+    ) -> SwiGLUGradients:
         g, u, d = dequantize(gate), dequantize(up), grad.float()
         sigmoid = g.sigmoid()
         silu = g * sigmoid
+        product = silu * u
+        d_weights = grad.new_empty(0, dtype=torch.float32)
+        if weights is not None:
+            d_weights = (d * product).sum(1)
+            product, d = product * weights.unsqueeze(1), d * weights.unsqueeze(1)
         d_gate = d * u * sigmoid * (1 + g * (1 - sigmoid))
         d_up = d * silu
         return SwiGLUGradients(
-            quantize_columns(silu * u, counts),
+            quantize_columns(product, counts),
             quantize_rows(d_gate),
             quantize_columns(d_gate, counts),
             quantize_rows(d_up),
             quantize_columns(d_up, counts),
+            d_weights,
         )
 
 

@@ -36,13 +36,27 @@ def _blocks(dtype: str, transpose: bool) -> Case:
     )
 
 
-def _swiglu_backward() -> Case:
+def _swiglu(weighted: bool) -> Case:
+    weights = {"weights": "*fp32"} if weighted else {}
+    sizes = {"M": 4096, "F": 2048, "gate_stride": 4096, "up_stride": 4096, "HEIGHT": quantize.LOW}
+    return Case(
+        "swiglu" + ", weighted" * weighted,
+        swiglu._swiglu,
+        {"gate": "*bf16", "up": "*bf16", "data": "*fp8e4nv", "scale": SCALE, **weights, **sizes},
+        (*LOADS, *ENCODES, r"ex2\.approx"),
+        num_warps=4,
+    )
+
+
+def _swiglu_backward(weighted: bool) -> Case:
     names = [p.name for p in swiglu._swiglu_backward.params]
     tensors = names[names.index("gate") : names.index("places")]
-    arguments = {name: SCALE if name.endswith("scale") else "*fp8e4nv" for name in tensors}
+    arguments = {name: "*fp32" if name.endswith(("scale", "weights")) else "*fp8e4nv" for name in tensors}
+    if not weighted:
+        del arguments["weights"]
     sizes = {"M": 4096, "F": 2048, "tiles": 40, "stride": 2048}
     return Case(
-        "swiglu, backward",
+        "swiglu, backward" + ", weighted" * weighted,
         swiglu._swiglu_backward,
         {"grad": "*bf16", **arguments, "places": "*i32", **sizes},
         (*LOADS, *DECODES, *ENCODES, r"ex2\.approx"),
@@ -72,13 +86,8 @@ CASES = [
     ),
     _blocks("*fp32", transpose=False),
     _blocks("*bf16", transpose=True),
-    Case(
-        "swiglu",
-        swiglu._swiglu,
-        {"gate": "*bf16", "up": "*bf16", "data": "*fp8e4nv", "scale": SCALE}
-        | {"M": 4096, "F": 2048, "gate_stride": 4096, "up_stride": 4096, "HEIGHT": quantize.LOW},
-        (*LOADS, *ENCODES, r"ex2\.approx"),
-        num_warps=4,
-    ),
-    _swiglu_backward(),
+    _swiglu(weighted=False),
+    _swiglu(weighted=True),
+    _swiglu_backward(weighted=False),
+    _swiglu_backward(weighted=True),
 ]

@@ -116,9 +116,10 @@ def feed_forward(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, row_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     parts = x.split(COUNTS)
-    return torch.cat([feed_forward(part, *gu.chunk(2), d) for part, gu, d in zip(parts, gate_up, down)])
+    outputs = [feed_forward(part, *gu.chunk(2), d) for part, gu, d in zip(parts, gate_up, down)]
+    return torch.cat(outputs) * row_weights.unsqueeze(1)
 
 
 def test_a_feed_forward_network_has_the_error_of_its_roundings() -> None:
@@ -135,11 +136,17 @@ def test_experts_are_feed_forward_networks_of_their_own() -> None:
     x, grad = gaussian(TOKENS, 144, seed=0), outliers(TOKENS, 144, seed=1)
     gate_up = torch.stack([torch.cat([weight(136, 144, seed=s), weight(136, 144, seed=s + 9)]) for s in range(5)])
     down = torch.stack([weight(144, 136, seed=s) for s in range(5)])
+    row_weights = torch.exp2(-torch.rand(TOKENS, generator=torch.Generator().manual_seed(5)))
     fp8, counts = Fp8(Reference()), torch.tensor(COUNTS)
-    (y, d_x, d_gate_up, d_down) = compare(
-        lambda x, gu, d: (fp8.experts(x, counts, gu, d),), lambda *a: (experts(*a),), x, [gate_up, down], [grad]
+    (y, d_x, d_row_weights, d_gate_up, d_down) = compare(
+        lambda x, w, gu, d: (fp8.experts(x, counts, w, gu, d),),
+        lambda *a: (experts(*a),),
+        x,
+        [row_weights, gate_up, down],
+        [grad],
     )
     check("y", y, ROUNDINGS["y"], 1.15)
+    check("dw", d_row_weights, ROUNDINGS["ddown"], 1.3, bias=0.03)  # 19 tokens of large gradients make the norm
     check("dx", d_x, ROUNDINGS["dx"], 1.15)
     for expert, count in enumerate(COUNTS):
         of_weights = {

@@ -28,7 +28,7 @@ def run(kernels: Kernels, device: torch.device, form: str) -> list[Tensor]:
     shapes = {
         "linear": [(2, 75, D), (F, D), (M, D)],
         "feed_forward": [(2, 75, D), (F, D), (F, D), (D, F)],
-        "experts": [(M, D), (3, 2 * F, D), (3, D, F)],
+        "experts": [(M, D), (M,), (3, 2 * F, D), (3, D, F)],
     }[form]
     x, *weights = (torch.randn(shape, generator=random) for shape in shapes)
     x = x.bfloat16().to(device).requires_grad_()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.ops.fp8.kernels import Reference, SwiGLUGradients
+from model.ops.fp8.kernels import Reference
 from model.ops.fp8.quantize import TILE, Quantized
 from tests.triton import NO_TRITON
 
@@ -154,20 +154,25 @@ def assert_close(found: Quantized, expected: Quantized) -> None:
     assert apart.scale < 2e-6 and apart.steps <= 1 and apart.share < 1e-4, apart
 
 
-def test_swiglu_is_quantised_from_fp32(device: torch.device) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu_is_quantised_from_fp32(device: torch.device, weighted: bool) -> None:
     gate, up = (torch.randn(140, 600) * 4).bfloat16().chunk(2, dim=1)
-    assert_close(TRITON.swiglu(gate.to(device), up.to(device)), REFERENCE.swiglu(gate, up))
+    weights = torch.rand(140) if weighted else None
+    there = None if weights is None else weights.to(device)
+    assert_close(TRITON.swiglu(gate.to(device), up.to(device), there), REFERENCE.swiglu(gate, up, weights))
 
 
-@pytest.mark.parametrize("counts", [[128, 0, 22], None])
-def test_the_backward_pass_of_swiglu_gives_what_five_products_take(
-    device: torch.device, counts: list[int] | None
+@pytest.mark.parametrize(("counts", "weighted"), [([128, 0, 22], True), ([128, 0, 22], False), (None, False)])
+def test_the_backward_pass_of_swiglu_gives_what_five_products_take_and_the_gradient_of_weights(
+    device: torch.device, counts: list[int] | None, weighted: bool
 ) -> None:
     gate, up = (REFERENCE.quantize_rows(torch.randn(150, 200) * size, False) for size in (4, 1))
     grad = torch.randn(150, 400)[:, ::2].bfloat16()
     groups = None if counts is None else torch.tensor(counts)
-    there = None if groups is None else groups.to(device)
-    found = TRITON.swiglu_backward(grad.to(device), on(gate, device), on(up, device), there)
-    for name, expected in REFERENCE.swiglu_backward(grad, gate, up, groups)._asdict().items():
-        assert_close(getattr(found, name), expected)
-    assert isinstance(found, SwiGLUGradients)
+    weights = torch.rand(150) if weighted else None
+    there = [None if t is None else t.to(device) for t in (weights, groups)]
+    *found, d_weights = TRITON.swiglu_backward(grad.to(device), on(gate, device), on(up, device), *there)
+    *expected, d_exact = REFERENCE.swiglu_backward(grad, gate, up, weights, groups)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+    torch.testing.assert_close(d_weights.cpu(), d_exact, rtol=1e-4, atol=1e-4)

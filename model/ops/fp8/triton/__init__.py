@@ -30,8 +30,10 @@ class TritonKernels(Chosen):
     def quantize_blocks(self, weight: Tensor, compute_dtype: torch.dtype, transpose: bool) -> Quantized:
         return quantize.quantize_blocks(weight, compute_dtype, transpose)
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Quantized:
-        return swiglu.swiglu(gate, up)
+    def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None) -> Quantized:
+        return swiglu.swiglu(gate, up, weights)
 
-    def swiglu_backward(self, grad: Tensor, gate: Quantized, up: Quantized, counts: Tensor | None) -> SwiGLUGradients:
-        return swiglu.swiglu_backward(grad, gate, up, counts)
+    def swiglu_backward(
+        self, grad: Tensor, gate: Quantized, up: Quantized, weights: Tensor | None, counts: Tensor | None
+    ) -> SwiGLUGradients:
+        return swiglu.swiglu_backward(grad, gate, up, weights, counts)
