@@ -168,16 +168,15 @@ class Fp8OfAGpu(Chosen):
         scale = weight.new_empty(*batch, -(-n // TILE), -(-k // TILE), dtype=torch.float32)
         return Quantized(weight.new_empty(*batch, n, k, dtype=E4M3), scale)
 
-    def swiglu(self, gate: Tensor, *_: Any) -> Quantized:
+    def swiglu(self, gate: Tensor, up: Tensor, weights: Tensor | None) -> Quantized:
         return _rows(gate)
 
     def swiglu_backward(
-        self, grad: Tensor, gate: Quantized, up: Quantized, *weights_and_counts: Any
+        self, grad: Tensor, gate: Quantized, up: Quantized, weights: Tensor | None, counts: Tensor | None
     ) -> SwiGLUGradients:
-        *weights, counts = weights_and_counts
-        columns = [_columns(grad, counts) for _ in range(3)]
-        of_weights = [grad.new_empty(0 if w is None else len(grad), dtype=torch.float32) for w in weights]
-        return SwiGLUGradients(columns[0], _rows(grad), columns[1], _rows(grad), columns[2], *of_weights)
+        product, gate_columns, up_columns = (_columns(grad, counts) for _ in range(3))
+        d_weights = grad.new_empty(0 if weights is None else len(grad), dtype=torch.float32)
+        return SwiGLUGradients(product, _rows(grad), gate_columns, _rows(grad), up_columns, d_weights)
 
 
 def _rows(x: Tensor) -> Quantized:
