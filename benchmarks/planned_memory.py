@@ -9,9 +9,9 @@
 | simulation | `train.planning.simulate.simulate`: the engine's own step on tensors without memory; not DeepSpeed's         |
 | measured   | gloo processes that take real steps: the storages that operations touch (`train.planning.live_bytes`)        |
 
-The model that is measured is that of recipes/planned_memory.yaml. Its experts get uneven shares of random tokens; what came to
-those of the fullest process, over what left it, goes into formula and simulation. Layouts that no machine here can hold are planned
-for GPUs and simulated only, with 1.2 times the mean at the fullest experts.
+The model that is measured is that of recipes/planned_memory.yaml. Its experts get uneven shares of random tokens: what came to
+those of the fullest process, over what left it, in the micro-batch that brought most, goes into formula and simulation. Layouts
+that no machine here can hold are planned for GPUs and simulated only, with 1.2 times the mean at the fullest experts.
 """
 
 import argparse
@@ -208,13 +208,18 @@ def measure_one(rank: int, case: Case, folder: str) -> Measured:
     at_peak = live.at_peak() if isinstance(live, StepBytes) else None
     dist.barrier()
     dist.destroy_process_group()
-    return Measured(live.peak(set()).everything, at_peak, rows.imbalance)
+    alone = (
+        1 if step.layout.config.pipeline > 1 else step.micro_batches
+    )  # micro-batches that are not there at the same time
+    return Measured(live.peak(set()).everything, at_peak, rows.imbalance(alone))
 
 
 class Rows:
-    """Rows of tokens that left a process for experts, and those that came to its own."""
+    """Rows of tokens that left a process for experts, and those that came to its own, layer by layer."""
 
-    left = came = 0
+    def __init__(self) -> None:
+        self.left: list[int] = []
+        self.came: list[int] = []
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -222,16 +227,18 @@ class Rows:
 
         def count(dispatcher: Any, *tokens: Any) -> Any:
             handle = dispatch(dispatcher, *tokens)
-            self.left += sum(handle.trip.send)
-            self.came += sum(handle.trip.receive)
+            self.left.append(sum(handle.trip.send))
+            self.came.append(sum(handle.trip.receive))
             return handle
 
         with patch.object(AllToAllDispatcher, "dispatch", count):
             yield
 
-    @property
-    def imbalance(self) -> float:
-        return self.came / self.left if self.left else 1.0
+    def imbalance(self, parts: int) -> float:
+        """Of so many equal parts of a step that in which most came: that, over what left."""
+        size = len(self.left) // parts
+        starts = range(0, size * parts, size) if size else ()
+        return max((sum(self.came[at : at + size]) / sum(self.left[at : at + size]) for at in starts), default=1.0)
 
 
 def engine_of(step: PlannedStep) -> Any:
