@@ -358,8 +358,7 @@ def _travel(c: ModelConfig, forward: ForwardPass) -> list[_Row]:
 
 def _swiglu(width: int, forward: ForwardPass, rows: float = 1) -> list[_Row]:
     return [
-        _Row("gate and up", 2 * rows * forward.factor(width), NONE),
-        _Row("gate and up as the products gave them out", 2 * rows * forward.element_size * width, SELECTIVE),
+        _Row("gate and up", 2 * rows * forward.factor(width), PRODUCT),
     ]
 
 

@@ -14,10 +14,9 @@ token and layer beyond what one device keeps. What experts hand out is weighed b
 Under `full` rows travel again. So with context parallelism: `selective` keeps the latents and rotary keys of whole sequences,
 R + rope numbers for each of their tokens, and makes keys and values of them again; under `full` they are gathered again.
 
-In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` is what it is
-without FP8: it keeps the outputs of products in the compute dtype, and quantises their inputs again. So it saves norms and
-attention's queries, keys and values, as the report does, but of feed-forward networks it keeps more than `none`: gate and up in
-two bytes for one. `model.activations.activation_bytes` counts both.
+In FP8 (`model.ops.fp8`) `none` keeps the inputs of products, and the gate and up of a SwiGLU, in E4M3. `selective` keeps outputs
+of products in the compute dtype, and quantises their inputs again. Of gate and up it keeps what `none` keeps (V3 §3.3.3): the
+second run takes them up in E4M3, and needs nothing of what they were made of, nor what was made of them.
 
 Routing decisions are kept in every mode, never recomputed: recomputed scores could differ in the last bit, and a token would then
 go backward through another expert than forward.
@@ -39,7 +38,7 @@ from model.flops import Recompute
 from model.layers import MLP
 from model.mtp import MTPBlock
 from model.ops import experts  # noqa: F401  # whose operations are named below, as are those of
-from model.ops.fp8 import products  # noqa: F401
+from model.ops.fp8 import kernels  # noqa: F401
 from model.transformer import Transformer
 from parallel.expert import TO_HOST, WAIT_FOR_ROWS
 
@@ -53,6 +52,7 @@ EXCHANGES = {
 }  # fmt: skip
 GROUPED_PRODUCTS = {torch.ops.rorqual.multiply_groups.default, torch.ops.rorqual.fp8_multiply_groups.default}
 SUM = torch.ops.rorqual.sum_rows.default
+FP8_SWIGLU = torch.ops.rorqual.fp8_swiglu.default
 MATRIX_PRODUCTS = GROUPED_PRODUCTS | {
     aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.rorqual.fp8_multiply.default,
 }  # fmt: skip
@@ -169,7 +169,7 @@ class _SelectivePolicy(FullPolicy):
         network.register_forward_hook(self._leave_feed_forward)
 
     def keeps(self, func: Any, args: tuple[Any, ...]) -> bool:
-        if func is SUM or func in ROUTING or func in EXCHANGES:
+        if func in (SUM, FP8_SWIGLU) or func in ROUTING or func in EXCHANGES:
             return True
         kept = func in ATTENTION or func.name() in ATTENTION_ELSEWHERE
         return kept or (func in MATRIX_PRODUCTS and not self.inside_up_projection)
@@ -186,6 +186,12 @@ class _SelectivePolicy(FullPolicy):
                 _hollow(kept, -1)
         elif last is c10d.all_to_all_single.default and before is SUM:
             _hollow(kept, -2)  # on their way home
+        elif last is FP8_SWIGLU:
+            _hollow(kept, -2)  # up and gate, as the products gave them out
+            _hollow(kept, -3)
+            product, scale, *factors = kept[-1][1]
+            # A scale of zero, as the largest of all scales is noted once more.
+            kept[-1] = last, (_without_memory(product), scale.new_zeros(()).expand_as(scale), *factors)
 
     def _enter(self, *_: Any) -> None:
         self.inside_up_projection = True
@@ -202,4 +208,8 @@ class _SelectivePolicy(FullPolicy):
 def _hollow(kept: Kept, place: int) -> None:
     """Leave of an output its shape and dtype: NaN without memory, should anyone read it after all."""
     func, out = kept[place]
-    kept[place] = func, tree_map_only(Tensor, lambda t: t.new_full((), math.nan).expand_as(t), out)
+    kept[place] = func, tree_map_only(Tensor, _without_memory, out)
+
+
+def _without_memory(t: Tensor) -> Tensor:
+    return t.new_full((), math.nan).expand_as(t)

@@ -115,3 +115,15 @@ def test_rows_that_arrive_at_the_fullest_experts_cost_what_experts_keep():
     config = preset("v3")
     even, uneven = (bytes_counted(config, 1, 4096, 2, spreads_experts=True, imbalance=by) for by in (1.0, 2.0))
     assert uneven - even == 4096 * 8 * 59 * (2 * 7168 + 4 + 16 + 2 * 2 * 2048)
+
+
+def test_in_fp8_selective_keeps_less_of_v3s_feed_forward_networks_than_none():
+    """Of a MoE layer's token: logits, choices, 9 gates and ups in E4M3 with scales, 8 rows as they arrived with their weights."""
+    config, one = preset("v3"), 1 + 4 / 128
+    size = {"device": "cuda", "casts_weights": False, "fp8": True, "spreads_experts": True, "fp8_dispatch": True}
+    none, selective = (
+        activation_bytes(config, ForwardPass(1, 4096, 2, mode, **size))["feed-forward"]
+        for mode in ("none", "selective")
+    )
+    of_moe = 4 * 256 + 12 * 8 + 9 * 2 * 2048 * one + 8 * (7168 + 7168 / 128 + 4)
+    assert selective == 4096 * (59 * of_moe + 3 * 2 * 18432 * one) < none

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.ops.fp8.kernels import Kernels
+from model.ops.fp8.kernels import Kernels, hidden
 from model.ops.fp8.quantize import Quantized
 from model.ops.weight_gradient import leaf_of, weight_gradient
 
@@ -144,13 +144,14 @@ class _FeedForward(torch.autograd.Function):
         rows = kernels.quantize_rows(x, power_of_two=True)
         gate = _multiply(kernels, rows, gate_w, counts, dtype)
         up = _multiply(kernels, rows, up_w, counts, dtype)
-        product = kernels.swiglu(gate, up, row_weights)
         noted = {"gate_proj input": rows, "gate_proj weight": gate_w, "up_proj weight": up_w}
         if learns:
-            kept_gate, kept_up = kernels.quantize_rows(gate, False), kernels.quantize_rows(up, False)
+            product, kept_gate, kept_up = hidden(kernels, gate, up, row_weights)
             noted |= {"gate_proj output": kept_gate, "up_proj output": kept_up}
             ctx.fp8, ctx.dtype, ctx.leaves = fp8, dtype, [leaf_of(w) for w in weights]
             ctx.save_for_backward(*rows, *kept_gate, *kept_up, counts, row_weights, *weights)
+        else:
+            product = kernels.swiglu(gate, up, row_weights)
         noted |= {"down_proj input": product, "down_proj weight": down_w}
         fp8.note(fp8.scales, {f".{name}": tensor for name, tensor in noted.items()})
         return _multiply(kernels, product, down_w, counts, dtype)

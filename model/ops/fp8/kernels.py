@@ -5,7 +5,7 @@ hardware step by step: products of E4M3 numbers, summed over one tile, promoted 
 roundings of fp32 alone, since a product of two E4M3 numbers is exact there; the second is the oracle of the first, and of kernels.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.ops.fp8.products import EMULATION, Chosen
 from model.ops.fp8.quantize import (
+    E4M3,
     TILE,
     Quantized,
     dequantize,
@@ -22,6 +23,15 @@ from model.ops.fp8.quantize import (
     requantize_columns,
     transpose_blocks,
 )
+from model.ops.operation import operation
+
+
+class Hidden(NamedTuple):
+    """What is made of gate and up [M, F] after their products, all in rows."""
+
+    product: Quantized  # w · silu(gate) · up
+    gate: Quantized  # and up: kept for the backward pass
+    up: Quantized
 
 
 class SwiGLUGradients(NamedTuple):
@@ -37,6 +47,8 @@ class SwiGLUGradients(NamedTuple):
 
 class Kernels(Protocol):
     """The operations; rows, columns and blocks as of `model.ops.fp8.quantize`. M rows lie in groups of `counts` [E] where given."""
+
+    default: str  # names them in `KERNELS`
 
     def quantize_rows(self, x: Tensor, power_of_two: bool) -> Quantized:
         """x [M, K]."""
@@ -128,6 +140,34 @@ class Reference(Chosen):
             quantize_columns(d_up, counts),
             d_weights,
         )
+
+
+KERNELS: dict[str, Kernels] = {EMULATION: Reference()}
+
+
+def hidden(kernels: Kernels, gate: Tensor, up: Tensor, weights: Tensor | None) -> Hidden:
+    """`Kernels.swiglu`, and its factors as its backward pass takes them.
+
+    An operation, so that recomputation can recall the factors, and make neither the products that they are of nor these again.
+    """
+    product, product_scale, *factors = torch.ops.rorqual.fp8_swiglu(gate, up, weights, kernels.default)
+    return Hidden(Quantized(product, product_scale), Quantized(*factors[:2]), Quantized(*factors[2:]))
+
+
+def _empty_rows(gate: Tensor, *_: Any) -> list[Tensor]:
+    shape = len(gate), -(-gate.shape[1] // TILE)
+    data, scale = (lambda: gate.new_empty(gate.shape, dtype=E4M3)), (lambda: gate.new_empty(shape, dtype=torch.float32))
+    return [data(), scale(), data(), scale(), data(), scale()]
+
+
+@operation(
+    "fp8_swiglu(Tensor gate, Tensor up, Tensor? weights, str by) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _empty_rows,
+)
+def _hidden(gate: Tensor, up: Tensor, weights: Tensor | None, by: str) -> tuple[Tensor, ...]:
+    kernels = KERNELS[by]
+    product, *factors = kernels.swiglu(gate, up, weights), *(kernels.quantize_rows(t, False) for t in (gate, up))
+    return *product, *factors[0], *factors[1]
 
 
 def multiply_by_tiles(a: Quantized, b: Quantized) -> Tensor:

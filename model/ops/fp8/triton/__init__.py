@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.ops.fp8.kernels import SwiGLUGradients
+from model.ops.fp8.kernels import KERNELS, SwiGLUGradients
 from model.ops.fp8.products import Chosen
 from model.ops.fp8.quantize import Quantized
 from model.ops.fp8.triton import products, quantize, swiglu
@@ -37,3 +37,6 @@ class TritonKernels(Chosen):
         self, grad: Tensor, gate: Quantized, up: Quantized, weights: Tensor | None, counts: Tensor | None
     ) -> SwiGLUGradients:
         return swiglu.swiglu_backward(grad, gate, up, weights, counts)
+
+
+KERNELS[products.PLAIN] = TritonKernels()
