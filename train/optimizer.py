@@ -10,7 +10,7 @@ sets `group["lr"]` of every step from the schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -117,8 +117,7 @@ class AdamWBf16Moments(torch.optim.Optimizer):
                 self._step_on_gpu(group, stepping, steps[0])
             elif self.found_inf is None or not self.found_inf:
                 torch._foreach_add_(steps, 1)
-                for bucket in _buckets(piece for parameter in stepping for piece in self._pieces(parameter)):
-                    self._update(group, bucket)
+                self.step_in_buckets(group, stepping, int(steps[0]))
 
     def _step_on_gpu(self, group: dict[str, Any], parameters: list[Tensor], step: Tensor) -> None:
         """No number comes to the host: not the count of steps, which is the same for all, nor whether this one is skipped."""
@@ -135,15 +134,20 @@ class AdamWBf16Moments(torch.optim.Optimizer):
             tensors = (parameter, parameter.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"])
             adamw_(*tensors, factors, divisor, skip, group["betas"], group["eps"], 1 - lr * group["weight_decay"])
 
+    def step_in_buckets(self, group: dict[str, Any], parameters: Sequence[Tensor], step: int) -> None:
+        """The update of a CPU, the step-th, of parameters of a group."""
+        for bucket in _buckets(piece for parameter in parameters for piece in self._pieces(parameter)):
+            self._update(group, bucket, step)
+
     def _pieces(self, parameter: Tensor) -> Iterator[_Piece]:
         """A parameter, flat, in pieces that fit a bucket. A rank's part of a whole model may be one parameter (ZeRO)."""
         state = self.state[parameter]
         assert parameter.grad is not None
         whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for weight, gradient, m, v in zip(*(tensor.reshape(-1).split(BUCKET_ELEMENTS) for tensor in whole)):
-            yield _Piece(weight, gradient, m, v, int(state["step"]))
+        for pieces in zip(*(tensor.reshape(-1).split(BUCKET_ELEMENTS) for tensor in whole)):
+            yield _Piece(*pieces)
 
-    def _update(self, group: dict[str, Any], pieces: list[_Piece]) -> None:
+    def _update(self, group: dict[str, Any], pieces: list[_Piece], step: int) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
         weights = [piece.weight for piece in pieces]
         gradients = [piece.gradient.float() for piece in pieces]
@@ -159,10 +163,10 @@ class AdamWBf16Moments(torch.optim.Optimizer):
         torch._foreach_copy_([piece.exp_avg_sq for piece in pieces], v)
 
         torch._foreach_sqrt_(v)
-        torch._foreach_div_(v, [math.sqrt(1 - beta2**piece.step) for piece in pieces])
+        torch._foreach_div_(v, math.sqrt(1 - beta2**step))
         torch._foreach_add_(v, group["eps"])
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(weights, m, v, [-lr / (1 - beta1**piece.step) for piece in pieces])
+        torch._foreach_addcdiv_(weights, m, v, -lr / (1 - beta1**step))
 
 
 # fp32 copies of m, v and g of one bucket: 768 MiB at most.
@@ -176,7 +180,6 @@ class _Piece(NamedTuple):
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    step: int  # that is being taken, counted from 1
 
 
 def _buckets(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

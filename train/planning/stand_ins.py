@@ -44,7 +44,11 @@ def stand_ins(load: Load, on_gpu: bool) -> Iterator[None]:
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_: None),
             (nn.parallel.distributed, "_sync_module_states", lambda **_: None),
             (parallel.ddp, "_sum_over_ranks", _sum_over_ranks),
-            (AdamWBf16Moments, "step", lambda _: None),  # asks for numbers; on a GPU it is a kernel that works in place
+            (
+                AdamWBf16Moments,
+                "step",
+                (lambda _: None) if on_gpu else _update,
+            ),  # on a GPU a kernel that works in place
             (AllToAllDispatcher, "rows", lambda _, *counts: load.rows(*counts)),
             *(_of_a_gpu() if on_gpu else ()),
         ):
@@ -78,6 +82,14 @@ def _sum_over_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Te
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
+
+
+@torch.no_grad()
+def _update(optimizer: AdamWBf16Moments) -> None:
+    """Without asking which step it is, and whether to skip it."""
+    for group in optimizer.param_groups:
+        stepping = [parameter for parameter in group["params"] if parameter.grad is not None]
+        optimizer.step_in_buckets(group, stepping, step=1)
 
 
 class Buckets:
