@@ -3,10 +3,10 @@
     python benchmarks/memory.py --shape benchmarks/shapes/reference.json --json FILE
 
 Every storage that an operation of the step touches is counted from its first appearance until it is freed
-(`train.planning.live_bytes`). It belongs to parameters, gradients or moments, or to the part of the model whose forward pass made
-it and left it for the backward pass. The peak is no sum: gradients appear where activations vanish, and a block at work needs room
-of its own. On a GPU the allocator's peak stands beside it. The account is that of `rorqual plan`: `parallel.footprint` and
-`model.activations`.
+(`train.planning.simulation.live_bytes`). It belongs to parameters, gradients or moments, or to the part of the model whose
+forward pass made it and left it for the backward pass. The peak is no sum: gradients appear where activations vanish, and a block
+at work needs room of its own. On a GPU the allocator's peak stands beside it. The account is that of `rorqual plan`:
+`parallel.footprint` and `model.activations`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from model.transformer import Transformer
 from parallel.footprint import footprint
 from parallel.layout import Layout, ParallelConfig
 from parallel.peak import fullest, moments_of
-from train.planning.live_bytes import LiveBytes
+from train.planning.simulation.live_bytes import LiveBytes
 
 HEAD, WORK = "embedding and head", "at work"
 

@@ -6,8 +6,8 @@
 | column     | the fullest process of a step when it holds most                                                             |
 |------------|--------------------------------------------------------------------------------------------------------------|
 | formula    | `train.planning.memory.memory_of`, as `rorqual plan` says it                                                 |
-| simulation | `train.planning.simulate.simulate`: the engine's own step on tensors without memory; not DeepSpeed's         |
-| measured   | gloo processes that take real steps: the storages that operations touch (`train.planning.live_bytes`)        |
+| simulation | `train.planning.simulation.simulate`: the engine's own step on tensors without memory; not DeepSpeed's   |
+| measured   | gloo processes that take real steps: storages that operations touch (`train.planning.simulation.live_bytes`) |
 
 The model that is measured is that of recipes/planned_memory.yaml. Its experts get uneven shares of random tokens: what came to
 those of the fullest process, over what left it, in the micro-batch that brought most, goes into formula and simulation. Layouts
@@ -39,10 +39,10 @@ from parallel.expert import AllToAllDispatcher
 from parallel.recompute import apply_recompute
 from train.config import load_recipe
 from train.optimizer import build_optimizer
-from train.planning.live_bytes import LiveBytes, StepBytes
 from train.planning.memory import memory_of
 from train.planning.plan import Plan
-from train.planning.simulate import simulate
+from train.planning.simulation.live_bytes import LiveBytes, StepBytes
+from train.planning.simulation.simulate import simulate
 from train.planning.step import PlannedStep
 from train.schedule import Schedule
 

@@ -2,10 +2,11 @@
 
     python benchmarks/planned_time.py [--only NAME …] [--rounds 3] [--steps 4] [--json FILE]
 
-Each process has one thread and a core of its own. In every round it measures what operations reach (`train.planning.measured`, as a
-plan for `--device cpu` does), predicts the step from it, and takes real steps of the engine; so a neighbour's noise hits both. A
-round's step is its fastest one, in wall time and in time of the CPU; the table has the medians of the rounds. Where neighbours take
-part of the cores, the prediction, of operations timed by the CPU's clock, is to be held against that clock.
+Each process has one thread and a core of its own. In every round it measures what operations reach
+(`train.planning.speed.measured`, as a plan for `--device cpu` does), predicts the step from it, and takes real steps of the
+engine; so a neighbour's noise hits both. A round's step is its fastest one, in wall time and in time of the CPU; the table has
+the medians of the rounds. Where neighbours take part of the cores, the prediction, of operations timed by the CPU's clock, is to
+be held against that clock.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from parallel.engine import StepSettings
 from train.config import load_recipe
 from train.launch import keep_freed_memory
 from train.planning.devices import find_device, this_machine
-from train.planning.measured import forget
 from train.planning.plan import Plan
+from train.planning.speed.measured import forget
+from train.planning.speed.step_time import step_time
 from train.planning.step import PlannedStep
-from train.planning.step_time import step_time
 from train.schedule import Schedule
 
 SHAPES = Path(__file__).parent / "shapes"

@@ -2,8 +2,9 @@
 
     python benchmarks/published_plans.py [--only NAME …] [--json FILE]
 
-Nothing runs on a GPU, and nothing is fitted: the rates of `train.planning.rates` come from other sources. A row says what of the
-published set-up could not be planned. Beneath each stand the terms, and what would change with one thing that others do otherwise:
+Nothing runs on a GPU, and nothing is fitted: the rates of `train.planning.speed.rates` come from other sources. A row says what
+of the published set-up could not be planned. Beneath each stand the terms, and what would change with one thing that others do
+otherwise:
 
     rows once a node    a token's row is sent to a node once and passed on there, to at most 4 nodes: half of the 8 rows that ours
                         sends (DeepSeek-V3 §3.2.2, DeepEP). On nodes of 8, a network that is twice as fast
@@ -26,8 +27,8 @@ from data.files import replace_file
 from train.config import load_recipe
 from train.planning.devices import Device, find_device
 from train.planning.plan import Plan
+from train.planning.speed.step_time import StepTime, step_time
 from train.planning.step import PlannedStep
-from train.planning.step_time import StepTime, step_time
 from train.schedule import Schedule
 
 LENGTH = 4096

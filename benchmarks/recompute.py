@@ -2,9 +2,9 @@
 
     python benchmarks/recompute.py --shape benchmarks/shapes/reference.json --json FILE
 
-With `--processes N` the experts of a layer lie on N ranks (fsdp + expert, gloo), each of which has the shape's whole batch.
-What is counted are the storages that operations touch (`train.planning.live_bytes`), so the figures are the same on any machine;
-the time is CPU time, which a neighbour disturbs least, beside that of the mode `none`.
+With `--processes N` the experts of a layer lie on N ranks (fsdp + expert, gloo), each of which has the shape's whole batch. What
+is counted are the storages that operations touch (`train.planning.simulation.live_bytes`), so the figures are the same on any
+machine; the time is CPU time, which a neighbour disturbs least, beside that of the mode `none`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from parallel.engine import StepSettings
 from parallel.layout import Layout, ParallelConfig
 from parallel.recompute import apply_recompute
 from train.optimizer import build_optimizer
-from train.planning.live_bytes import LiveBytes
+from train.planning.simulation.live_bytes import LiveBytes
 
 TIMED = 3
 DEVICE = torch.device("cpu")

@@ -16,7 +16,7 @@ from step_profile import profile
 
 from model.flops import Recompute
 from train.planning.devices import peak_flops
-from train.planning.live_bytes import LiveBytes
+from train.planning.simulation.live_bytes import LiveBytes
 
 ATTENTION = ("eager", "sdpa")
 FEW = 16  # tokens of a cheap trial

@@ -85,7 +85,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         from train.planning.plan import Plan
-        from train.planning.text import table
+        from train.planning.shown.text import table
 
         planned = Plan.of(loaded, schedule_of(loaded), processes or started_processes())
         print(loaded.to_yaml())

@@ -15,8 +15,8 @@ from tests.processes import PROCESSES
 from tests.small_run import STEPS, Run
 from train.cli import main
 from train.config import load_recipe
-from train.planning import simulate
-from train.planning.simulate import Simulation
+from train.planning.simulation import simulate
+from train.planning.simulation.simulate import Simulation
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -7,7 +7,7 @@ import pytest
 
 from train.config import RecipeError, load_recipe
 from train.planning.advice import law_in_words
-from train.planning.plot import plot_schedule
+from train.planning.shown.plot import plot_schedule
 from train.published import PUBLISHED, ramp
 from train.schedule import Schedule, Span, cosine, spans, wsd
 from train.sections import ScheduleSection

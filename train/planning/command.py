@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.planning.devices import Device
     from train.planning.plan import Plan
     from train.planning.search import Search
-    from train.planning.simulate import Simulation
+    from train.planning.simulation.simulate import Simulation
     from train.schedule import Schedule
 
 IMBALANCE = 1.2  # of experts on several processes, where nobody says
@@ -118,7 +118,7 @@ def _plan(
 ) -> None:
     from train.planning.plan import Plan
     from train.planning.search import nearest_that_fits
-    from train.planning.text import in_words
+    from train.planning.shown.text import in_words
 
     schedule = schedule_of(recipe)
     shares_experts = recipe.parallel.expert > 1
@@ -152,7 +152,7 @@ def _plan(
 def _simulated(planned: "Plan") -> "Simulation":
     """Of the fullest process, in the step that takes most of its memory."""
     from train.planning.memory import memory_of
-    from train.planning.simulate import simulate
+    from train.planning.simulation.simulate import simulate
 
     rank = planned.fullest.pipeline_rank
     step = max(planned.kinds, key=lambda step: memory_of(step, rank).peak)
@@ -173,12 +173,12 @@ def _of_simulation(planned: "Plan", simulation: "Simulation") -> dict[str, Any]:
 
 def _draw(planned: "Plan", path: Path, search: "Search | None" = None, simulation: "Simulation | None" = None) -> None:
     if path.suffix.lower() == ".html":
-        from train.planning.page import write_page
+        from train.planning.shown.page import write_page
 
         write_page(planned, path, search=search, simulation=simulation)
         return
     from train.planning.advice import law_in_words
-    from train.planning.plot import plot_schedule
+    from train.planning.shown.plot import plot_schedule
 
     plot_schedule(planned.schedule, path, law_in_words(planned.recipe))
 
@@ -216,7 +216,7 @@ def _search(recipe: Recipe, gpus: int, device: "Device", imbalance: float, plot:
 
 
 def _lines(result: "Search") -> Iterator[str]:
-    from train.planning.written import amount, duration, share, size
+    from train.planning.shown.written import amount, duration, share, size
 
     on = f"{result.world_size:,} × {result.device.name}, {size(result.device.usable)} each to use"
     yield f"{on}: {result.candidates:,} layouts, of which {result.fit:,} fit and run as they are"
@@ -282,7 +282,7 @@ def _found(recipe: Recipe, plan: "Plan") -> dict[str, Any]:
 
 def _nearest_in_words(recipe: Recipe, gpus: int, nearest: "Plan | None") -> str:
     from train.planning.search import MOST_DEVICES, overrides
-    from train.planning.written import size
+    from train.planning.shown.written import size
 
     if nearest is None:
         return f"nor on a power of two up to {MOST_DEVICES:,}; take a device with more memory or a smaller model"

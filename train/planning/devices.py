@@ -1,7 +1,7 @@
 """Peak rates, memory and links of accelerators, the denominator of MFU and the planner's numbers; of a CPU, as measured.
 
 Rates are dense: vendors often print the rate for 2:4 sparse matrices, twice as much. bf16 and fp16, both with fp32
-accumulation, share one figure. What of a peak is reached is in `train.planning.rates`.
+accumulation, share one figure. What of a peak is reached is in `train.planning.speed.rates`.
 """
 
 from __future__ import annotations

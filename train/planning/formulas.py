@@ -5,7 +5,7 @@ from typing import Any
 
 from train.config import RecipeError
 from train.planning.plan import Plan
-from train.planning.written import duration, figure, share, size, words
+from train.planning.shown.written import duration, figure, share, size, words
 
 WIDTH = 128
 
@@ -73,15 +73,15 @@ FORMULAS = {
     "device": "the table's name of it: `train.planning.devices.find_device`",
     "usable_bytes_per_device": "memory as sold, less what context, communicators and allocator take: "
     "`train.planning.devices.Device`",
-    "step_seconds": "Σ of the terms below, of the largest step: `train.planning.step_time.step_time`",
+    "step_seconds": "Σ of the terms below, of the largest step: `train.planning.speed.step_time.step_time`",
     "tokens_per_second_per_device": "tokens of the step / step_seconds / world_size",
     "mfu": "flops_per_token · tokens_per_second_per_device / the device's peak in the recipe's precision",
     "days": "Σ over the run's steps of their seconds / 86,400: `train.planning.plan.Plan`",
     "gpu_hours_per_trillion_tokens": "10¹² / tokens_per_second_per_device / 3,600",
     "imbalance": "rows that arrive at the fullest expert rank over the mean: --imbalance",
     "bytes_sent_in_node_per_step": "the part of bytes_sent_per_step between devices of a node: "
-    "`train.planning.step_time.step_time`",
-    "bytes_sent_between_nodes_per_step": "the part of it between nodes: `train.planning.step_time.step_time`",
+    "`train.planning.speed.step_time.step_time`",
+    "bytes_sent_between_nodes_per_step": "the part of it between nodes: `train.planning.speed.step_time.step_time`",
 }
 
 

@@ -16,8 +16,8 @@ from train.config import Recipe
 from train.planning.advice import law_advice
 from train.planning.devices import Device
 from train.planning.memory import RankMemory, memory_of
+from train.planning.speed.step_time import StepTime, step_time
 from train.planning.step import DTYPES, PlannedStep, bubble_share
-from train.planning.step_time import StepTime, step_time
 from train.schedule import Schedule
 
 

@@ -31,7 +31,7 @@ from train.config import Recipe, RecipeError
 from train.planning.devices import Device
 from train.planning.memory import MOMENTS
 from train.planning.plan import Plan
-from train.planning.written import duration, size
+from train.planning.shown.written import duration, size
 from train.schedule import Schedule
 from train.sections import ParallelSection
 

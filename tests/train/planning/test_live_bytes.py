@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from train.planning.live_bytes import LiveBytes
+from train.planning.simulation.live_bytes import LiveBytes
 
 
 def test_storages_are_counted_while_they_live():

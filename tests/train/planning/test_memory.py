@@ -10,10 +10,10 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.peak import forward_pass, fullest, moments_of
 from tests.parallel.harness import CONFIG, LENGTH, SEQUENCES, SETTINGS, Case, build, micro_batches
 from train.config import load_recipe
-from train.planning.live_bytes import StepBytes
 from train.planning.memory import memory_of
 from train.planning.plan import Plan
-from train.planning.simulate import Asked, simulate_all
+from train.planning.simulation.live_bytes import StepBytes
+from train.planning.simulation.simulate import Asked, simulate_all
 from train.planning.step import PlannedStep
 from train.schedule import Schedule
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.train.planning.plans import V3, even, plan_of, tiny, two, v3
 from train.config import RecipeError
-from train.planning import pictures
-from train.planning.page import render, write_page
 from train.planning.search import Fallen, Own, Search
-from train.planning.shown import KINDS, parts_of, timeline_of
-from train.planning.simulate import Simulation
+from train.planning.shown import pictures
+from train.planning.shown.contents import KINDS, parts_of, timeline_of
+from train.planning.shown.page import render, write_page
+from train.planning.simulation.simulate import Simulation
 
 
 class Box(NamedTuple):

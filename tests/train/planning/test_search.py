@@ -132,7 +132,7 @@ def test_a_layout_that_is_too_much_has_a_nearest_one_that_fits() -> None:
 
 
 def test_where_nothing_fits_the_number_of_devices_is_named_on_which_something_does() -> None:
-    """12 bytes for each of the 119e9 parameters of V3 with 12 layers are 178 GB on each of 8 devices and 45 GB on each of 32, beside
+    """12 bytes for each of 119e9 parameters, V3 with 12 layers, are 178 GB on each of 8 devices and 45 GB on each of 32, beside
     gathered layers and activations; and of tiny's 16 sequences 7 devices cannot have equal shares."""
     found = searched("v3", 8, "model.num_hidden_layers=12")
     assert found.found == found.unproven == [] and found.fallen[0].what == "memory"

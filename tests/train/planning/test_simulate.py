@@ -16,8 +16,8 @@ from parallel.recompute import apply_recompute
 from tests.small_run import CHANGES
 from train.config import load_recipe
 from train.optimizer import build_optimizer
-from train.planning.live_bytes import KINDS, StepBytes
-from train.planning.simulate import Asked, Simulation, enough, model_of, simulate, simulate_all
+from train.planning.simulation.live_bytes import KINDS, StepBytes
+from train.planning.simulation.simulate import Asked, Simulation, enough, model_of, simulate, simulate_all
 from train.planning.step import PlannedStep
 from train.schedule import Schedule
 

@@ -12,13 +12,13 @@ from parallel.layout import ParallelConfig
 from parallel.placement import Schedule
 from parallel.timeline import Costs, bubble, order_of, timeline
 from tests.train.planning.plans import FIXED, plan_of, v3
-from train.planning import measured
 from train.planning.devices import DEVICES, Device, DeviceError, find_device, this_machine
 from train.planning.plan import Plan
-from train.planning.rates import BEST, rates_of
+from train.planning.speed import measured
+from train.planning.speed.rates import BEST, rates_of
+from train.planning.speed.step_time import StepTime, step_time
+from train.planning.speed.work import How
 from train.planning.step import PlannedStep, play
-from train.planning.step_time import StepTime, step_time
-from train.planning.work import How
 
 H100 = find_device("h100")
 LAYOUTS = {

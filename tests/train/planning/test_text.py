@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.train.planning.plans import even, tiny, two, v3
-from train.planning import text
-from train.planning.shown import KINDS, Room, timeline_of
-from train.planning.text import FILL, in_words
+from train.planning.shown import text
+from train.planning.shown.contents import KINDS, Room, timeline_of
+from train.planning.shown.text import FILL, in_words
 
 
 @pytest.mark.parametrize("plan", [tiny, two, v3])

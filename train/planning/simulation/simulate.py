@@ -1,13 +1,13 @@
 """A step of one process of a run, with the real model and the real engine, without their memory and without the other processes.
 
-Nothing is estimated here: tensors are fake (shapes and storages, no memory), the process group answers at once, and the bytes that
-are alive are counted (`train.planning.live_bytes`). So a layout of thousands of processes is tried on one CPU in a minute. It is an
-account beside that of `train.planning.memory`, which knows formulas and no code.
+Nothing is estimated here: tensors are fake (shapes and storages, no memory), the process group answers at once, and the bytes
+that are alive are counted (`train.planning.simulation.live_bytes`). So a layout of thousands of processes is tried on one CPU in
+a minute. It is an account beside that of `train.planning.memory`, which knows formulas and no code.
 
 What is as in the run: modules, engine, layout, schedule, recomputation, dtypes, optimizer, the order of everything, hence what is
 alive when. What is not:
 
-- Values: tokens are zeros, and every layer's fullest expert rank is the one looked at (`train.planning.load`).
+- Values: tokens are zeros, and every layer's fullest expert rank is the one looked at (`train.planning.simulation.load`).
 - Messages arrive at once. A run holds a sent one until its receiver has it, and gathers ahead while it computes.
 - Of a step's micro-batches only so many go through as can be alive at the same time (`enough`).
 - On a GPU: attention by a kernel that pads nothing and masks nothing; results of kernels stand for them, with the rows that
@@ -40,9 +40,9 @@ from parallel.moments import start_state
 from parallel.recompute import apply_recompute
 from train.config import RecipeError
 from train.optimizer import build_optimizer
-from train.planning.live_bytes import StepBytes
-from train.planning.load import Load
-from train.planning.stand_ins import Buckets, FakeTensors, Fp8OfAGpu, Scratch, attention_of_a_gpu, stand_ins
+from train.planning.simulation.live_bytes import StepBytes
+from train.planning.simulation.load import Load
+from train.planning.simulation.stand_ins import Buckets, FakeTensors, Fp8OfAGpu, Scratch, attention_of_a_gpu, stand_ins
 from train.planning.step import PlannedStep
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ class Simulation:
     """What was counted in a step of one process."""
 
     peak: int  # bytes on its device, most at once
-    at_peak: dict[str, int]  # by the kinds of `train.planning.live_bytes`; they add up to it
+    at_peak: dict[str, int]  # by the kinds of `train.planning.simulation.live_bytes`; they add up to it
     seconds: float  # that it took to find out
     micro_batches: int  # that went through
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.timeline import Chunk
 from train.planning.memory import RankMemory
 from train.planning.plan import Plan
-from train.planning.shown import (
+from train.planning.shown.contents import (
     KINDS,
     LINKS,
     Room,
@@ -21,10 +21,10 @@ from train.planning.shown import (
     timeline_of,
     title,
 )
-from train.planning.written import counted, duration, figure, share, size, words
+from train.planning.shown.written import counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
-    from train.planning.simulate import Simulation
+    from train.planning.simulation.simulate import Simulation
 
 WIDTH = 72  # of a bar, in characters
 FILL = dict(zip(KINDS, "█▓▒░▌▄▂"))

@@ -1,13 +1,13 @@
 """Seconds of a step, term by term: products by kind, what is bound by memory, what messages are not hidden, bubble, optimizer.
 
-What is counted is `train.planning.work` and `parallel.traffic`, how fast it goes `train.planning.rates`. The terms are those of the
-process that has the most to do, and add up to the step: where others have less, they wait for it.
+What is counted is `train.planning.speed.work` and `parallel.traffic`, how fast it goes `train.planning.speed.rates`. The terms
+are those of the process that has the most to do, and add up to the step: where others have less, they wait for it.
 
     of a micro-batch   products, memory, recomputation, tokens to experts, latents: of the stages of the busiest pipeline rank
     of a pipeline      what this rank waits for others: the step played through with these costs (`train.planning.step.play`)
     of a step          weights and gradients that travel, as far as nothing hides them, the optimizer
 
-Messages hide behind what the device computes meanwhile (`train.planning.stages`):
+Messages hide behind what the device computes meanwhile (`train.planning.speed.stages`):
 
     weights of blocks    the block before; at the step's beginning, where they stay gathered, the first micro-batch's forward pass
     gradients            the backward pass of the block before, or of the last micro-batch; in a pipeline nothing
@@ -25,7 +25,7 @@ from parallel.footprint import shapes_on
 from parallel.traffic import Flow, Links, bytes_of_trips, step_traffic
 from train.planning.devices import Device
 from train.planning.memory import MOMENTS
-from train.planning.stages import Stage, Stages
+from train.planning.speed.stages import Stage, Stages
 from train.planning.step import Pace, PlannedStep
 
 HOST_LINK = 50e9  # bytes/s between device and host in one direction: PCIe 5.0 with 16 lanes has 63; assumed

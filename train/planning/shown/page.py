@@ -8,15 +8,25 @@ from markupsafe import Markup
 from data.errors import DataError
 from data.report import html
 from train.config import RecipeError
-from train.planning import pictures
 from train.planning.formulas import FORMULAS
 from train.planning.plan import Plan
-from train.planning.shown import KINDS, LINKS, answer, beside, layout_in_words, parts_of, room_of, timeline_of, title
-from train.planning.written import amount, counted, duration, figure, share, size, words
+from train.planning.shown import pictures
+from train.planning.shown.contents import (
+    KINDS,
+    LINKS,
+    answer,
+    beside,
+    layout_in_words,
+    parts_of,
+    room_of,
+    timeline_of,
+    title,
+)
+from train.planning.shown.written import amount, counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
     from train.planning.search import Search
-    from train.planning.simulate import Simulation
+    from train.planning.simulation.simulate import Simulation
 
 TEMPLATE = "page.html"
 BEST = 12  # layouts of a search that are seen at once

@@ -1,8 +1,9 @@
 """How fast this machine's CPU is at the work of a model: our own operations, run at the model's own sizes and timed.
 
 A CPU has no figure that a table could hold: what a product reaches depends on its sizes, on threads and on what is compiled. So
-each kind of work of `train.planning.rates` is run here as a layer runs it, forward and backward, with so few tokens and experts
-that all of it takes a few seconds for any model, and remembered. The best of several runs counts: neighbours only slow them down.
+each kind of work of `train.planning.speed.rates` is run here as a layer runs it, forward and backward, with so few tokens and
+experts that all of it takes a few seconds for any model, and remembered. The best of several runs counts: neighbours only slow
+them down.
 """
 
 import time
@@ -25,8 +26,8 @@ from model.router import Router
 from train.launch import keep_freed_memory
 from train.optimizer import build_optimizer
 from train.planning.devices import Device
-from train.planning.rates import Rates
-from train.planning.work import How, work_of_head, work_of_layer
+from train.planning.speed.rates import Rates
+from train.planning.speed.work import How, work_of_head, work_of_layer
 from train.sections import OptimizerSection
 
 SECONDS = 0.3  # of one kind of work, and three runs at least
@@ -174,7 +175,7 @@ def _head(c: ModelConfig, tokens: int, dtype: torch.dtype, memory: float) -> flo
 
 
 def _memory(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
-    """Bytes/s of what a block does beside its products, forward and backward: of those that `train.planning.work` counts."""
+    """Bytes/s of what a block does beside its products, forward and backward: of those that `train.planning.speed.work` counts."""
     layer = c.num_hidden_layers - 1
     is_moe = c.is_moe(layer)
     rows = min(tokens, 1 + int(1e9 / _moved(c, layer, 1, dtype)))

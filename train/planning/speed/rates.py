@@ -25,7 +25,7 @@ from functools import cache
 
 from model.config import ModelConfig
 from train.planning.devices import Device, DeviceError
-from train.planning.work import How
+from train.planning.speed.work import How
 
 BEST = {  # bf16 and FP8, of the peak; of others that of an H100
     "GB300": (0.73, 0.72),  # as GB200
@@ -90,7 +90,7 @@ def rates_of(device: Device, config: ModelConfig, how: How) -> Rates:
         )
         raise DeviceError(f"device {device.name}: {has}; set precision.fp8 to false")
     if device.name == "cpu":
-        from train.planning.measured import measured_rates  # it asks for Rates
+        from train.planning.speed.measured import measured_rates  # it asks for Rates
 
         return measured_rates(device, config, how)
     return _published(device, how.fp8, how.element)

@@ -27,8 +27,8 @@ from model.ops.fp8.quantize import E4M3, TILE, Quantized, padded_rows
 from parallel.expert import WAIT_FOR_ROWS, AllToAllDispatcher
 from parallel.meshes import Meshes
 from train.optimizer import AdamWBf16Moments
-from train.planning.live_bytes import WAITS, replaced
-from train.planning.load import Load
+from train.planning.simulation.live_bytes import WAITS, replaced
+from train.planning.simulation.load import Load
 
 ops = torch.ops.rorqual
 

@@ -1,9 +1,9 @@
 """Seconds of a micro-batch in each stage of a pipeline, or in the whole model, and of a step through all of them.
 
-What is done is `train.planning.work`, how fast it goes `train.planning.rates`. A message hides behind what the device computes
-meanwhile, which it slows a little: of s seconds that travel beside c that compute max(0, s − c) + share · min(s, c) are added.
-Tokens on their way to experts hide behind the shared experts, in both directions, and in a chunk of dualpipev that goes forward and
-backward at once behind the whole other pass; latents hide behind nothing.
+What is done is `train.planning.speed.work`, how fast it goes `train.planning.speed.rates`. A message hides behind what the device
+computes meanwhile, which it slows a little: of s seconds that travel beside c that compute max(0, s − c) + share · min(s, c) are
+added. Tokens on their way to experts hide behind the shared experts, in both directions, and in a chunk of dualpipev that goes
+forward and backward at once behind the whole other pass; latents hide behind nothing.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from parallel.parts import parts_of
 from parallel.timeline import Costs
 from parallel.traffic import Flow, bytes_of_trips
 from train.planning.devices import Device
-from train.planning.rates import Rates, rates_of
+from train.planning.speed.rates import Rates, rates_of
+from train.planning.speed.work import How, Pass, Work, work_of_head, work_of_layer
 from train.planning.step import Pace, PlannedStep, play
-from train.planning.work import How, Pass, Work, work_of_head, work_of_layer
 
 
 @dataclass(frozen=True)
