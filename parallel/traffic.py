@@ -236,7 +236,7 @@ def _runs_again(layout: Layout, config: ModelConfig, name: str) -> bool:
         return False
     if int(name.split(".")[2]) >= config.num_hidden_layers:  # of an MTP module
         return not name.endswith(".shared_head.norm.weight")
-    # What experts on other ranks hand out is weighed behind them.
+    # What experts on other ranks hand out is summed behind them.
     ends_with_experts = layout.config.expert == 1 and ".mlp.experts." in name
     return not (ends_with_experts or name.endswith(".mlp.down_proj.weight"))
 
