@@ -99,7 +99,7 @@ class AllToAllDispatcher:
 
         Args:
             leaving, arriving: [ranks, E_local].
-            total: of all that leave. A simulation knows this alone (`train.planning.load`).
+            total: of all that leave. Where tensors have no values, this alone is known.
         """
         send, receive = to_host(torch.stack([leaving.sum(1), arriving.sum(1)])).tolist()
         return send, receive
