@@ -124,7 +124,7 @@ def _plan(
     shares_experts = recipe.parallel.expert > 1
     planned = Plan.of(recipe, schedule, gpus, device, (imbalance or IMBALANCE) if shares_experts else 1.0)
     if explain:
-        from train.planning.formulas import explain as explained
+        from train.planning.shown.formulas import explain as explained
 
         print("\n".join(explained(planned, explain)))
         return
@@ -216,7 +216,7 @@ def _search(recipe: Recipe, gpus: int, device: "Device", imbalance: float, plot:
 
 
 def _lines(result: "Search") -> Iterator[str]:
-    from train.planning.shown.written import amount, duration, share, size
+    from train.planning.written import amount, duration, share, size
 
     on = f"{result.world_size:,} × {result.device.name}, {size(result.device.usable)} each to use"
     yield f"{on}: {result.candidates:,} layouts, of which {result.fit:,} fit and run as they are"
@@ -282,7 +282,7 @@ def _found(recipe: Recipe, plan: "Plan") -> dict[str, Any]:
 
 def _nearest_in_words(recipe: Recipe, gpus: int, nearest: "Plan | None") -> str:
     from train.planning.search import MOST_DEVICES, overrides
-    from train.planning.shown.written import size
+    from train.planning.written import size
 
     if nearest is None:
         return f"nor on a power of two up to {MOST_DEVICES:,}; take a device with more memory or a smaller model"

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from parallel.footprint import footprint, shapes_on
 from parallel.peak import forward_pass, fullest, moments_of
-from train.planning.step import PlannedStep
-
-MOMENTS = {"fp32": 4, "bf16": 2}  # bytes
+from train.planning.step import MOMENTS, PlannedStep
 
 
 @dataclass(frozen=True)

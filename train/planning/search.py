@@ -29,9 +29,9 @@ from parallel.layout import NUMBERS, LayoutError, cell, problem_of
 from parallel.proven import PROVEN
 from train.config import Recipe, RecipeError
 from train.planning.devices import Device
-from train.planning.memory import MOMENTS
 from train.planning.plan import Plan
-from train.planning.shown.written import duration, size
+from train.planning.step import MOMENTS
+from train.planning.written import duration, size
 from train.schedule import Schedule
 from train.sections import ParallelSection
 

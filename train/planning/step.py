@@ -15,6 +15,7 @@ from train.config import Recipe
 from train.schedule import Span
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOMENTS = {"fp32": 4, "bf16": 2}  # bytes of one of Adam's
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import pytest
 
 from tests.train.planning.plans import FIXED, plan_of, tiny, two, v3
 from train.config import RecipeError
-from train.planning.formulas import FORMULAS, explain
 from train.planning.memory import RankMemory
+from train.planning.shown.formulas import FORMULAS, explain
 
 
 def test_every_figure_has_a_formula_and_every_formula_a_figure() -> None:

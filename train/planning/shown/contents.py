@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from parallel.timeline import Action, Chunk, order_of, timeline
 from train.planning.memory import RankMemory
 from train.planning.plan import Plan
-from train.planning.shown.written import amount, counted, duration, long_time, share, size
 from train.planning.speed.step_time import StepTime
 from train.planning.step import PlannedStep, costs_of_engine, pace_by_flops, play
+from train.planning.written import amount, counted, duration, long_time, share, size
 
 if TYPE_CHECKING:
     from train.planning.simulation.simulate import Simulation

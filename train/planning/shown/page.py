@@ -8,7 +8,6 @@ from markupsafe import Markup
 from data.errors import DataError
 from data.report import html
 from train.config import RecipeError
-from train.planning.formulas import FORMULAS
 from train.planning.plan import Plan
 from train.planning.shown import pictures
 from train.planning.shown.contents import (
@@ -22,7 +21,8 @@ from train.planning.shown.contents import (
     timeline_of,
     title,
 )
-from train.planning.shown.written import amount, counted, duration, figure, share, size, words
+from train.planning.shown.formulas import FORMULAS
+from train.planning.written import amount, counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
     from train.planning.search import Search

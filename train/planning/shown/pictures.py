@@ -9,11 +9,11 @@ from itertools import accumulate, pairwise
 
 from data.report.figures import PALETTE
 from parallel.timeline import Action
-from train.planning.formulas import FORMULAS
 from train.planning.plan import Plan
 from train.planning.shown.contents import KINDS, Timeline, parts_of, room_of
-from train.planning.shown.written import duration, share, size
+from train.planning.shown.formulas import FORMULAS
 from train.planning.speed.step_time import Term
+from train.planning.written import duration, share, size
 
 WIDTH = 1080
 ROW, BAR = 24, 16

@@ -21,7 +21,7 @@ from train.planning.shown.contents import (
     timeline_of,
     title,
 )
-from train.planning.shown.written import counted, duration, figure, share, size, words
+from train.planning.written import counted, duration, figure, share, size, words
 
 if TYPE_CHECKING:
     from train.planning.simulation.simulate import Simulation

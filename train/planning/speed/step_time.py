@@ -24,9 +24,8 @@ from model.flops import flops_mfu
 from parallel.footprint import shapes_on
 from parallel.traffic import Flow, Links, bytes_of_trips, step_traffic
 from train.planning.devices import Device
-from train.planning.memory import MOMENTS
 from train.planning.speed.stages import Stage, Stages
-from train.planning.step import Pace, PlannedStep
+from train.planning.step import MOMENTS, Pace, PlannedStep
 
 HOST_LINK = 50e9  # bytes/s between device and host in one direction: PCIe 5.0 with 16 lanes has 63; assumed
 HOST_MEMORY = 40e9  # bytes/s of host memory for each device of a node: 8 of 12 channels share about 300; assumed

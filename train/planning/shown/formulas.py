@@ -5,7 +5,7 @@ from typing import Any
 
 from train.config import RecipeError
 from train.planning.plan import Plan
-from train.planning.shown.written import duration, figure, share, size, words
+from train.planning.written import duration, figure, share, size, words
 
 WIDTH = 128
 
