@@ -28,7 +28,7 @@ from data.files import replace_file
 from parallel.engine import StepSettings
 from train.config import load_recipe
 from train.launch import keep_freed_memory
-from train.planning.devices import find_device, this_machine
+from train.planning.devices import find_device
 from train.planning.plan import Plan
 from train.planning.speed.measured import forget
 from train.planning.speed.step_time import step_time
@@ -132,9 +132,8 @@ def measure(rank: int, case: Case, folder: str, rounds: int, steps: int) -> list
     found = []
     for _ in range(rounds):
         forget()
-        this_machine.cache_clear()
         dist.barrier()
-        predicted = step_time(step, find_device("cpu"))
+        predicted = step_time(step, find_device("cpu"))  # all measure at once: what each reaches beside the others
         dist.barrier()
         times = []
         for _ in range(max(1, steps)):

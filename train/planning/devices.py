@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -46,6 +46,7 @@ class Device:
         network: bytes/s in one direction of a device's share of the network between nodes.
         source: the vendor's documents that have the figures.
         reserve: bytes of `memory` that no run can have.
+        shared: processes that compute on it in turns; one on a GPU.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Device:
     network: float
     source: str
     reserve: float
+    shared: float = 1.0
 
     @property
     def usable(self) -> float:
@@ -135,13 +137,13 @@ DEVICES = tuple(
 )
 
 
-def find_device(name: str) -> Device:
-    """A device of the table, or `cpu`: this machine.
+def find_device(name: str, processes: int = 1) -> Device:
+    """A device of the table, or `cpu`: what one of so many processes has of this machine.
 
     Raises:
         DeviceError: there is none of this name; with the nearest.
     """
-    return this_machine() if name.lower() == "cpu" else lookup(name)
+    return this_machine(processes) if name.lower() == "cpu" else lookup(name)
 
 
 def lookup(name: str) -> Device:
@@ -222,12 +224,35 @@ def _fastest_product(size: int, dtype: torch.dtype, device: str) -> float:
     return best
 
 
-@cache
-def this_machine() -> Device:
-    """What this process has of its CPU, measured in about a second and remembered.
+def this_machine(processes: int = 1) -> Device:
+    """What one of so many processes has of this machine's CPU, where each has as many threads as this one.
 
-    Its peak is that of products in fp32, in which it also emulates FP8. Processes on it are one node, whatever their number: they
-    send to each other over the loopback, as gloo does.
+    Memory, its bandwidth and the loopback are shared by all; cores by as many as there are too few of them for. Processes are one
+    node, whatever their number: they send to each other over the loopback, as gloo does.
+    """
+    whole = measured_machine()
+    if processes == 1:
+        return whole
+    shared = max(1.0, processes * torch.get_num_threads() / len(os.sched_getaffinity(0)))
+    assert whole.fp8
+    return replace(
+        whole,
+        bf16=whole.bf16 / shared,
+        fp8=whole.fp8 / shared,
+        memory=whole.memory / processes,
+        memory_bandwidth=whole.memory_bandwidth / processes,
+        link_bandwidth=whole.link_bandwidth / processes,
+        network=whole.network / processes,
+        reserve=whole.reserve / processes,
+        shared=shared,
+    )
+
+
+@cache
+def measured_machine() -> Device:
+    """What this process has of its CPU where it is alone, measured in about a second and remembered.
+
+    Its peak is that of products in fp32, in which it also emulates FP8.
     """
     peak = measured_gemm_peak(torch.float32, "cpu", torch.get_num_threads())
     memory = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

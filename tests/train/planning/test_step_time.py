@@ -1,12 +1,16 @@
 """The time of a step: what its terms say, and that they say it with numbers."""
 
+import os
 import re
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
+from model.config import PRESETS, ModelConfig, load_preset
 from model.flops import flops_by_part
 from parallel.layout import ParallelConfig
 from parallel.placement import Schedule
@@ -14,7 +18,7 @@ from parallel.timeline import Costs, bubble, order_of, timeline
 from tests.train.planning.plans import FIXED, plan_of, v3
 from train.planning.devices import DEVICES, Device, DeviceError, find_device, this_machine
 from train.planning.plan import Plan
-from train.planning.speed import measured
+from train.planning.speed import measured, rates
 from train.planning.speed.rates import BEST, rates_of
 from train.planning.speed.step_time import StepTime, step_time
 from train.planning.speed.work import How
@@ -67,9 +71,9 @@ def test_every_best_product_is_of_a_device_of_the_table() -> None:
 
 def test_experts_with_few_rows_are_slow() -> None:
     """Half of the rate with 110 rows each."""
-    rates = rates_of(H100, plan("one").step.config, How.simple(1, 1, 2))
-    assert rates.of_experts(110) == rates.experts / 2
-    assert rates.of_experts(1) < rates.of_experts(1000) < rates.experts
+    reached = rates_of(H100, plan("one").step.config, How.simple(1, 1, 2))
+    assert reached.of_experts(110) == reached.experts / 2
+    assert reached.of_experts(1) < reached.of_experts(1000) < reached.experts
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -85,6 +89,7 @@ def test_terms_add_up_and_no_faster_part_makes_a_step_slower(name: str) -> None:
     for field in ("bf16", "memory_bandwidth", "link_bandwidth", "network"):
         faster = step_time(step, replace(H100, **{field: 2 * getattr(H100, field)}))
         assert faster.seconds <= time.seconds * (1 + 1e-9), field
+    assert time.reached == {"node": rates.NODE * H100.link_bandwidth, "network": rates.NETWORK * H100.network}
     assert step_time(step, replace(H100, node=16)).sent["network"] <= time.sent["network"]
 
 
@@ -144,19 +149,33 @@ def test_a_device_is_known_with_its_node_and_what_of_its_memory_is_usable() -> N
         find_device("h10")
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.json")))
+def test_the_head_of_every_model_can_be_measured_with_fewer_words(preset: str) -> None:
+    assert measured._of_words(ModelConfig.from_hf(load_preset(preset)), 256).vocab_size == 256
+
+
 def test_this_machine_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = find_device("CPU")
     assert cpu is this_machine() and isinstance(cpu, Device)
     for field in fields(cpu):
         assert getattr(cpu, field.name)
     assert cpu.node > 1000 and 0 < cpu.usable < cpu.memory
+    quarter = find_device("cpu", 4)
+    for field_name in ("memory", "usable", "memory_bandwidth", "link_bandwidth"):
+        assert getattr(quarter, field_name) == pytest.approx(getattr(cpu, field_name) / 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: len(os.sched_getaffinity(0)))
+    shared = find_device("cpu", 4)
+    assert shared.shared == 4 and shared.bf16 == cpu.bf16 / 4
     for name, value in {"SECONDS": 0.0, "FLOPS": 1e8, "ELEMENTS": 1 << 18}.items():  # quick, and of no use
         monkeypatch.setattr(measured, name, value)
-    monkeypatch.setattr(measured, "_measured", measured._measured.__wrapped__)
+    monkeypatch.setattr(measured, "_measured", cache(measured._measured.__wrapped__))
     step = plan_of("tiny", 1, None, *FIXED).step
     time = step_time(step, cpu)
     assert {"linear maps", "experts", "attention", "head", "memory", "optimizer"} <= seconds(time).keys()
     assert 0 < time.mfu < 1
+    together = seconds(step_time(step, shared))
+    for term in ("linear maps", "experts", "attention", "head", "memory", "optimizer"):
+        assert together[term] == pytest.approx(4 * seconds(time)[term])
     with pytest.raises(DeviceError, match=r"^device cpu: emulates FP8"):
         step_time(plan_of("tiny", 1, None, *FIXED, "precision.fp8=true").step, cpu)
     with pytest.raises(DeviceError, match=r"^device A100: has no fp8 rate"):

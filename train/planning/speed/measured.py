@@ -25,7 +25,7 @@ from model.rope import rotation, softmax_scale
 from model.router import Router
 from train.launch import keep_freed_memory
 from train.optimizer import build_optimizer
-from train.planning.devices import Device
+from train.planning.devices import Device, measured_machine
 from train.planning.speed.rates import Rates
 from train.planning.speed.work import How, work_of_head, work_of_layer
 from train.sections import OptimizerSection
@@ -36,35 +36,40 @@ ELEMENTS = 1 << 24  # of matrices of experts, and of weights for the optimizer
 
 
 def measured_rates(device: Device, c: ModelConfig, how: How) -> Rates:
-    """What this process reaches at a micro-batch of this model."""
+    """What a process reaches at a micro-batch of this model, on the part of this machine that is its device."""
     tokens = min(how.tokens, 4096)
-    return _measured(device, c, tokens, min(how.length, tokens), how.element, torch.get_num_threads())
-
-
-def forget() -> None:
-    """Measure anew when asked again."""
-    _measured.cache_clear()
-
-
-@cache
-def _measured(device: Device, c: ModelConfig, tokens: int, length: int, element: int, threads: int) -> Rates:
-    keep_freed_memory()  # as a run does
-    dtype = torch.float32 if element == 4 else torch.bfloat16
-    memory = _memory(c, tokens, dtype)
-    forward, backward = _attention(c, tokens, length, dtype)
+    alone = _measured(c, tokens, min(how.length, tokens), how.element, torch.get_num_threads())
     return Rates(
-        linear=_linear(c, tokens, dtype),
-        experts=_experts(c, tokens, dtype) if c.n_moe_layers else 1.0,
-        half=0.0,  # it was measured with as many rows each
-        attention=forward,
-        attention_backward=backward,
-        head=_head(c, tokens, dtype, memory),
-        memory=memory,
-        optimizer=_optimizer(),
+        **{kind: rate / device.shared for kind, rate in alone.items()},
+        half=0.0,  # experts were measured with as many rows each
         node=device.link_bandwidth,
         network=device.network,
         sending=1.0,  # the CPU does it
     )
+
+
+def forget() -> None:
+    """Measure anew when asked again."""
+    measured_machine.cache_clear()
+    _measured.cache_clear()
+
+
+@cache
+def _measured(c: ModelConfig, tokens: int, length: int, element: int, threads: int) -> dict[str, float]:
+    """Of a process that is alone: rates by their names in `Rates`."""
+    keep_freed_memory()  # as a run does
+    dtype = torch.float32 if element == 4 else torch.bfloat16
+    memory = _memory(c, tokens, dtype)
+    forward, backward = _attention(c, tokens, length, dtype)
+    return {
+        "linear": _linear(c, tokens, dtype),
+        "experts": _experts(c, tokens, dtype) if c.n_moe_layers else 1.0,
+        "attention": forward,
+        "attention_backward": backward,
+        "head": _head(c, tokens, dtype, memory),
+        "memory": memory,
+        "optimizer": _optimizer(),
+    }
 
 
 def _linear(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:
@@ -168,10 +173,15 @@ def _head(c: ModelConfig, tokens: int, dtype: torch.dtype, memory: float) -> flo
         x.grad = weight.grad = None
         linear_cross_entropy(x, weight, labels).backward()
 
-    alone = c.override({"num_nextn_predict_layers": 0, "vocab_size": words})
+    alone = _of_words(c, words)
     seconds = _best(run)
     moved = work_of_head(alone, How.simple(rows, rows, dtype.itemsize)).forward.moved / memory
     return 6 * rows * words * c.hidden_size / max(seconds - moved, seconds / 2)
+
+
+def _of_words(c: ModelConfig, words: int) -> ModelConfig:
+    """The model with a head of so many words alone."""
+    return c.override({"num_nextn_predict_layers": 0, "vocab_size": words, "bos_token_id": 0, "eos_token_id": 1})
 
 
 def _memory(c: ModelConfig, tokens: int, dtype: torch.dtype) -> float:

@@ -47,6 +47,7 @@ class StepTime:
     Attributes:
         terms: they add up.
         sent: bytes that a process sends or receives at most, by link: "node", "network".
+        reached: bytes/s in one direction that these links are counted with.
         mfu: FLOPs of `model.flops.flops_mfu` over those of all devices' peaks, in FP8 over that of FP8 as
             `train.planning.devices.peak_flops` has it. Papers divide by the peak of bf16 there too, which is half as much.
         pace: of a pipeline's chunks, in seconds.
@@ -54,6 +55,7 @@ class StepTime:
 
     terms: tuple[Term, ...]
     sent: dict[str, int]
+    reached: dict[str, float]
     mfu: float
     pace: Pace | None = None
 
@@ -75,7 +77,9 @@ def step_time(step: PlannedStep, device: Device) -> StepTime:
     peak = device.fp8 if layout.config.fp8 else device.bf16
     assert peak
     flops = flops_mfu(step.config, span.sequence_length) * span.batch_tokens
-    return StepTime(terms, planned.sent(), flops / (seconds * layout.world_size * peak), planned.stages.pace)
+    reached = {"node": planned.rates.node, "network": planned.rates.network}
+    mfu = flops / (seconds * layout.world_size * peak)
+    return StepTime(terms, planned.sent(), reached, mfu, planned.stages.pace)
 
 
 class _Terms:
