@@ -194,13 +194,13 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
 
 
 def combines(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:
-    """Weighted rows of experts to tokens; backward, to rows and weights."""
+    """Rows of experts to tokens; backward, tokens to rows."""
     place, d = pairs(shape, device).place, shape.config.hidden_size
-    x, weights = draw(device, dtype, place.numel(), d), torch.rand(place.numel(), device=device)
+    x = draw(device, dtype, place.numel(), d)
     contestants = {"ours": rows.sum_rows, "plain": rows.reference_sum_rows}
-    moved = 3 * x.nbytes + 2 * x.nbytes / place.shape[1]
+    moved = 2 * x.nbytes * (1 + 1 / place.shape[1])
     size = f"{len(place)}×{place.shape[1]}×{d}"
-    return Contest("combine", size, contestants, rows.reference_sum_rows, (x, place, weights), bytes=moved)
+    return Contest("combine", size, contestants, rows.reference_sum_rows, (x, place), bytes=moved)
 
 
 def swiglus(shape: Shape, device: torch.device, dtype: torch.dtype) -> Contest:

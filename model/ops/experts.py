@@ -54,7 +54,9 @@ def reference_experts(
 ) -> Tensor:
     """`experts`, term by term."""
     inner = swiglu.reference_swiglu(grouped_mm(x[index], gate_up, counts))  # [M, F]
-    return rows.reference_sum_rows(grouped_mm(inner, down, counts), place, weights)
+    outputs = grouped_mm(inner, down, counts)  # [M, D]
+    weighed = outputs if weights is None else (outputs * weights.unsqueeze(-1)).to(outputs.dtype)
+    return rows.reference_sum_rows(weighed, place)
 
 
 class _Experts(torch.autograd.Function):
@@ -73,7 +75,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(x, index, place, counts, weights, halves, gate_up, down)
         ctx.leaves = leaf_of(gate_up), leaf_of(down)
         inner = swiglu.multiply(*halves.chunk(2, dim=-1), weights)  # [M, F]
-        return rows.weighted_sum(multiply_groups(inner, None, down, counts), place, None)
+        return rows.sum_up(multiply_groups(inner, None, down, counts), place)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -83,7 +85,7 @@ class _Experts(torch.autograd.Function):
         of_gate_up, of_down = ctx.leaves
         d_down = weight_gradient(of_down, multiply_within_groups, dy, index, inner, None, counts)
         d_gate_up = weight_gradient(of_gate_up, multiply_within_groups, d_halves, None, x, index, counts)
-        d_x = rows.weighted_sum(multiply_groups(d_halves, None, gate_up.mT, counts), place, None)
+        d_x = rows.sum_up(multiply_groups(d_halves, None, gate_up.mT, counts), place)
         return d_x, None, None, None, d_weights if weights is not None else None, d_gate_up, d_down
 
 

@@ -17,9 +17,9 @@ def spread_rows(tokens: Tensor, place: Tensor) -> Tensor:
     return _Spread.apply(tokens, place)
 
 
-def sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
-    """tokens[n] = Σ_k weights[place[n, k]] · rows[place[n, k]]. rows [M, D], place [N, K], weights [M] fp32 or 1 → [N, D]."""
-    return _WeightedSum.apply(rows, place, weights) if weights is not None else _Sum.apply(rows, place)
+def sum_rows(rows: Tensor, place: Tensor) -> Tensor:
+    """tokens[n] = Σ_k rows[place[n, k]]. rows [M, D], place [N, K] → [N, D]."""
+    return _Sum.apply(rows, place)
 
 
 def permute(numbers: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -33,10 +33,9 @@ def reference_spread_rows(tokens: Tensor, place: Tensor) -> Tensor:
     return tokens[index]
 
 
-def reference_sum_rows(rows: Tensor, place: Tensor, weights: Tensor | None = None) -> Tensor:
+def reference_sum_rows(rows: Tensor, place: Tensor) -> Tensor:
     """`sum_rows`."""
-    weighted = rows if weights is None else (rows * weights.unsqueeze(-1)).to(rows.dtype)
-    return weighted[place].sum(1)
+    return rows[place].sum(1)
 
 
 def _tokens_of_pairs(place: Tensor) -> Tensor:
@@ -53,31 +52,19 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (place,) = ctx.saved_tensors
-        return weighted_sum(grad, place, None), None
+        return sum_up(grad, place), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        return weighted_sum(rows, place, None)
+        return sum_up(rows, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (place,) = ctx.saved_tensors
         return spread(grad, place), None
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, place: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, place, weights)
-        return weighted_sum(rows, place, weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
-        d_rows, d_weights = weighted_sum_backward(grad, *ctx.saved_tensors)
-        return d_rows, None, d_weights
 
 
 class _Permute(torch.autograd.Function):
@@ -113,45 +100,20 @@ def spread(tokens: Tensor, place: Tensor) -> Tensor:
 
 
 @operation(
-    "sum_rows(Tensor rows, Tensor place, Tensor? weights) -> Tensor",
-    lambda rows, place, weights: rows.new_empty(len(place), rows.shape[1]),
+    "sum_rows(Tensor rows, Tensor place) -> Tensor",
+    lambda rows, place: rows.new_empty(len(place), rows.shape[1]),
 )
-def weighted_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+def sum_up(rows: Tensor, place: Tensor) -> Tensor:
     """`sum_rows` without a derivative."""
     if rows.is_cuda:
         from model.ops.triton import rows as kernels
 
-        return kernels.weighted_sum(rows, place, weights)
-    library = cpu.library("rows") if cpu.takes(rows, weights) else None
+        return kernels.sum_up(rows, place)
+    library = cpu.library("rows") if cpu.takes(rows) else None
     if library is None:
-        return reference_sum_rows(rows, place, weights)
+        return reference_sum_rows(rows, place)
     rows, place = rows.contiguous(), place.contiguous()
-    weights = None if weights is None else weights.contiguous()
     tokens = rows.new_empty(len(place), rows.shape[1])
     sizes = cpu.numbers(*place.shape, rows.shape[1])
-    tensors = map(cpu.address, (rows, place, weights, tokens))
-    library.sum_rows(*sizes, *tensors, cpu.threads())
+    library.sum_rows(*sizes, *map(cpu.address, (rows, place, tokens)), cpu.threads())
     return tokens
-
-
-@operation(
-    "sum_rows_backward(Tensor grad, Tensor rows, Tensor place, Tensor weights) -> (Tensor, Tensor)",
-    lambda grad, rows, place, weights: (torch.empty_like(rows), torch.empty_like(weights)),
-)
-def weighted_sum_backward(grad: Tensor, rows: Tensor, place: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of `weighted_sum` [N, D]: those of rows [M, D] and of weights [M]."""
-    if rows.is_cuda:
-        from model.ops.triton import rows as kernels
-
-        return kernels.weighted_sum_backward(grad, rows, place, weights)
-    library = cpu.library("rows") if cpu.takes(grad, rows, weights) else None
-    if library is None:
-        of_rows = reference_spread_rows(grad, place)
-        d_weights = (rows.to(weights.dtype) * of_rows).sum(-1)
-        return (of_rows * weights.unsqueeze(-1)).to(rows.dtype), d_weights
-    grad, rows, place, weights = cpu.unit_stride(grad), rows.contiguous(), place.contiguous(), weights.contiguous()
-    d_rows, d_weights = torch.empty_like(rows), torch.empty_like(weights)
-    sizes = cpu.numbers(*place.shape, rows.shape[1])
-    tensors = map(cpu.address, (rows, place, weights, d_rows, d_weights))
-    library.sum_rows_backward(*sizes, *cpu.rows(grad), *tensors, cpu.threads())
-    return d_rows, d_weights

@@ -35,10 +35,5 @@ CASES = [
     _backward(),
     _backward(**WEIGHTS),
     _rows("rows of tokens spread", rows._spread, tokens="*bf16", rows="*bf16"),
-    _rows("rows of tokens summed", rows._weighted_sum, rows="*bf16", tokens="*bf16"),
-    _rows("rows of tokens summed, weighted", rows._weighted_sum, rows="*bf16", tokens="*bf16", **WEIGHTS),
-    _rows(
-        "rows of tokens summed, backward", rows._weighted_sum_backward,
-        grad="*bf16", rows="*bf16", d_rows="*bf16", grad_stride=7168, **WEIGHTS, **DW,
-    ),
+    _rows("rows of tokens summed", rows._sum_up, rows="*bf16", tokens="*bf16"),
 ]  # fmt: skip

@@ -147,7 +147,7 @@ def test_dispatch_and_combine_have_the_gradients_of_a_naive_loop():
     handle = dispatcher.dispatch(tokens, ids, weights)
     rows, index, place, counts, weigh = dispatcher.receive(handle)
     parts = [part @ m for part, m in zip(rows[index].split(counts.tolist()), maps)]
-    ours = dispatcher.combine(sum_rows(torch.cat(parts), place, weigh), handle)
+    ours = dispatcher.combine(sum_rows(torch.cat(parts) * weigh.unsqueeze(-1), place), handle)
 
     naive = torch.stack([sum(weights[n, k] * (tokens[n] @ maps[ids[n, k]]) for k in range(3)) for n in range(17)])
     torch.testing.assert_close(ours, naive)

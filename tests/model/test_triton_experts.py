@@ -46,16 +46,6 @@ def test_swiglu_equals_the_reference_in_values_and_gradients(device, width, weig
 def test_sums_of_rows_equal_the_reference_in_values_and_gradients(device, k, width, dtype):
     place = torch.randperm(4 * k).view(4, k)
     rows, grad = torch.randn(4 * k, width).to(dtype), torch.randn(4, width).to(dtype)
-    weights = torch.rand(4 * k)
-    there = [t.to(device) for t in (grad, rows, place, weights)]
-    leaves = [rows.double().requires_grad_(), weights.double().requires_grad_()]
-    exact = reference_sum_rows(leaves[0], place, leaves[1])
-    d_rows, d_weights = torch.autograd.grad(exact, leaves, grad.double())
-    agree(triton_rows.weighted_sum(there[1], there[2], there[3]), exact.detach(), TOLERANCE[dtype])
-    agree(
-        triton_rows.weighted_sum(there[1], there[2], None), reference_sum_rows(rows.double(), place), TOLERANCE[dtype]
-    )
-    found = triton_rows.weighted_sum_backward(*there)
-    agree(found[0], d_rows, TOLERANCE[dtype])
-    agree(found[1], d_weights, 1e-5)
-    assert torch.equal(triton_rows.spread(there[0], there[2]).cpu(), reference_spread_rows(grad, place))
+    there = place.to(device)
+    agree(triton_rows.sum_up(rows.to(device), there), reference_sum_rows(rows.double(), place), TOLERANCE[dtype])
+    assert torch.equal(triton_rows.spread(grad.to(device), there).cpu(), reference_spread_rows(grad, place))

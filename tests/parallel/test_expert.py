@@ -24,7 +24,7 @@ def routed(dispatcher: Dispatcher, tokens: Tensor, ids: Tensor, weights: Tensor,
     meanwhile = tokens.sum()  # autograd must cope with work between departure and arrival
     rows, index, place, counts, weigh = dispatcher.receive(handle)
     parts = [part @ matrix for part, matrix in zip(rows[index].split(counts.tolist()), experts)]
-    return dispatcher.combine(sum_rows(torch.cat(parts), place, weigh), handle) + meanwhile
+    return dispatcher.combine(sum_rows(torch.cat(parts) * weigh.unsqueeze(-1), place), handle) + meanwhile
 
 
 def tokens_of(rank: int, lengths: list[int], used: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,9 +132,9 @@ def _between_products(halves: Tensor, outputs: Tensor, place: Tensor, weights: T
     """SwiGLU and the sum over a token's experts, forward and backward, of rows of experts."""
     gate, up = halves.chunk(2, dim=-1)
     product = swiglu.multiply(gate, up, weights)
-    row_ops.weighted_sum(outputs, place, None)
+    row_ops.sum_up(outputs, place)
     swiglu.multiply_backward(product, gate, up, weights)
-    row_ops.weighted_sum(outputs, place, None)
+    row_ops.sum_up(outputs, place)
 
 
 def _attention(c: ModelConfig, tokens: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
