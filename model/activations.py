@@ -109,11 +109,6 @@ def working_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None =
     return max([of_loss, *(layer_bytes(config, forward, layer).working for layer in {*layers[:1], *layers[-2:]})])
 
 
-def put_aside_bytes(config: ModelConfig, forward: ForwardPass, part: Part | None = None) -> int:
-    """Bytes that lie between the two parts of a backward pass. Arguments as of `activation_bytes`."""
-    return sum(layer_bytes(config, forward, layer).aside for layer in layers_of(config, part))
-
-
 def layers_of(config: ModelConfig, part: Part | None) -> list[int]:
     """Of a part, in the order of the forward pass, those of MTP modules last."""
     main = config.num_hidden_layers

@@ -255,7 +255,7 @@ def test_a_simulation_stands_beside_what_is_counted(
     assert amounts["simulation"]["peak_bytes"] == 210_000_000
     assert amounts["simulation"]["formula_over_simulation"] == amounts["peak_bytes_per_rank"] / 210_000_000
     assert main(command) == 0
-    assert "simulated beside counted" in capsys.readouterr().out
+    assert "formula beside simulation" in capsys.readouterr().out
 
 
 def test_a_number_of_a_plan_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

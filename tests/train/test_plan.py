@@ -68,9 +68,10 @@ def test_sequences_that_are_shared_are_so_many_tokens_less_for_each() -> None:
     assert alone["bytes_of_activations"] / 4 < shared["bytes_of_activations"] < alone["bytes_of_activations"]
 
 
-@pytest.mark.parametrize("recompute, passes", [("none", 3), ("selective", 4), ("full", 4)])
-def test_each_of_those_that_share_makes_the_keys_and_values_of_all(recompute: str, passes: int) -> None:
-    """V3, T = 4,096: 61 layers and the MTP module expand latents of 512 into 128 heads of 128 + 128."""
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_each_of_those_that_share_makes_the_keys_and_values_of_all(recompute: str) -> None:
+    """V3, T = 4,096: 61 layers and the MTP module expand latents of 512 into 128 heads of 128 + 128; what is made again for a
+    backward pass is not counted, as nowhere."""
     changes = [
         f"parallel.recompute={recompute}",
         "run.device=cpu",
@@ -83,8 +84,8 @@ def test_each_of_those_that_share_makes_the_keys_and_values_of_all(recompute: st
         numbers = Plan.of(recipe, Schedule(recipe.schedule, recipe.data.lengths), 16).numbers()
         tokens = 1048576 * pipeline / 16  # of a rank
         found[context, pipeline] = numbers["flops_per_step_and_rank"] / tokens
-    of_others = 7 * passes * 2 * 512 * 128 * (128 + 128)
+    of_others = 7 * 3 * 2 * 512 * 128 * (128 + 128)
     assert found[8, 1] - found[1, 1] == pytest.approx(62 * of_others)
-    assert found[8, 1] / found[1, 1] == pytest.approx(1 + 0.168 * passes / 3, abs=1e-3)
+    assert found[8, 1] / found[1, 1] == pytest.approx(1 + 0.168, abs=1e-3)
     layers = recipe.layout(16).placement.layers  # of the 62, 30 on the rank with the heads, which has the most to do
     assert len(layers[1]) == 29 and found[8, 2] - found[1, 2] == pytest.approx(30 * of_others)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from model.config import ModelConfig
 from model.flops import flops_mfu, flops_scaling, parameter_counts
 from parallel.ds_config import ds_config
 from parallel.layout import Layout
@@ -97,6 +98,11 @@ class Plan:
         """Of its largest step."""
         return step_time(self.step, self.device) if self.device else None
 
+    @cached_property
+    def bubble(self) -> float:
+        """Share of the time of all pipeline ranks in which they wait, in its largest step; where no device is known by FLOPs."""
+        return bubble_share(self.step, self.time.pace if self.time else None)
+
     @property
     def tokens_per_second(self) -> float:
         """Of a process, in its largest step."""
@@ -126,7 +132,7 @@ class Plan:
         """All of it by name, for a program to read."""
         recipe, config, schedule, layout = self.recipe, self.step.config, self.schedule, self.layout
         counts = parameter_counts(config)
-        first = schedule.spans[0].sequence_length
+        length = self.step.span.sequence_length
         flops = sum(flops_mfu(config, span.sequence_length) * (span.end - span.first_token) for span in schedule.spans)
         return {
             "total_parameters": counts.total,
@@ -135,13 +141,13 @@ class Plan:
             "tokens": schedule.final_tokens,
             "steps": schedule.total_steps,
             "tokens_per_parameter": schedule.final_tokens / counts.total,
-            "flops_per_token": flops_mfu(config, first),
-            "flops_per_token_for_scaling_laws": flops_scaling(config, first),
+            "flops_per_token": flops_mfu(config, length),
+            "flops_per_token_for_scaling_laws": flops_scaling(config, length),
             "total_flops": flops,
             **_law(recipe),
             **_memory(self.fullest, layout),
             "world_size": layout.world_size,
-            **_step(self.step),
+            **_step(self),
             **_on_device(self),
         }
 
@@ -154,7 +160,7 @@ def _on_device(plan: Plan) -> dict[str, Any]:
         "device": plan.device.name,
         "usable_bytes_per_device": round(plan.device.usable),
         "fits": plan.fits,
-        "imbalance": plan.imbalance,
+        "imbalance": plan.step.skew,
         "step_seconds": plan.time.seconds,
         "tokens_per_second_per_device": plan.tokens_per_second,
         "mfu": plan.time.mfu,
@@ -190,30 +196,17 @@ def _memory(held: RankMemory, layout: Layout) -> dict[str, int]:
     }
 
 
-def _step(step: PlannedStep) -> dict[str, Any]:
-    """What a step costs: FLOPs of the process that has the most to do, bytes that one sends at most, and, in a pipeline, the share
-    of the step in which a process waits, in the mean."""
-    recipe, layout, span, config = step.recipe, step.layout, step.span, step.config
-    c, micro_batches = layout.config, step.micro_batches
-    ranks = range(c.pipeline)
-    sent = [
-        sum(
-            flow.sent
-            for flow in step_traffic(
-                layout,
-                config,
-                tokens=step.tokens,
-                micro_batches=micro_batches,
-                element_size=step.compute.itemsize,
-                pipeline_rank=rank,
-            )
-        )
-        for rank in ranks
-    ]
+def _step(plan: Plan) -> dict[str, Any]:
+    """What its largest step costs: FLOPs of the process that has the most to do; where links are not known, bytes that one sends
+    at most; and, in a pipeline, the share of the step in which a process waits, in the mean."""
+    step, layout, span, config = plan.step, plan.layout, plan.step.span, plan.step.config
+    ranks = range(layout.config.pipeline)
     flops = flops_mfu(config, span.sequence_length) * span.batch_tokens / layout.stage_ranks
-    of_others = _flops_of_others(recipe, layout) * span.batch_tokens / layout.stage_ranks
-    numbers = {"micro_batches_per_step": micro_batches, "bytes_sent_per_step": round(max(sent))}
-    if c.pipeline == 1:
+    of_others = _flops_of_others(config, layout) * span.batch_tokens / layout.stage_ranks
+    numbers: dict[str, Any] = {"micro_batches_per_step": step.micro_batches}
+    if plan.device is None:
+        numbers["bytes_sent_per_step"] = round(max(_sent(step, rank) for rank in ranks))
+    if len(ranks) == 1:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         return {"flops_per_step_and_rank": flops + of_others * layers, **numbers}
     placement = layout.placement
@@ -222,17 +215,29 @@ def _step(step: PlannedStep) -> dict[str, Any]:
             flops * placement.load_of(rank) + of_others * _layers_on(placement, rank) for rank in ranks
         ),
         **numbers,
-        "bubble": bubble_share(step),
+        "bubble": plan.bubble,
         "placement": describe(placement),
     }
 
 
-def _flops_of_others(recipe: Recipe, layout: Layout) -> int:
+def _sent(step: PlannedStep, pipeline_rank: int) -> float:
+    """Bytes that a process sends, over whatever link."""
+    flows = step_traffic(
+        step.layout,
+        step.config,
+        tokens=step.tokens,
+        micro_batches=step.micro_batches,
+        element_size=step.compute.itemsize,
+        pipeline_rank=pipeline_rank,
+    )
+    return sum(flow.sent for flow in flows)
+
+
+def _flops_of_others(c: ModelConfig, layout: Layout) -> int:
     """FLOPs of a layer, for each token of a rank's own, for tokens of the ranks that share its sequences: it makes the keys and
-    values of these too, and again where the backward pass recomputes. No convention of `model.flops` counts them."""
-    c = recipe.model_config_resolved()
+    values of these too. No convention of `model.flops` counts them."""
     once = 2 * c.kv_lora_rank * c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return (layout.config.context - 1) * once * (3 if recipe.recompute == "none" else 4)
+    return (layout.config.context - 1) * once * 3  # forward, gradients of inputs and of weights
 
 
 def _layers_on(placement: Placement, rank: int) -> int:

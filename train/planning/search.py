@@ -268,9 +268,8 @@ class _Space:
         problem = problem_of(config, self.world_size, recipe.model_config_resolved(), lengths)
         if problem:
             return problem
-        imbalance = self.imbalance if config.expert > 1 else 1.0
         try:
-            return Plan.of(recipe, self.schedule, self.world_size, self.device, imbalance)
+            return Plan.of(recipe, self.schedule, self.world_size, self.device, self.imbalance)
         except LayoutError as error:
             return str(error)
 

@@ -23,7 +23,8 @@ class PlannedStep:
     """A step of one kind: its batch, its length, its micro-batches.
 
     Attributes:
-        imbalance: rows that arrive at the fullest expert rank over the mean of all of them; 1: evenly.
+        imbalance: rows that arrive at the fullest expert rank over the mean of all of them, where experts are shared and as far as
+            there are so many ranks (`skew`); 1: evenly.
     """
 
     recipe: Recipe
@@ -34,6 +35,11 @@ class PlannedStep:
     @cached_property
     def config(self) -> ModelConfig:
         return self.recipe.model_config_resolved()
+
+    @property
+    def skew(self) -> float:
+        """`imbalance` as it can be: all rows of E expert ranks arrive at one of them at most, E times the mean."""
+        return min(self.imbalance, self.layout.config.expert)
 
     @property
     def compute(self) -> torch.dtype:
@@ -60,13 +66,14 @@ class PlannedStep:
         return self.span.sequences // self.layout.data_ranks
 
 
-def bubble_share(step: PlannedStep) -> float:
+def bubble_share(step: PlannedStep, pace: "Pace | None" = None) -> float:
     """Share of the time of all pipeline ranks in which they wait.
 
-    Forward pass, gradients of inputs and gradients of weights cost the same, as do a forward and a backward pass at the same time
-    and one after the other.
+    Args:
+        pace: None: by FLOPs. Forward pass, gradients of inputs and gradients of weights cost the same, as do a forward and a
+            backward pass at the same time and one after the other.
     """
-    played = play(step, *pace_by_flops(step))
+    played = play(step, *(pace or pace_by_flops(step)))
     return 1 - sum(played.works) / step.layout.config.pipeline / played.seconds
 
 

@@ -9,16 +9,17 @@ from tests.train.planning.plans import even, tiny, two, v3
 from train.planning.shown import text
 from train.planning.shown.contents import KINDS, Room, timeline_of
 from train.planning.shown.text import FILL, in_words
+from train.planning.written import words
 
 
 @pytest.mark.parametrize("plan", [tiny, two, v3])
 def test_lines_fit_a_terminal_and_hold_the_figures(plan: Any) -> None:
     lines = in_words(plan())
     assert max(map(len, lines)) <= 132
-    whole = "\n".join(lines)
+    table = lines[len(lines) - lines[::-1].index("") :]
     for name, value in plan().numbers().items():
         if isinstance(value, int) and not isinstance(value, bool):
-            assert f"{name.replace('_', ' ')} " in whole and f"{value:,}" in whole
+            assert f"{words(name):32} {value:,}" in table
     for term in plan().time.terms if plan().time else ():
         assert any(line.startswith(term.name) for line in lines)
 
@@ -66,7 +67,8 @@ def test_what_was_simulated_stands_beside_what_is_counted() -> None:
     found["activations"] = (held.activations + held.working) // 2
     simulation: Any = SimpleNamespace(at_peak=found, peak=sum(found.values()), seconds=1.0, micro_batches=4)
     lines = in_words(plan, simulation)
-    start = next(n for n, line in enumerate(lines) if line.startswith("simulated beside counted"))
+    start = next(n for n, line in enumerate(lines) if line.startswith("formula beside simulation"))
+    assert lines[start].split()[3:] == ["formula", "simulation", "formula", "/", "simulation"]
     ratios = {line[:28].strip(): line.split()[-1] for line in lines[start + 1 : start + 8]}
-    assert (ratios["parameters"], ratios["activations"]) == ("1.000", "0.500")
-    assert ratios["peak"] == f"{simulation.peak / held.peak:.3f}"
+    assert (ratios["parameters"], ratios["activations"]) == ("1.000", "2.000")
+    assert ratios["peak"] == f"{held.peak / simulation.peak:.3f}"

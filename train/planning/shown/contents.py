@@ -9,7 +9,7 @@ from parallel.timeline import Action, Chunk, order_of, timeline
 from train.planning.memory import RankMemory
 from train.planning.plan import Plan
 from train.planning.speed.step_time import StepTime
-from train.planning.step import PlannedStep, costs_of_engine, pace_by_flops, play
+from train.planning.step import PlannedStep, bubble_share, costs_of_engine, pace_by_flops, play
 from train.planning.written import amount, counted, duration, long_time, share, size
 
 if TYPE_CHECKING:
@@ -64,15 +64,16 @@ def answer(plan: Plan, numbers: Mapping[str, Any]) -> list[Fact]:
     Args:
         numbers: the plan's.
     """
-    return [Fact(key, ANSWER[key], value, note) for key, value, note in _answer(plan, numbers)]
+    on_cpu = plan.device is not None and plan.device.name == "cpu"
+    names = {**ANSWER, PER_TRILLION: "Hours of processes"} if on_cpu else ANSWER
+    return [Fact(key, names[key], value, note) for key, value, note in _answer(plan, numbers)]
 
 
 def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     held, c, span, processes = plan.fullest, plan.layout.config, plan.step.span, plan.layout.world_size
     where = f" on pipeline rank {held.pipeline_rank}" if c.pipeline > 1 else ""
-    steps = (
-        f"{span.sequences:,} sequences of {span.sequence_length:,}, {counted(plan.step.micro_batches, 'micro-batch')}"
-    )
+    micro_batches = counted(plan.step.micro_batches, "micro-batch")
+    steps = f"{span.sequences:,} sequences of {span.sequence_length:,}, {micro_batches} a process"
     if plan.device and plan.time:
         speed, days, hours = (numbers[key] for key in ("tokens_per_second_per_device", "days", PER_TRILLION))
         yield "fits", "yes" if plan.fits else "no", f"{size(held.peak)} of {size(plan.device.usable)} usable{where}"
@@ -87,10 +88,11 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         yield "days", long_time(days), f"for {amount(numbers['tokens'])} tokens in {numbers['steps']:,} steps"
     else:
         yield "peak_bytes_per_rank", size(held.peak), f"at its peak{where}"
-        yield "micro_batches_per_step", amount(span.batch_tokens), f"tokens: {steps} a process"
+        yield "micro_batches_per_step", amount(span.batch_tokens), f"tokens: {steps}"
         yield "tokens", amount(numbers["tokens"]), f"tokens in {numbers['steps']:,} steps"
     if c.pipeline > 1:
-        yield "bubble", share(numbers["bubble"]), f"of the ranks' time in the mean, by FLOPs: {c.schedule}"
+        measure = "" if plan.time else ", by FLOPs"
+        yield "bubble", share(numbers["bubble"]), f"of the ranks' time in the mean{measure}: {c.schedule}"
 
 
 def layout_in_words(plan: Plan) -> str:
@@ -129,13 +131,32 @@ def parts_of(held: RankMemory) -> dict[str, int]:
     return {kind: getattr(held, kind) for kind in KINDS}
 
 
+class Link(NamedTuple):
+    """What a process sends over it in a step."""
+
+    name: str
+    bytes: int
+    speed: float  # bytes/s that are reached
+    seconds: float
+
+
+def links_of(plan: Plan) -> list[Link]:
+    """Those that something travels over."""
+    if plan.time is None:
+        return []
+    speeds = plan.time.reached
+    return [
+        Link(LINKS[link], count, speeds[link], count / speeds[link]) for link, count in plan.time.sent.items() if count
+    ]
+
+
 def beside(plan: Plan, simulation: "Simulation") -> list[tuple[str, int, int]]:
-    """What the simulation found of each kind, and what the formula counts: a block at work is among its activations."""
+    """What the formula counts of each kind, and what the simulation found: a block at work is among its activations."""
     held = plan.fullest
     counted = parts_of(held)
     counted["activations"] += counted.pop("working")
-    rows = [(KINDS[kind], simulation.at_peak[kind], counted[kind]) for kind in counted]
-    return [*rows, ("peak", simulation.peak, held.peak)]
+    rows = [(KINDS[kind], counted[kind], simulation.at_peak[kind]) for kind in counted]
+    return [*rows, ("peak", held.peak, simulation.peak)]
 
 
 @dataclass(frozen=True)
@@ -194,7 +215,7 @@ def timeline_of(step: PlannedStep, time: StepTime | None = None) -> Timeline:
     shown = max(chunk.end for rank in chunks for chunk in rank)
     unit = costs.forward * sum(sizes) / len(sizes)
     whole = play(step, costs, sizes)
-    waits = 1 - sum(whole.works) / c.pipeline / whole.seconds
+    waits = bubble_share(step, pace)
     return Timeline(chunks, c.stages, unit, pace is not None, step.micro_batches - played, whole.seconds - shown, waits)
 
 

@@ -40,10 +40,12 @@ FORMULAS = {
     "tokens": "schedule.tokens, rounded up to whole batches: `train.schedule.Schedule`",
     "steps": "tokens over the batch, stage by stage of a growing batch: `train.schedule.spans`",
     "tokens_per_parameter": "tokens / total_parameters",
-    "flops_per_token": "3 · 2 · elements of matrices that a token uses, and causal attention over T/2 keys, at the first T: "
+    "flops_per_token": "3 · 2 · elements of matrices that a token uses, and causal attention over T/2 keys, at the T of the "
+    "largest step: "
     "`model.flops.flops_mfu`",
-    "flops_per_token_for_scaling_laws": "the same without head and MTP, attention over T keys: `model.flops.flops_scaling`",
-    "total_flops": "Σ of flops_per_token · tokens over the run's stages: `model.flops.flops_mfu`",
+    "flops_per_token_for_scaling_laws": "the same without head and MTP, attention over T keys, at the same T: "
+    "`model.flops.flops_scaling`",
+    "total_flops": "Σ of FLOPs a token · tokens over the run's stages, each at its own T: `model.flops.flops_mfu`",
     "learning_rate_of_the_law": "what the recipe's law says for its model and tokens: `train.scaling.apply.advise`",
     "batch_tokens_of_the_law": "likewise: `train.scaling.apply.advise`",
     "decades_outside_of_the_law": "log₁₀ of how far N, D or C is from what the law was measured on: `train.scaling.apply.advise`",
@@ -58,16 +60,15 @@ FORMULAS = {
     "host_bytes_per_rank": _MEMORY["host"],
     "fullest_pipeline_rank": "the pipeline rank with the largest peak, of which all bytes are said: `train.planning.plan.Plan`",
     "world_size": "processes, one on each device: --gpus, or the launcher's",
-    "flops_per_step_and_rank": "flops_per_token · tokens of a process in the largest step; in a pipeline of the rank "
-    "whose layers cost "
-    "most: `parallel.placement.Placement`",
+    "flops_per_step_and_rank": "flops_per_token · tokens of a process in the largest step, without what is recomputed, and three "
+    "passes over the keys and values that it makes of others' tokens of a shared sequence; in a pipeline of the rank whose layers "
+    "cost most: `parallel.placement.Placement`",
     "micro_batches_per_step": "⌈sequences of a step / processes that read different ones / micro_batch⌉: "
     "`train.planning.step.PlannedStep`",
-    "bytes_sent_per_step": "Σ over collectives on a ring, all-reduce 2(n−1)/n · S, others (n−1)/n · S, of the pipeline "
-    "rank that sends "
-    "most: `parallel.traffic.step_traffic`",
-    "bubble": "1 − work of all ranks / (ranks · span), PyTorch's order of the schedule played through: "
-    "`train.planning.step.bubble_share`",
+    "bytes_sent_per_step": "where no link is known: Σ over collectives on a ring, all-reduce 2(n−1)/n · S, others (n−1)/n · S, "
+    "of the pipeline rank that sends most: `parallel.traffic.step_traffic`",
+    "bubble": "1 − work of all ranks / (ranks · span), PyTorch's order of the schedule played through with the seconds of each "
+    "stage's passes, or with their FLOPs where no device is known: `train.planning.step.bubble_share`",
     "placement": "the least largest rank, then stage, by FLOPs: `parallel.placement.place`",
     "fits": "peak_bytes_per_rank ≤ usable_bytes_per_device; the host is not judged: `train.planning.plan.Plan`",
     "device": "the table's name of it: `train.planning.devices.find_device`",
@@ -78,10 +79,11 @@ FORMULAS = {
     "mfu": "flops_per_token · tokens_per_second_per_device / the device's peak in the recipe's precision",
     "days": "Σ over the run's steps of their seconds / 86,400: `train.planning.plan.Plan`",
     "gpu_hours_per_trillion_tokens": "10¹² / tokens_per_second_per_device / 3,600",
-    "imbalance": "rows that arrive at the fullest expert rank over the mean: --imbalance",
-    "bytes_sent_in_node_per_step": "the part of bytes_sent_per_step between devices of a node: "
+    "imbalance": "rows that arrive at the fullest expert rank over the mean, at most as many as there are such ranks: --imbalance",
+    "bytes_sent_in_node_per_step": "Σ over collectives of what goes between devices of a node, tokens to experts · imbalance, of "
+    "the process that sends or receives most there: `train.planning.speed.step_time.step_time`",
+    "bytes_sent_between_nodes_per_step": "likewise between nodes; it may be another process: "
     "`train.planning.speed.step_time.step_time`",
-    "bytes_sent_between_nodes_per_step": "the part of it between nodes: `train.planning.speed.step_time.step_time`",
 }
 
 

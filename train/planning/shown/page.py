@@ -12,10 +12,10 @@ from train.planning.plan import Plan
 from train.planning.shown import pictures
 from train.planning.shown.contents import (
     KINDS,
-    LINKS,
     answer,
     beside,
     layout_in_words,
+    links_of,
     parts_of,
     room_of,
     timeline_of,
@@ -79,7 +79,7 @@ def render(plan: Plan, *, search: "Search | None" = None, simulation: "Simulatio
         terms=Markup(pictures.terms(plan.time.terms)) if plan.time else "",
         course=course,
         pipeline=Markup(pictures.pipeline(course)) if course else "",
-        links=_links(plan),
+        links=links_of(plan),
         placement=numbers.get("placement", []),
         search=search,
         best=BEST,
@@ -96,14 +96,6 @@ def code(formula: str) -> Markup:
         Markup("<code>{}</code>" if place % 2 else "{}").format(part) for place, part in enumerate(formula.split("`"))
     ]
     return Markup("").join(parts)
-
-
-def _links(plan: Plan) -> list[tuple[str, int, float]]:
-    """Name, bytes, bytes/s."""
-    if plan.time is None or plan.device is None:
-        return []
-    speeds = {"node": plan.device.link_bandwidth, "network": plan.device.network}
-    return [(LINKS[link], count, speeds[link]) for link, count in plan.time.sent.items() if count]
 
 
 def _lines(name: str, value: Any) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from data.files import replace_file
 from train.config import RecipeError
 from train.fields import as_points
+from train.planning.written import amount
 from train.schedule import Schedule
 
 INK, QUIET, GRID = "#1c2733", "#6b7785", "#e6eaee"
@@ -65,7 +66,7 @@ def draw(schedule: Schedule, notes: Sequence[str] = ()) -> Any:
     for name, axis in axes.items():
         _dress(axis, PANELS[name][0], end)
     axes["lr"].yaxis.set_major_formatter(lambda value, _: _short(value))
-    axes["batch"].yaxis.set_major_formatter(lambda value, _: _amount(value))
+    axes["batch"].yaxis.set_major_formatter(lambda value, _: amount(value))
     for name in ("gamma", "alpha", "lambda"):
         axes[name].set_yticks([])
         axes[name].spines["left"].set_visible(False)
@@ -79,7 +80,7 @@ def _title(figure: Any, schedule: Schedule) -> None:
     sizes = schedule.batches()
     lengths = list(dict.fromkeys(span.sequence_length for span in schedule.spans))
     facts = [
-        f"{_amount(config.tokens)} tokens",
+        f"{amount(config.tokens)} tokens",
         f"{schedule.total_steps:,} steps",
         (f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}")
         + f" sequences of {', then '.join(f'{length:,}' for length in lengths)}",
@@ -116,7 +117,7 @@ def _rates(axis: Any, schedule: Schedule, unit: int) -> None:
 def _levels(axis: Any, points: list[tuple[float, float]], end: float, name: str) -> None:
     """A value that is constant between its points; of a batch's many levels only the first and the last are written."""
     colour = PANELS[name][1]
-    write = _amount if name == "batch" else _short
+    write = amount if name == "batch" else _short
     edges = [start for start, _ in points] + [end]
     levels = [held for _, held in points]
     _line(
@@ -170,14 +171,6 @@ def _unit(tokens: int) -> tuple[int, str]:
         if tokens >= unit:
             return unit, f", {name}"
     return 1, ""
-
-
-def _amount(value: float) -> str:
-    """62914560 as 62.9M, 8192 as 8,192."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:,.0f}"
 
 
 def _short(value: float) -> str:

@@ -9,13 +9,13 @@ from train.planning.memory import RankMemory
 from train.planning.plan import Plan
 from train.planning.shown.contents import (
     KINDS,
-    LINKS,
     Room,
     Timeline,
     answer,
     beside,
     kind_of,
     layout_in_words,
+    links_of,
     parts_of,
     room_of,
     timeline_of,
@@ -109,15 +109,11 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _links(plan: Plan) -> list[str]:
-    if plan.time is None or plan.device is None or not any(plan.time.sent.values()):
-        return []
-    speeds = {"node": plan.device.link_bandwidth, "network": plan.device.network}
-    lines = ["what a process sends in a step"]
-    for link, count in plan.time.sent.items():
-        if count:
-            takes = f"{size(speeds[link])}/s: {duration(count / speeds[link])} in all, hidden behind products or not"
-            lines.append(f"{LINKS[link]:30} {size(count):>8}   {takes}")
-    return lines
+    lines = [
+        f"{link.name:30} {size(link.bytes):>8}   at {size(link.speed)}/s {duration(link.seconds)} in all, hidden or not"
+        for link in links_of(plan)
+    ]
+    return ["what a process sends in a step", *lines] if lines else []
 
 
 def _pipeline(course: Timeline) -> Iterator[str]:
@@ -153,10 +149,10 @@ def _row(chunks: Sequence[Chunk], start: float, end: float, column: float) -> st
 
 
 def _simulation(plan: Plan, simulation: "Simulation") -> list[str]:
-    lines = [f"{'simulated beside counted':28} {'simulated':>10} {'counted':>10}"]
-    for name, found, formula in beside(plan, simulation):
-        ratio = f"{found / formula:7.3f}" if formula else f"{'–':>7}"
-        lines.append(f"{name:28} {size(found):>10} {size(formula):>10} {ratio}")
+    lines = [f"{'formula beside simulation':28} {'formula':>10} {'simulation':>10} formula / simulation"]
+    for name, formula, found in beside(plan, simulation):
+        ratio = f"{formula / found:20.3f}" if found else f"{'–':>20}"
+        lines.append(f"{name:28} {size(formula):>10} {size(found):>10} {ratio}")
     return lines
 
 
