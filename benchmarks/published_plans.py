@@ -155,7 +155,7 @@ def compare(row: Row) -> dict[str, Any]:
         "published_hours": 1e12 / row.published / 3600,
         "hours": hours * seconds,
         "mfu": plan.time.mfu,
-        "mfu_of_bf16": plan.time.mfu * ((device.fp8 or 1) / device.bf16 if row.fp8 else 1),
+        "mfu_of_bf16": plan.time.mfu * plan.time.peak / device.bf16,
         "peak_bytes": plan.fullest.peak,
         "usable_bytes": device.usable,
         "sent": plan.time.sent,

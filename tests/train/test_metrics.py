@@ -196,6 +196,21 @@ def test_every_device_is_found_by_its_own_name_and_its_fp8_is_twice_its_bf16() -
         lookup("Abacus")
 
 
+@pytest.mark.parametrize(
+    "driver", ["NVIDIA RTX A1000", "NVIDIA H1000", "NVIDIA A10G", "NVIDIA L400", "AMD Instinct MI300XL"]
+)
+def test_a_device_is_found_by_whole_words(driver: str) -> None:
+    with pytest.raises(DeviceError, match="is not in the table of devices"):
+        lookup(driver)
+
+
+def test_a_run_and_a_plan_divide_by_one_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    device = lookup("H100")
+    for dtype, peak in ((torch.float32, 67e12), (torch.bfloat16, 989.4e12), (torch.float16, 989.4e12)):
+        assert peak_flops("cuda", dtype) == device.peak(dtype) == peak
+
+
 def test_a_cpus_peak_is_measured_once() -> None:
     before = torch.get_num_threads()
     peak = peak_flops("cpu", torch.float32)

@@ -1,7 +1,7 @@
 """Peak rates, memory and links of accelerators, the denominator of MFU and the planner's numbers; of a CPU, as measured.
 
 Rates are dense: vendors often print the rate for 2:4 sparse matrices, twice as much. bf16 and fp16, both with fp32
-accumulation, share one figure. What of a peak is reached is in `train.planning.speed.rates`.
+accumulation, share one figure; fp32 is not TF32. What of a peak is reached is in `train.planning.speed.rates`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Device:
 
     Attributes:
         name: what it is called here and by `--device`.
-        pattern: regular expression, searched without regard to case in the driver's name of the device.
+        pattern: regular expression, searched without regard to case among the words of the driver's name of the device.
         bf16: peak of dense bf16 matrix products, FLOP/s.
         fp8: peak of dense fp8 matrix products, FLOP/s; None where the hardware has none.
-        memory: bytes of device memory as sold (10⁹ per GB); a driver shows a little less.
+        fp32: peak of fp32 outside of tensor cores, FLOP/s: PyTorch multiplies in TF32 only where it is told to.
+        memory: bytes of device memory as sold (10⁹ per GB); a driver shows a little more.
         memory_bandwidth: bytes/s.
         link_bandwidth: bytes/s in one direction between the devices of a node (NVLink, Infinity Fabric, else PCIe).
         node: devices that this link joins.
@@ -53,6 +54,7 @@ class Device:
     pattern: str
     bf16: float
     fp8: float | None
+    fp32: float
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
@@ -66,6 +68,20 @@ class Device:
     def usable(self) -> float:
         """Bytes that a run may use."""
         return self.memory - self.reserve
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """FLOP/s of dense products of this dtype; that of bf16 for fp16.
+
+        Raises:
+            DeviceError: fp8 on a device without it.
+        """
+        if dtype is torch.float32:
+            return self.fp32
+        if dtype is not torch.float8_e4m3fn:
+            return self.bf16
+        if self.fp8 is None:
+            raise _without_fp8(self.name)
+        return self.fp8
 
 
 # fmt: off
@@ -86,36 +102,36 @@ _SYSTEMS = {
     "Frontier":  (8,  100, "OLCF Frontier user guide: four cards of 200 Gb/s for eight dies"),
 }
 _TABLE = (
-    # name, pattern in the driver's name; TFLOP/s in bf16 and fp8; memory GB, GB/s; link GB/s; system; source.
+    # name, pattern in the driver's name; TFLOP/s in bf16, fp8 and fp32; memory GB, GB/s; link GB/s; system; source.
     # The first pattern that is found decides, so variants stand before the plain name.
-    ("GB300",     r"GB300",       2500,   5000,    279, 8000, 900, "NVL72 CX8", "NVIDIA GB300 NVL72 page, a 72nd of it"),
-    ("GB200",     r"GB200",       2500,   5000,    186, 8000, 900, "NVL72 CX7", "NVIDIA GB200 NVL72 page, a 72nd of it"),
-    ("B300",      r"B300",        2250,   4500,    270, 7700, 900, "HGX 800",   "NVIDIA HGX B300 page, an 8th of it"),
-    ("B200",      r"B200",        2250,   4500,    180, 7700, 900, "HGX 400",   "NVIDIA HGX B200 page, an 8th of it"),
-    ("GH200",     r"GH200",       989.4,  1978.9,   96, 4000, 450, "MGX",       "NVIDIA GH200 datasheet, HBM3"),
-    ("H200-NVL",  r"H200 NVL",    835.5,  1671,    141, 4800, 450, "NVL4",      "NVIDIA H200 datasheet"),
-    ("H200",      r"H200",        989.4,  1978.9,  141, 4800, 450, "HGX 400",   "NVIDIA H200 datasheet, SXM"),
-    ("H100-NVL",  r"H100 NVL",    835.5,  1671,     94, 3900, 300, "NVL2",      "NVIDIA H100 datasheet"),
-    ("H100-PCIe", r"H100.*PCIe",  756,    1513,     80, 2000,  64, "PCIe 200",  "NVIDIA H100 architecture whitepaper"),
-    ("H100",      r"H100",        989.4,  1978.9,   80, 3350, 450, "HGX 400",   "NVIDIA H100 architecture whitepaper, SXM5"),
-    ("H800-PCIe", r"H800.*PCIe",  756,    1513,     80, 2000,  64, "PCIe 200",  "as H100 PCIe"),
-    ("H800",      r"H800",        989.4,  1978.9,   80, 3350, 200, "HGX 400",   "as H100 SXM5, NVLink of 400 GB/s both ways"),
-    ("H20",       r"H20\b",       148,    296,      96, 4000, 450, "HGX 400",   "NVIDIA H20 datasheet"),
-    ("A100-40GB", r"A100.*40GB",  312,    None,     40, 1555, 300, "HGX 200",   "NVIDIA A100 datasheet"),
-    ("A100",      r"A100",        312,    None,     80, 2039, 300, "HGX 200",   "NVIDIA A100 datasheet, SXM with 80 GB"),
-    ("A800",      r"A800",        312,    None,     80, 2039, 200, "HGX 200",   "as A100, NVLink of 400 GB/s both ways"),
-    ("L40S",      r"L40S",        362,    733,      48,  864,  32, "PCIe 200",  "NVIDIA L40S datasheet"),
-    ("L40",       r"L40\b",       181,    362,      48,  864,  32, "PCIe 100",  "NVIDIA L40 datasheet"),
-    ("L4",        r"L4\b",        121,    242.5,    24,  300,  32, "PCIe 100",  "NVIDIA L4 datasheet"),
-    ("A40",       r"A40\b",       149.7,  None,     48,  696,  32, "PCIe 100",  "NVIDIA A40 datasheet"),
-    ("A10",       r"A10\b",       125,    None,     24,  600,  32, "PCIe 100",  "NVIDIA A10 datasheet"),
-    ("RTX-5090",  r"RTX 5090",    209.5,  419,      32, 1792,  64, "desktop",   "NVIDIA RTX Blackwell whitepaper"),
-    ("RTX-4090",  r"RTX 4090",    165.2,  330.3,    24, 1008,  32, "desktop",   "NVIDIA Ada GPU architecture whitepaper"),
-    ("RTX-3090",  r"RTX 3090",    71,     None,     24,  936,  32, "desktop",   "NVIDIA GA102 architecture whitepaper"),
-    ("MI355X",    r"MI355X",      2516.6, 5033.2,  288, 8000, 538, "OAM 400",   "AMD Instinct MI355X datasheet"),
-    ("MI325X",    r"MI325X",      1307.4, 2614.9,  256, 6000, 448, "OAM 400",   "AMD Instinct MI325X datasheet"),
-    ("MI300X",    r"MI300X",      1307.4, 2614.9,  192, 5300, 448, "OAM 400",   "AMD Instinct MI300X datasheet"),
-    ("MI250X",    r"MI250X",      191.5,  None,     64, 1638, 200, "Frontier",  "AMD Instinct MI250X datasheet, one die of two"),
+    ("GB300",     r"GB300",      2500,   5000,   80,    279, 8000, 900, "NVL72 CX8", "NVIDIA GB300 NVL72 page, a 72nd of it"),
+    ("GB200",     r"GB200",      2500,   5000,   80,    186, 8000, 900, "NVL72 CX7", "NVIDIA GB200 NVL72 page, a 72nd of it"),
+    ("B300",      r"B300",       2250,   4500,   75,    270, 7700, 900, "HGX 800",   "NVIDIA HGX B300 page, an 8th of it"),
+    ("B200",      r"B200",       2250,   4500,   75,    180, 7700, 900, "HGX 400",   "NVIDIA HGX B200 page, an 8th of it"),
+    ("GH200",     r"GH200",      989.4,  1978.9, 67,     96, 4000, 450, "MGX",       "NVIDIA GH200 datasheet, HBM3"),
+    ("H200-NVL",  r"H200 NVL",   835.5,  1671,   60,    141, 4800, 450, "NVL4",      "NVIDIA H200 datasheet"),
+    ("H200",      r"H200",       989.4,  1978.9, 67,    141, 4800, 450, "HGX 400",   "NVIDIA H200 datasheet, SXM"),
+    ("H100-NVL",  r"H100 NVL",   835.5,  1671,   60,     94, 3900, 300, "NVL2",      "NVIDIA H100 datasheet"),
+    ("H100-PCIe", r"H100.*PCIe", 756,    1513,   51,     80, 2000,  64, "PCIe 200",  "NVIDIA H100 architecture whitepaper"),
+    ("H100",      r"H100",       989.4,  1978.9, 67,     80, 3350, 450, "HGX 400",   "NVIDIA H100 architecture whitepaper, SXM5"),
+    ("H800-PCIe", r"H800.*PCIe", 756,    1513,   51,     80, 2000,  64, "PCIe 200",  "as H100 PCIe"),
+    ("H800",      r"H800",       989.4,  1978.9, 67,     80, 3350, 200, "HGX 400",   "as H100 SXM5, NVLink of 400 GB/s both ways"),
+    ("H20",       r"H20",        148,    296,    44,     96, 4000, 450, "HGX 400",   "NVIDIA H20 datasheet"),
+    ("A100-40GB", r"A100.*40GB", 312,    None,   19.5,   40, 1555, 300, "HGX 200",   "NVIDIA A100 datasheet"),
+    ("A100",      r"A100",       312,    None,   19.5,   80, 2039, 300, "HGX 200",   "NVIDIA A100 datasheet, SXM with 80 GB"),
+    ("A800",      r"A800",       312,    None,   19.5,   80, 2039, 200, "HGX 200",   "as A100, NVLink of 400 GB/s both ways"),
+    ("L40S",      r"L40S",       362,    733,    91.6,   48,  864,  32, "PCIe 200",  "NVIDIA L40S datasheet"),
+    ("L40",       r"L40",        181,    362,    90.5,   48,  864,  32, "PCIe 100",  "NVIDIA L40 datasheet"),
+    ("L4",        r"L4",         121,    242.5,  30.3,   24,  300,  32, "PCIe 100",  "NVIDIA L4 datasheet"),
+    ("A40",       r"A40",        149.7,  None,   37.4,   48,  696,  32, "PCIe 100",  "NVIDIA A40 datasheet"),
+    ("A10",       r"A10",        125,    None,   31.2,   24,  600,  32, "PCIe 100",  "NVIDIA A10 datasheet"),
+    ("RTX-5090",  r"RTX 5090",   209.5,  419,    104.8,  32, 1792,  64, "desktop",   "NVIDIA RTX Blackwell whitepaper"),
+    ("RTX-4090",  r"RTX 4090",   165.2,  330.3,  82.6,   24, 1008,  32, "desktop",   "NVIDIA Ada GPU architecture whitepaper"),
+    ("RTX-3090",  r"RTX 3090",   71,     None,   35.6,   24,  936,  32, "desktop",   "NVIDIA GA102 architecture whitepaper"),
+    ("MI355X",    r"MI355X",     2516.6, 5033.2, 157.3, 288, 8000, 538, "OAM 400",   "AMD Instinct MI355X datasheet"),
+    ("MI325X",    r"MI325X",     1307.4, 2614.9, 163.4, 256, 6000, 448, "OAM 400",   "AMD Instinct MI325X datasheet"),
+    ("MI300X",    r"MI300X",     1307.4, 2614.9, 163.4, 192, 5300, 448, "OAM 400",   "AMD Instinct MI300X datasheet"),
+    ("MI250X",    r"MI250X",     191.5,  None,   23.9,   64, 1638, 200, "Frontier",  "AMD Instinct MI250X datasheet, a die of two"),
 )
 # fmt: on
 
@@ -125,6 +141,7 @@ DEVICES = tuple(
         pattern,
         bf16 * 1e12,
         fp8 * 1e12 if fp8 else None,
+        fp32 * 1e12,
         memory * 1e9,
         bandwidth * 1e9,
         link * 1e9,
@@ -133,7 +150,7 @@ DEVICES = tuple(
         f"{source}; network: {_SYSTEMS[system][2]}",
         CONTEXT + COMMUNICATORS + SLACK * memory * 1e9,
     )
-    for name, pattern, bf16, fp8, memory, bandwidth, link, system, source in _TABLE
+    for name, pattern, bf16, fp8, fp32, memory, bandwidth, link, system, source in _TABLE
 )
 
 
@@ -164,26 +181,26 @@ def lookup(name: str) -> Device:
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
     """FLOP/s that MFU divides by, of the device that this process computes on.
 
-    The vendor's dense peak for bf16, fp16 and fp8; for what has no such figure (a CPU, fp32, an unknown GPU) the best
-    matrix product that this process measures, once. A run in FP8 divides by the peak of FP8, though attention, head and gates do
-    not compute in it: a figure that is never flattering. A CPU, which emulates FP8 by products in fp32, has the peak of these.
+    The vendor's dense peak (`Device.peak`); for what has no such figure (a CPU, an unknown GPU) the best matrix product that this
+    process measures, once. A run in FP8 divides by the peak of FP8, though attention, head and gates do not compute in it: a figure
+    that is never flattering. A CPU, which emulates FP8 by products in fp32, has the peak of these.
 
     Raises:
         DeviceError: fp8 on a GPU without it.
     """
     device = torch.device(device)
     known = _find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known:
+        return known.peak(dtype)
     if dtype is torch.float8_e4m3fn:
-        if device.type == "cpu":
-            return peak_flops(device, torch.float32)
-        if known is None or known.fp8 is None:
-            raise DeviceError(
-                f"device {known.name if known else device}: has no fp8 rate in the table of devices; set precision.fp8 to false"
-            )
-        return known.fp8
-    if known is not None and dtype in (torch.bfloat16, torch.float16):
-        return known.bf16
+        if device.type != "cpu":
+            raise _without_fp8(device)
+        dtype = torch.float32
     return measured_gemm_peak(dtype, str(device), torch.get_num_threads())
+
+
+def _without_fp8(device: object) -> DeviceError:
+    return DeviceError(f"device {device}: has no fp8 rate in the table of devices; set precision.fp8 to false")
 
 
 @cache
@@ -239,6 +256,7 @@ def this_machine(processes: int = 1) -> Device:
         whole,
         bf16=whole.bf16 / shared,
         fp8=whole.fp8 / shared,
+        fp32=whole.fp32 / shared,
         memory=whole.memory / processes,
         memory_bandwidth=whole.memory_bandwidth / processes,
         link_bandwidth=whole.link_bandwidth / processes,
@@ -250,11 +268,8 @@ def this_machine(processes: int = 1) -> Device:
 
 @cache
 def measured_machine() -> Device:
-    """What this process has of its CPU where it is alone, measured in about a second and remembered.
-
-    Its peak is that of products in fp32, in which it also emulates FP8.
-    """
-    peak = measured_gemm_peak(torch.float32, "cpu", torch.get_num_threads())
+    """What this process has of its CPU where it is alone, measured in a second or two and remembered."""
+    bf16, fp32, fp8 = (peak_flops("cpu", dtype) for dtype in (torch.bfloat16, torch.float32, torch.float8_e4m3fn))
     memory = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if os.path.exists("/proc/meminfo"):  # with what the system would give up of its caches
         with open("/proc/meminfo") as lines:
@@ -263,9 +278,10 @@ def measured_machine() -> Device:
     link = measured_loopback()
     return Device(
         "cpu",
-        r"\bcpu\b",
-        peak,
-        peak,
+        "cpu",
+        bf16,
+        fp8,
+        fp32,
         memory,
         measured_copy(),
         link,
@@ -310,4 +326,9 @@ def _find(name: str) -> Device | None:
     for device in DEVICES:
         if name.lower() == device.name.lower():
             return device
-    return next((device for device in DEVICES if re.search(device.pattern, name, re.IGNORECASE)), None)
+    return next((device for device in DEVICES if re.search(_as_words(device.pattern), name, re.IGNORECASE)), None)
+
+
+def _as_words(pattern: str) -> str:
+    """A100, but not RTX A1000."""
+    return rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])"

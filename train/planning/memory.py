@@ -41,7 +41,7 @@ def memory_of(step: PlannedStep, pipeline_rank: int = 0) -> RankMemory:
         micro_batch=step.micro_batch,
         element_size=step.compute.itemsize,
         device="cuda" if recipe.on_gpu else "cpu",
-        imbalance=step.imbalance,
+        imbalance=step.skew,
     )
     most = fullest(moments_of(layout, config, forward, moment, step.micro_batches, pipeline_rank))
     holders = layout.stage_ranks if layout.config.engine == "ddp" else layout.shard  # of one average of the weights

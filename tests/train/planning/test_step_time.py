@@ -102,6 +102,46 @@ def test_uneven_experts_are_slower_and_send_more(name: str) -> None:
     assert uneven.sent["network"] >= even.sent["network"] and uneven.sent["node"] > even.sent["node"]
 
 
+def test_experts_are_no_fuller_than_all_rows_make_them() -> None:
+    """Two ranks that share experts: twice the mean at most; one process: nothing is uneven."""
+    shared = plan_of("tiny", 2, "H100", *FIXED, "parallel={engine: fsdp, expert: 2, unproven: true}").step
+    for step, most in ((shared, 2.0), (plan("one").step, 1.0)):
+        fuller = replace(step, imbalance=100.0)
+        assert fuller.skew == most
+        assert seconds(step_time(fuller, H100)) == seconds(step_time(replace(step, imbalance=most), H100))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero3", "kept gathered", "ddp"])
+@pytest.mark.parametrize("slow", [1, 20, 10_000])
+def test_no_more_is_hidden_than_is_computed_meanwhile(name: str, slow: int) -> None:
+    engine, *others = {
+        "fsdp": ["fsdp"],
+        "zero3": ["zero3"],
+        "kept gathered": ["fsdp", "reshard_after_forward: false"],
+        "ddp": ["ddp"],
+    }[name]
+    parallel = ", ".join([f"engine: {engine}", *others, "micro_batch: 2, recompute: none"])
+    step = plan_of("tiny", 2, "H100", *FIXED, f"parallel={{{parallel}}}").step
+    device = replace(H100, link_bandwidth=H100.link_bandwidth / slow)
+    found = {term.name: term for term in step_time(step, device).terms}
+    travels = sum(
+        float(re.findall(r"= ([\d.e+-]+) s", found[of].formula)[0]) for of in ("weights", "gradients") if of in found
+    )
+    waits = sum(found[of].seconds for of in ("weights", "gradients") if of in found)
+    computes = sum(found[of].seconds for of in ("linear maps", "experts", "attention", "head", "memory"))
+    assert 0 <= travels - waits <= computes * (1 + 1e-6)
+    assert waits >= travels * rates.SENDING * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("compute, peak", [("fp32", 67e12), ("bf16", 989.4e12), ("fp16", 989.4e12)])
+def test_mfu_divides_by_the_peak_of_what_is_computed_in(compute: str, peak: float) -> None:
+    step = plan("one", f"precision.compute={compute}").step
+    time = step_time(step, H100)
+    assert (time.peak, time.peak_name) == (peak, compute) and peak == H100.peak(step.compute)
+    flops = sum(flops_by_part(step.config, step.span.sequence_length).values()) * 16384
+    assert time.mfu == pytest.approx(flops / (time.seconds * peak)) and time.mfu < 0.8
+
+
 def test_a_formula_has_the_numbers_that_give_its_term() -> None:
     for term in step_time(v3().step, find_device("h800")).terms:
         if term.name in ("linear maps", "experts", "attention", "memory"):
@@ -122,6 +162,7 @@ def test_v3_as_published_takes_about_as_many_hours() -> None:
     time, tokens = step_time(v3().step, find_device("h800")), 15360 * 4096
     hours = time.seconds * 2048 / 3600 * 1e12 / tokens
     assert 140e3 < hours < 230e3
+    assert (time.peak_name, time.peak) == ("FP8", 1978.9e12)
     assert time.mfu == pytest.approx(260.64e9 * tokens / (time.seconds * 2048 * 1978.9e12), rel=1e-3)
 
 

@@ -19,7 +19,8 @@ class Load:
     """The load of the fullest expert rank.
 
     Args:
-        imbalance: rows that arrive there over the mean of all ranks; at least 1, and at most their number.
+        imbalance: rows that arrive there over the mean of all ranks; at least 1, and at most their number
+            (`PlannedStep.skew`).
     """
 
     imbalance: float = 1.0

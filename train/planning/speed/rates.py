@@ -10,7 +10,7 @@ Products are counted against the best one that was found on a GPU (`BEST`), of w
     attention, forward    0.74. FlashAttention-3 on an H100, 4,096 tokens, heads of 128: 590 TFLOP/s (pytorch/benchmark #2391; 740
                           at best, arXiv 2407.08608); the best product is 794
     attention, backward   0.44. Assumed: three quarters of forward, and 5 products where 4 are counted
-    all products in fp32  0.05 of the peak of bf16. Assumed: without tensor cores an H100 has 67 of 989 TFLOP/s
+    all products in fp32  of the peak in fp32 what bf16 reaches of its own. Assumed
 
 and of bandwidths:
 
@@ -22,6 +22,8 @@ and of bandwidths:
 
 from dataclasses import dataclass
 from functools import cache
+
+import torch
 
 from model.config import ModelConfig
 from train.planning.devices import Device, DeviceError
@@ -42,7 +44,6 @@ BEST = {  # bf16 and FP8, of the peak; of others that of an H100
 }
 LINEAR, EXPERTS, ATTENTION, ATTENTION_BACKWARD = 0.80, 0.875, 0.74, 0.44
 HALF = 110  # rows of an expert
-FP32 = 0.05
 MEMORY, NODE, NETWORK = 0.80, 0.78, 0.86
 SENDING = 20 / 132
 
@@ -82,14 +83,9 @@ def rates_of(device: Device, config: ModelConfig, how: How) -> Rates:
     Raises:
         DeviceError: FP8 on a device without it, or on a CPU, which emulates it.
     """
-    if how.fp8 and (device.fp8 is None or device.name == "cpu"):
-        has = (
-            "emulates FP8, and nobody has timed that"
-            if device.name == "cpu"
-            else "has no fp8 rate in the table of devices"
-        )
-        raise DeviceError(f"device {device.name}: {has}; set precision.fp8 to false")
     if device.name == "cpu":
+        if how.fp8:
+            raise DeviceError("device cpu: emulates FP8, and nobody has timed that; set precision.fp8 to false")
         from train.planning.speed.measured import measured_rates  # it asks for Rates
 
         return measured_rates(device, config, how)
@@ -99,8 +95,8 @@ def rates_of(device: Device, config: ModelConfig, how: How) -> Rates:
 @cache
 def _published(device: Device, fp8: bool, element: int) -> Rates:
     of_bf16, of_fp8 = BEST.get(device.name, BEST["H100"])
-    exact = (of_bf16 if element == 2 else FP32) * device.bf16
-    best = of_fp8 * device.fp8 if fp8 and device.fp8 else exact
+    exact = of_bf16 * (device.bf16 if element == 2 else device.fp32)
+    best = of_fp8 * device.peak(torch.float8_e4m3fn) if fp8 else exact
     return Rates(
         linear=LINEAR * best,
         experts=EXPERTS * best,

@@ -73,13 +73,11 @@ class Stages:
             fp8=c.fp8,
             expert=c.expert,
             context=c.context,
-            imbalance=step.imbalance,
+            skew=step.skew,
             accumulates=self.count > 1,
             puts_together=device.name != "cpu" or element != 4,
         )
-        self.rows = self.tokens * self.config.num_experts_per_tok * c.expert / self.config.n_routed_experts
-        if c.expert > 1:
-            self.rows *= step.imbalance
+        self.rows = step.skew * self.tokens * self.config.num_experts_per_tok * c.expert / self.config.n_routed_experts
         self.rates: Rates = rates_of(device, self.config, self.how)
         parts = parts_of(self.layout) if c.pipeline > 1 else [Part(range(self.config.num_hidden_layers))]
         self.all = [self._stage(part) for part in parts]
@@ -150,7 +148,7 @@ class Stages:
             return 0.0, 0.0
         rows = self.tokens * self.config.num_experts_per_tok
         there, back = (
-            self.travel(Flow("tokens", "all_to_all", self.parallel.expert, rows * size)) * self.step.imbalance
+            self.travel(Flow("tokens", "all_to_all", self.parallel.expert, rows * size)) * self.step.skew
             for size in bytes_of_trips(self.layout, self.config.hidden_size, self.how.element)
         )
         return there, back

@@ -20,6 +20,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from model.flops import flops_mfu
 from parallel.footprint import shapes_on
 from parallel.traffic import Flow, Links, bytes_of_trips, step_traffic
@@ -50,6 +52,8 @@ class StepTime:
         reached: bytes/s in one direction that these links are counted with.
         mfu: FLOPs of `model.flops.flops_mfu` over those of all devices' peaks, in FP8 over that of FP8 as
             `train.planning.devices.peak_flops` has it. Papers divide by the peak of bf16 there too, which is half as much.
+        peak: FLOP/s of a device that `mfu` divides by.
+        peak_name: in what it has this peak: "FP8", "bf16", "fp16" or "fp32".
         pace: of a pipeline's chunks, in seconds.
     """
 
@@ -57,6 +61,8 @@ class StepTime:
     sent: dict[str, int]
     reached: dict[str, float]
     mfu: float
+    peak: float
+    peak_name: str
     pace: Pace | None = None
 
     @property
@@ -74,12 +80,18 @@ def step_time(step: PlannedStep, device: Device) -> StepTime:
     terms = tuple(term for term in planned if term.seconds > 0)
     seconds = sum(term.seconds for term in terms)
     layout, span = step.layout, step.span
-    peak = device.fp8 if layout.config.fp8 else device.bf16
-    assert peak
+    fp8 = layout.config.fp8
+    peak = device.peak(torch.float8_e4m3fn if fp8 else step.compute)
     flops = flops_mfu(step.config, span.sequence_length) * span.batch_tokens
-    reached = {"node": planned.rates.node, "network": planned.rates.network}
-    mfu = flops / (seconds * layout.world_size * peak)
-    return StepTime(terms, planned.sent(), reached, mfu, planned.stages.pace)
+    return StepTime(
+        terms,
+        planned.sent(),
+        {"node": planned.rates.node, "network": planned.rates.network},
+        flops / (seconds * layout.world_size * peak),
+        peak,
+        "FP8" if fp8 else step.recipe.compute,
+        planned.stages.pace,
+    )
 
 
 class _Terms:
@@ -139,7 +151,7 @@ class _Terms:
                 continue
             rate = rate or amount / seconds
             if kind == "experts" and self.parallel.expert > 1:
-                why += f", {self.step.imbalance:g} of the mean"
+                why += f", {self.step.skew:g} of the mean"
             yield Term(name, seconds, f"{micro} · {_flops(amount / per_token)} / {_flops(rate)}/s ({why})")
 
     def _memory(self) -> Term:
@@ -168,7 +180,7 @@ class _Terms:
         rows = self.stages.tokens * self.config.num_experts_per_tok
         text = (
             f"{self.count:,} micro-batches · {layers} layers · {rows:,} rows · {trips} · ({there:,} B there + {back:,} B back) · "
-            f"{self.step.imbalance:g} of the mean; of it {links.node:.3f} at {_bytes(self.rates.node)}/s beside "
+            f"{self.step.skew:g} of the mean; of it {links.node:.3f} at {_bytes(self.rates.node)}/s beside "
             f"{links.network:.3f} at {_bytes(self.rates.network)}/s: {whole:.4g} s, of which "
             f"{whole - alone + self.stages.saves:.4g} s hidden behind "
             f"{'the other pass and ' if self.stages.takes_turns else ''}shared experts"
@@ -209,8 +221,9 @@ class _Terms:
             )
             behind_what = "once, behind the first micro-batch"
         elif engine == "zero3":
-            weights_wait = self.stages.not_hidden(of_weights, self.count * (forward + backward))
-            gradients_wait = self.stages.not_hidden(of_gradients, self.count * backward)
+            waits = self.stages.not_hidden(of_weights + of_gradients, self.count * (forward + backward))
+            share = of_gradients / (of_weights + of_gradients) if of_gradients else 0.0
+            weights_wait, gradients_wait = waits * (1 - share), waits * share
             behind_what = "behind what computes"
         else:
             weights_wait = of_weights
@@ -218,7 +231,8 @@ class _Terms:
             gradients_wait = self.stages.not_hidden(of_gradients, backward) if hidden else of_gradients
             behind_what = "after the optimizer"
         yield Term("weights", weights_wait, f"{self._shown(weights)} = {of_weights:.4g} s, {behind_what}")
-        hides = "not hidden" if gradients_wait == of_gradients else "behind the backward pass"
+        passes = "both passes, as weights" if engine == "zero3" else "the backward pass"
+        hides = "not hidden" if gradients_wait == of_gradients else f"behind {passes}"
         yield Term("gradients", gradients_wait, f"{self._shown(gradients)} = {of_gradients:.4g} s, {hides}")
 
     def _pipeline(self) -> Iterator[Term]:
@@ -272,7 +286,7 @@ class _Terms:
         most = Links(0, 0)
         for rank in range(self.parallel.pipeline):
             links = [
-                (flow.by_link(self.device.node), self.step.imbalance if flow.collective == "all_to_all" else 1.0)
+                (flow.by_link(self.device.node), self.step.skew if flow.collective == "all_to_all" else 1.0)
                 for flow in self._flows(rank)
             ]
             node, network = (sum(getattr(link, name) * times for link, times in links) for name in Links._fields)

@@ -68,7 +68,7 @@ class How:
         element: bytes of the compute dtype, 4 or 2.
         gathered: bytes of a weight as it reaches the layer: 4, or those of the compute dtype.
         expert, context: ranks that share experts, and sequences.
-        imbalance: rows that arrive at the experts here over the mean.
+        skew: rows that arrive at the experts here over the mean.
         accumulates: whether gradients of several micro-batches are summed.
         puts_together: whether queries and keys are put together in memory, before attention reads them.
     """
@@ -81,7 +81,7 @@ class How:
     fp8: bool
     expert: int
     context: int
-    imbalance: float
+    skew: float
     accumulates: bool
     puts_together: bool
 
@@ -101,7 +101,7 @@ def work_of_layer(c: ModelConfig, layer: int, how: How) -> Work:
     is_moe = c.is_moe(layer)
     k = c.num_experts_per_tok if is_moe else 0
     expert = 3 * dim * c.moe_intermediate_size
-    rows = k * (how.imbalance if how.expert > 1 else 1)  # of experts here, a token
+    rows = k * how.skew  # of experts here, a token
     active = layer_matrices(c, layer).active - k * expert
     of_others = (how.context - 1) * rank * up_projected  # keys and values of tokens of other ranks
     linear = 2 * n * (active + of_others)
@@ -167,7 +167,7 @@ def _routing(c: ModelConfig, how: How) -> float:
     if how.expert == 1:
         spread = a * (1 + k) * dim if how.fp8 else 0
         return gate + a * (1 + k) * dim + spread
-    return gate + 2 * a * (1 + k) * dim + 2 * a * 2 * k * how.imbalance * dim
+    return gate + 2 * a * (1 + k) * dim + 2 * a * 2 * k * how.skew * dim
 
 
 def _quantisation(c: ModelConfig, how: How, rows: float, width: int) -> tuple[float, float]:
