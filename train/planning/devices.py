@@ -330,5 +330,5 @@ def _find(name: str) -> Device | None:
 
 
 def _as_words(pattern: str) -> str:
-    """A100, but not RTX A1000."""
-    return rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])"
+    """A100, but not RTX A1000; RTX 4090, but not RTX 4090 Laptop."""
+    return rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9]| (?:Ti|D|Laptop)\b)"
