@@ -16,7 +16,7 @@ from train.config import Recipe, RecipeError, load_recipe
 if TYPE_CHECKING:
     from train.planning.devices import Device
     from train.planning.plan import Plan
-    from train.planning.search import Search
+    from train.planning.search import Fallen, Search
     from train.planning.simulation.simulate import Simulation
     from train.schedule import Schedule
 
@@ -56,15 +56,21 @@ def plan(
     if search and (simulate or explain):
         option = "simulate" if simulate else "explain"
         raise RecipeError(f"{option}: is for one layout, and --search looks at many; leave one of the two out")
+    for option, given in {"plot": plot, "json": as_json, "simulate": simulate}.items():
+        if explain and given:
+            raise RecipeError(f"{option}: --explain prints a number and how it is computed; leave one of the two out")
     _check(gpus, imbalance, plot)
-    on = _device(device) if search or device is not None or gpus is not None else None
+    number = gpus or started_processes()
+    on = _device(device, number) if search or device is not None or gpus is not None else None
     where = [f"run.device={'cpu' if on.name == 'cpu' else 'cuda'}"] if on else []
     loaded = load_recipe(recipe, [*(overrides or []), *where])
-    number = gpus or started_processes()
     if search:
-        assert on
+        if on is None:
+            raise RecipeError("device: is not given, and this machine has no GPU; write --device H100, or cpu")
+        _check_imbalance(imbalance, min(number, loaded.model_config_resolved().n_routed_experts))
         _search(loaded, number, on, imbalance or IMBALANCE, plot, as_json)
     else:
+        _check_imbalance(imbalance, loaded.parallel.expert)
         _plan(loaded, number, on, imbalance, simulate, plot, explain, as_json)
 
 
@@ -91,19 +97,39 @@ def _check(gpus: int | None, imbalance: float | None, plot: Path | None) -> None
         )
     if plot and plot.suffix.lower() not in PLOTS:
         raise RecipeError(f"plot = {str(plot)!r}: must end in .html, .png, .svg or .pdf; write for example plan.html")
+    if plot and plot.is_dir():
+        raise RecipeError(
+            f"plot = {str(plot)!r}: is a folder; give the name of a file, for example {plot / 'plan.html'}"
+        )
     if plot and not plot.absolute().parent.is_dir():
         raise RecipeError(f"plot = {str(plot)!r}: there is no folder {plot.parent}; make it or give another place")
 
 
-def _device(name: str | None) -> "Device":
-    """The device of this name, or this machine's."""
+def _check_imbalance(imbalance: float | None, ranks: int) -> None:
+    """Where experts lie on so many processes."""
+    if imbalance is None or imbalance <= ranks:
+        return
+    if ranks == 1:
+        raise RecipeError(
+            f"imbalance = {imbalance:g}: parallel.expert = 1, every process has all experts; leave it out, or spread them"
+        )
+    raise RecipeError(
+        f"imbalance = {imbalance:g}: the fullest of {ranks} processes that share experts has at most all rows, {ranks} times the "
+        f"mean; write --imbalance {ranks} or less"
+    )
+
+
+def _device(name: str | None, processes: int) -> "Device | None":
+    """The device of this name, or this machine's; of several processes on a machine without a GPU nobody knows it."""
     import torch
 
     from train.planning.devices import find_device
 
-    if name is None:
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return find_device(name)
+    if name is None and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    if name is None and processes > 1:
+        return None
+    return find_device(name or "cpu", processes)
 
 
 def _plan(
@@ -116,13 +142,22 @@ def _plan(
     explain: str | None,
     as_json: bool,
 ) -> None:
+    from parallel.layout import LayoutError
     from train.planning.plan import Plan
     from train.planning.search import nearest_that_fits
     from train.planning.shown.text import in_words
 
     schedule = schedule_of(recipe)
-    shares_experts = recipe.parallel.expert > 1
-    planned = Plan.of(recipe, schedule, gpus, device, (imbalance or IMBALANCE) if shares_experts else 1.0)
+    layout = recipe.layout(gpus)
+    try:
+        schedule.check_layout(layout, recipe.micro_batch)
+    except LayoutError as error:
+        if device is None:
+            raise
+        with _waiting("looking for the nearest layout that can be"):
+            nearest = nearest_that_fits(recipe, schedule, gpus, device, imbalance or IMBALANCE)
+        raise LayoutError(f"{error}; {_nearest_in_words(recipe, gpus, nearest)}" if nearest else str(error)) from None
+    planned = Plan.of(recipe, schedule, gpus, device, imbalance or IMBALANCE)
     if explain:
         from train.planning.shown.formulas import explain as explained
 
@@ -146,6 +181,8 @@ def _plan(
     print("\n".join(in_words(planned, simulation)))
     if planned.fits is False:
         print(f"\nit does not fit; {_nearest_in_words(recipe, gpus, nearest)}")
+    if device is None and gpus > 1:
+        print("\nwhether it fits, and how long it takes: with --device, for example --device H100")
     print_advice(recipe)
 
 
@@ -211,7 +248,7 @@ def _search(recipe: Recipe, gpus: int, device: "Device", imbalance: float, plot:
     if not result.found:
         raise RecipeError(
             f"gpus = {gpus}: of {result.candidates:,} layouts none fits on {gpus:,} × {device.name} and runs as it is; "
-            f"{_nearest_in_words(recipe, gpus, nearest)}"
+            f"{_nearest_in_words(recipe, gpus, nearest, result.fallen[0] if result.fallen else None)}"
         )
 
 
@@ -280,10 +317,13 @@ def _found(recipe: Recipe, plan: "Plan") -> dict[str, Any]:
     }
 
 
-def _nearest_in_words(recipe: Recipe, gpus: int, nearest: "Plan | None") -> str:
+def _nearest_in_words(recipe: Recipe, gpus: int, nearest: "Plan | None", most: "Fallen | None" = None) -> str:
+    """What to write instead; or, where nothing is known, why: by what most candidates of a search fell out."""
     from train.planning.search import MOST_DEVICES, overrides
     from train.planning.written import size
 
+    if nearest is None and most and most.what != "memory":
+        return f"for most of them {most.why}; take another number of devices, or another batch"
     if nearest is None:
         return f"nor on a power of two up to {MOST_DEVICES:,}; take a device with more memory or a smaller model"
     number = nearest.layout.world_size

@@ -25,13 +25,13 @@ from itertools import product
 from typing import Any, NamedTuple, TypeGuard, get_args
 
 from model.flops import Recompute, parameter_counts
-from parallel.layout import NUMBERS, LayoutError, cell, problem_of
+from parallel.layout import NUMBERS, Layout, LayoutError, cell, problem_of
 from parallel.proven import PROVEN
 from train.config import Recipe, RecipeError
 from train.planning.devices import Device
 from train.planning.plan import Plan
 from train.planning.step import MOMENTS
-from train.planning.written import duration, size
+from train.planning.written import amount, duration, size
 from train.schedule import Schedule
 from train.sections import ParallelSection
 
@@ -146,7 +146,8 @@ def search(
     for slower in (proven[BEST:], others[BEST:]):
         for plan in slower:
             example = f"{duration(_seconds(plan))}: {_line(recipe, plan)}"
-            fallen.add("time", "fit, and take longer than the best", example, distance=_seconds(plan))
+            distance = _changed(recipe, _varied(plan))
+            fallen.add("time", "fit, and take longer than the best", example, distance=distance)
     own = _own(space, proven)
     return Search(recipe, world_size, device, total, proven[:BEST], others[:BEST], fallen.by_number(), own, len(proven))
 
@@ -271,7 +272,20 @@ class _Space:
         try:
             return Plan.of(recipe, self.schedule, self.world_size, self.device, self.imbalance)
         except LayoutError as error:
-            return str(error)
+            batch = self._excludes(recipe.layout(self.world_size), recipe)
+            problem, semicolon, fix = str(error).partition("; ")
+            return f"{problem}, {batch}{semicolon}{fix}" if batch else str(error)
+
+    def _excludes(self, layout: Layout, recipe: Recipe) -> str:
+        """The batch of the run that a layout cannot have, where the run has several."""
+        spans = sorted(self.schedule.spans, key=lambda span: (span.sequences, recipe.micro_batch(span.first_token)))
+        for span in spans if len(self.schedule.batches()) > 1 else []:
+            try:
+                layout.check_batch(span.sequences, recipe.micro_batch(span.first_token))
+            except LayoutError:
+                when = f"from {amount(span.first_token)} tokens on" if span.first_token else "at the run's beginning"
+                return f"the batch of {span.sequences:,} sequences {when}"
+        return ""
 
 
 def _divisors(number: int) -> list[int]:
@@ -288,23 +302,27 @@ def _of_group(space: _Space, group: _Group, fallen: "_Reasons") -> Iterator[Plan
             fallen.add("memory", does_not_fit, how_many=len(RECOMPUTE))
             continue
         tried = [space.plan({**group.parallel, "micro_batch": micro_batch, "recompute": mode}) for mode in RECOMPUTE]
-        for problem in tried:
+        for problem, mode in zip(tried, RECOMPUTE):
             if isinstance(problem, str):
-                fallen.refuse(problem)
+                candidate = {**group.parallel, "micro_batch": micro_batch, "recompute": mode}
+                fallen.refuse(problem, _changed(space.recipe, candidate))
         plans = [plan for plan in tried if not isinstance(plan, str)]
         is_too_much = bool(plans) and not plans[-1].fits
         fitting = next((number for number, plan in enumerate(plans) if not is_too_much and plan.fits), len(plans))
         for plan in plans[:fitting]:
-            if 0 < plan.least < fallen.distance("memory"):
-                peak = plan.fullest.peak
-                example = f"{size(peak)}: {_line(space.recipe, plan)}"
-                fallen.add("memory", does_not_fit, example, distance=peak)
-            else:
-                fallen.add("memory", does_not_fit)
+            distance = _changed(space.recipe, _varied(plan))
+            example = ""
+            if distance < fallen.distance("memory"):
+                example = f"{size(plan.fullest.peak)}: {_line(space.recipe, plan)}"
+            fallen.add("memory", does_not_fit, example, distance=distance)
         if plans[fitting:]:
             yield plans[fitting]
-            example = f"{_line(space.recipe, plans[fitting])} fits"
-            fallen.add("recompute", "need not recompute so much to fit", example, len(plans) - fitting - 1)
+            example, distance = (
+                f"{_line(space.recipe, plans[fitting])} fits",
+                _changed(space.recipe, _varied(plans[fitting])),
+            )
+            number = len(plans) - fitting - 1
+            fallen.add("recompute", "need not recompute so much to fit", example, number, distance)
 
 
 class _Reasons:
@@ -324,11 +342,11 @@ class _Reasons:
         if is_nearer:
             self._distance[what] = distance
 
-    def refuse(self, problem: str) -> None:
+    def refuse(self, problem: str, distance: float) -> None:
         """A rule that a candidate breaks, `field = value: rule; fix`."""
         field, _, rule = problem.partition(": ")
         field = field.partition(" = ")[0]
-        self.add(field, RULES.get(field, rule.partition("; ")[0]), problem.partition("; ")[0])
+        self.add(field, RULES.get(field, rule.partition("; ")[0]), problem.partition("; ")[0], distance=distance)
 
     def distance(self, what: str) -> float:
         return self._distance.get(what, math.inf)
@@ -383,6 +401,11 @@ def _changed(recipe: Recipe, parallel: Mapping[str, Any]) -> float:
             is_number = all(type(number) is int for number in (value, own[name]))
             changes += 1 + (abs(math.log2(value / own[name])) / 10 if is_number else 0)
     return changes
+
+
+def _varied(plan: Plan) -> dict[str, Any]:
+    """What a search has tried of it."""
+    return {name: getattr(plan.recipe.parallel, name) for name in TRIED if name != "unproven"}
 
 
 def _seconds(plan: Plan) -> float:

@@ -108,7 +108,17 @@ def test_every_batch_of_the_run_divides() -> None:
     found = searched("tiny", 16, "schedule.batch_tokens=[[0, 2048], [5e5, 4096]]")
     assert found.found and all(8 % plan.layout.data_ranks == 0 for plan in found.found)
     by_what = {one.what: one for one in found.fallen}
-    assert "8 sequences does not divide over 16 processes" in by_what["schedule.batch_tokens"].example
+    assert by_what["schedule.batch_tokens"].example == (
+        "schedule.batch_tokens: a global batch of 8 sequences does not divide over 16 processes, "
+        "the batch of 8 sequences at the run's beginning"
+    )
+
+
+def test_an_example_is_near_to_the_recipes_own_layout() -> None:
+    """V3's own, on 8 devices: what does not fit is this very layout, but for what an example must say."""
+    found = searched("v3", 8, "model.num_hidden_layers=12", "schedule.batch_tokens=16777216")
+    does_not_fit = next(one for one in found.fallen if one.what == "memory")
+    assert does_not_fit.example.endswith(": parallel.engine=fsdp parallel.micro_batch=1 parallel.recompute=selective")
 
 
 def nearest(name: str, gpus: int, *changes: str) -> tuple[int, Sequence[str]]:
@@ -136,7 +146,7 @@ def test_where_nothing_fits_the_number_of_devices_is_named_on_which_something_do
     gathered layers and activations; and of tiny's 16 sequences 7 devices cannot have equal shares."""
     found = searched("v3", 8, "model.num_hidden_layers=12")
     assert found.found == found.unproven == [] and found.fallen[0].what == "memory"
-    assert found.fallen[0].why == "do not fit in 74.8 GB" and found.fallen[0].example.startswith("2")
+    assert found.fallen[0].why == "do not fit in 74.8 GB" and found.fallen[0].example.startswith("308 GB: ")
     assert nearest("v3", 8, "model.num_hidden_layers=12")[0] == 32
     seven = searched("tiny", 7)
     assert not seven.found and "16 sequences does not divide over 7" in seven.own.why_not
