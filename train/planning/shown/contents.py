@@ -91,8 +91,11 @@ def _answer(plan: Plan, numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, 
         yield "micro_batches_per_step", amount(span.batch_tokens), f"tokens: {steps}"
         yield "tokens", amount(numbers["tokens"]), f"tokens in {numbers['steps']:,} steps"
     if c.pipeline > 1:
-        measure = "" if plan.time else ", by FLOPs"
-        yield "bubble", share(numbers["bubble"]), f"of the ranks' time in the mean{measure}: {c.schedule}"
+        note = "of the ranks' time in the mean, by FLOPs"
+        if plan.time:
+            waits = sum(term.seconds for term in plan.time.terms if term.name == "bubble")
+            note = f"of the ranks' time in the mean; the busiest waits {share(waits, plan.time.seconds)}"
+        yield "bubble", share(numbers["bubble"]), f"{note}: {c.schedule}"
 
 
 def layout_in_words(plan: Plan) -> str:
