@@ -80,11 +80,6 @@ class Plan:
         return max(self.memory, key=lambda held: held.peak)
 
     @property
-    def least(self) -> int:
-        """Bytes of the fullest of those pipeline ranks that were asked for so far."""
-        return max((held.peak for held in self._held.values()), default=0)
-
-    @property
     def fits(self) -> bool | None:
         """Whether every process has the memory; None: nobody said on what device."""
         if self.device is None:

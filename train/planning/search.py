@@ -274,7 +274,7 @@ class _Space:
         except LayoutError as error:
             batch = self._excludes(recipe.layout(self.world_size), recipe)
             problem, semicolon, fix = str(error).partition("; ")
-            return f"{problem}, {batch}{semicolon}{fix}" if batch else str(error)
+            return f"{problem} ({batch}){semicolon}{fix}" if batch else str(error)
 
     def _excludes(self, layout: Layout, recipe: Recipe) -> str:
         """The batch of the run that a layout cannot have, where the run has several."""
@@ -284,7 +284,7 @@ class _Space:
                 layout.check_batch(span.sequences, recipe.micro_batch(span.first_token))
             except LayoutError:
                 when = f"from {amount(span.first_token)} tokens on" if span.first_token else "at the run's beginning"
-                return f"the batch of {span.sequences:,} sequences {when}"
+                return f"the batch {when}"
         return ""
 
 

@@ -109,8 +109,8 @@ def test_every_batch_of_the_run_divides() -> None:
     assert found.found and all(8 % plan.layout.data_ranks == 0 for plan in found.found)
     by_what = {one.what: one for one in found.fallen}
     assert by_what["schedule.batch_tokens"].example == (
-        "schedule.batch_tokens: a global batch of 8 sequences does not divide over 16 processes, "
-        "the batch of 8 sequences at the run's beginning"
+        "schedule.batch_tokens: a global batch of 8 sequences does not divide over 16 processes (the batch at "
+        "the run's beginning)"
     )
 
 
