@@ -161,7 +161,7 @@ def test_v3_as_published_takes_about_as_many_hours() -> None:
     """180,000 GPU-hours for 10¹² tokens (arXiv 2412.19437 Table 1); 185,700 were predicted when nothing had been fitted."""
     time, tokens = step_time(v3().step, find_device("h800")), 15360 * 4096
     hours = time.seconds * 2048 / 3600 * 1e12 / tokens
-    assert v3().step.skew == 1 and hours == pytest.approx(185.7e3, rel=0.1)
+    assert v3().step.skew == 1 and hours == pytest.approx(184.0e3, rel=0.1)
     assert (time.peak_name, time.peak) == ("FP8", 1978.9e12)
     assert time.mfu == pytest.approx(260.64e9 * tokens / (time.seconds * 2048 * 1978.9e12), rel=1e-3)
 

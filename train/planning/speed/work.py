@@ -114,11 +114,11 @@ def work_of_layer(c: ModelConfig, layer: int, how: How) -> Work:
     assembled = 0
     if how.puts_together:
         assembled = queries + up_projected * how.context + 2 * queries * how.context + values * how.context
-    light = 2 * norms + assembled  # what `selective` makes again, beside SwiGLU's
+    light = 2 * norms + assembled  # what `selective` makes again, beside SwiGLUs
     routed = _routing(c, how) if is_moe else 0.0
     forward = a * (light + 6 * dim + 3 * hidden) + routed
     backward = a * (3 * norms + assembled + 6 * dim + 6 * hidden) + routed
-    quantised, quantised_back = _quantisation(c, how, rows, width) if how.fp8 else (0.0, 0.0)
+    quantised, quantised_again, quantised_back = _quantisation(c, how, rows, width) if how.fp8 else (0.0, 0.0, 0.0)
 
     matrices = active + (c.n_routed_experts // how.expert * expert if is_moe else 0)
     of_weights, of_gradients = _weights(how)
@@ -127,7 +127,9 @@ def work_of_layer(c: ModelConfig, layer: int, how: How) -> Work:
         again = products + Pass(moved=n * (forward + quantised) + matrices * of_weights)
     elif how.recompute == "selective":
         up = 2 * n * (q_rank * queries + rank * up_projected * how.context)
-        again = Pass(linear=up, moved=n * (a * (light + 3 * hidden) + quantised) + matrices * of_weights)
+        # In FP8 both halves of a SwiGLU were kept as the backward pass reads them.
+        rest = quantised_again if how.fp8 else 3 * a * hidden
+        again = Pass(linear=up, moved=n * (a * light + rest) + matrices * of_weights)
     return Work(
         forward=products + Pass(moved=n * (forward + quantised) + matrices * of_weights),
         inputs=Pass(linear, products.experts, 2 * of_attention, 0, n * (backward + quantised_back)),
@@ -170,9 +172,9 @@ def _routing(c: ModelConfig, how: How) -> float:
     return gate + 2 * a * (1 + k) * dim + 2 * a * 2 * k * how.skew * dim
 
 
-def _quantisation(c: ModelConfig, how: How, rows: float, width: int) -> tuple[float, float]:
-    """Bytes a token forward and backward (`model.ops.fp8.arithmetic`): inputs of products to E4M3 in rows, and from there to
-    columns; gradients of outputs to both; gate and up of a SwiGLU, which are kept. A scale of 4 bytes for each tile."""
+def _quantisation(c: ModelConfig, how: How, rows: float, width: int) -> tuple[float, float, float]:
+    """Bytes a token forward, forward again and backward (`model.ops.fp8.arithmetic`): inputs of products to E4M3 in rows, and from
+    there to columns; gradients of outputs to both; gate and up of a SwiGLU, which are kept. A scale of 4 bytes for each tile."""
     one = 1 + 4 / TILE
     dim, q_rank, heads = c.hidden_size, c.q_lora_rank or 0, c.num_attention_heads
     up_projected = heads * (c.qk_nope_head_dim + c.v_head_dim)
@@ -187,11 +189,11 @@ def _quantisation(c: ModelConfig, how: How, rows: float, width: int) -> tuple[fl
         + rows * dim
     )
     hidden = width + rows * c.moe_intermediate_size
-    forward = (how.element + one) * (
-        inputs + 2 * hidden
-    ) + one * hidden  # the product of both halves is quantised where it is made
+    again = (how.element + one) * inputs
+    # The product of both halves is quantised where it is made.
+    forward = again + (how.element + one) * 2 * hidden + one * hidden
     backward = 2 * one * inputs + one * 3 * hidden + (how.element + 2 * one) * (outputs + 2 * hidden)
-    return forward, backward
+    return forward, again, backward
 
 
 def _weights(how: How) -> tuple[float, float]:
