@@ -6,7 +6,7 @@
 | column     | the fullest process of a step when it holds most                                                             |
 |------------|--------------------------------------------------------------------------------------------------------------|
 | formula    | `train.planning.memory.memory_of`, as `rorqual plan` says it                                                 |
-| simulation | `train.planning.simulation.simulate`: the engine's own step on tensors without memory; not DeepSpeed's   |
+| simulation | `train.planning.simulation.simulate`: the engine's own step on tensors without memory; not DeepSpeed's       |
 | measured   | gloo processes that take real steps: storages that operations touch (`train.planning.simulation.live_bytes`) |
 
 The model that is measured is that of recipes/planned_memory.yaml. Its experts get uneven shares of random tokens: what came to
@@ -110,9 +110,9 @@ SIMULATED = {
     "v2-lite on 64, replicate": on_gpus("v2-lite", 64, "engine: fsdp, replicate: 8, recompute: none"),
     "v2-lite on 32, 1f1b": on_gpus("v2-lite", 32, "engine: fsdp, pipeline: 4"),
     "v2-lite on 16, ddp, zbv": on_gpus("v2-lite", 16, "engine: ddp, pipeline: 8, schedule: zbv"),
-    "v3 on 1,024": on_gpus("v3", 1024, "engine: fsdp, expert: 64"),
-    "v3 on 1,024, fp8": on_gpus("v3", 1024, "engine: fsdp, expert: 64", "precision.fp8=true"),
-    "v3 on 2,048": on_gpus("v3", 2048, V3_PIPELINE, "schedule.batch_tokens=62914560"),
+    "v3 on 1,024, bf16": on_gpus("v3", 1024, "engine: fsdp, expert: 64", "precision.fp8=false"),
+    "v3 on 1,024": on_gpus("v3", 1024, "engine: fsdp, expert: 64", "precision.fp8_dispatch=true"),
+    "v3 on 2,048": on_gpus("v3", 2048, V3_PIPELINE, "schedule.batch_tokens=62914560", "precision.fp8_dispatch=true"),
 }
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from contestants import CLIP, LR, OPTIMIZER, Shape, without_weights
+from torch.distributed.tensor import DTensor
 
 from data.files import replace_file
 from model.activations import ForwardPass, activation_bytes
@@ -134,7 +135,8 @@ def measure(shape: Shape, dtype: torch.dtype, mode: Recompute) -> Measured:
     def noted(*arguments: Any) -> Any:
         before = live.now
         output = forward(*arguments)
-        kept.append(live.now - before)
+        gathered = sum(p.nbytes for p in model.parameters() if ranks > 1 and not isinstance(p, DTensor))
+        kept.append(live.now - before - gathered)
         return output
 
     def note_gradients(*_: Any) -> None:
