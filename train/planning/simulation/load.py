@@ -28,7 +28,7 @@ class Load:
     def rows(self, leaving: Tensor, arriving: Tensor, total: int) -> tuple[list[int], list[int]]:
         """In the place of `AllToAllDispatcher.rows`, for counts that have no values."""
         ranks = len(leaving)
-        return evenly(total, ranks), evenly(round(min(self.imbalance, ranks) * total), ranks)
+        return evenly(total, ranks), evenly(round(self.imbalance * total), ranks)
 
 
 def evenly(rows: int, ranks: int) -> list[int]:

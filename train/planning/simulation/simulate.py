@@ -137,7 +137,7 @@ def simulate_here(step: PlannedStep, pipeline_rank: int = 0, micro_batches: int 
     layout, gpu = step.layout, step.recipe.on_gpu
     micro_batches = micro_batches or enough(layout, step.micro_batches)
     rank = pipeline_rank * layout.stage_ranks
-    with _alone_among(layout.world_size, rank), stand_ins(Load(step.imbalance), gpu):
+    with _alone_among(layout.world_size, rank), stand_ins(Load(step.skew), gpu):
         with torch.device("meta"):
             model = model_of(step)
         apply_recompute(model, layout.config.recompute)
