@@ -4,54 +4,44 @@ A run is a function of its recipe. What it has done is the number of tokens cons
 the next step and the loader its samples; starting the same recipe again continues from the newest complete checkpoint.
 """
 
-import json
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from data.files import replace_file
 from data.loader import Loader, Planned, Steps
 from data.samples import Batch
 from data.tokenizer import copy_folder
 from model.config import ModelConfig
-from model.hf import state_shapes
 from model.init import Write, initialize
-from model.ops.attention.choose import Workload, expect
-from model.ops.attention.choose import choose as choose_attention
-from model.ops.fp8.choose import choose, kernels_for, workloads
-from model.ops.grouped_mm import examine as examine_experts
+from model.ops.attention.choose import expect
 from model.transformer import Transformer
-from parallel.build import build_engine
-from parallel.compiled import compile_blocks
-from parallel.engine import Engine, State, StepResult
-from parallel.placement import describe
-from parallel.recompute import apply_recompute
+from parallel.engine import State, StepResult
+from train.assemble import assemble
 from train.checkpoint import CheckpointError, Checkpoints, read_run
-from train.config import Recipe, RecipeError
+from train.config import Recipe
 from train.continued import continued
 from train.corpus import Corpus
 from train.evaluate import Evaluation, evaluate
+from train.first_weights import began_extended, start_from
 from train.generate import continue_texts
+from train.guard.evidence import save_evidence
 from train.late import Late, Launched
 from train.launch import Process
-from train.optimizer import HostEMA, build_optimizer
-from train.planning.step import DTYPES, PlannedStep, bubble_share
+from train.layout_words import layout_in_words
+from train.optimizer import HostEMA
 from train.ranks import Ranks
 from train.runlog import RunLog, written_into
 from train.schedule import Schedule, Step
-from train.weights import open_weights
+from train.signals import listen_for_signals
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +78,11 @@ class Trainer:
         self.skipped = record.get("skipped", 0)  # steps that updated nothing
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.config = recipe.model_config_resolved()  # of its longest sequences
-        self.is_extended = _began_extended(recipe, record)
+        self.is_extended = began_extended(recipe, record)
         self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
-        self.engine: Engine = self._build_engine()
+        self.engine, self.attention, self.who_computes = assemble(
+            recipe, self.layout, process, self.ranks, self._model_at(self.tokens), self._fill
+        )
         ema = recipe.optimizer.ema
         self.ema = HostEMA(self.engine.parts(), ema) if ema else None
         self.last_save = time.monotonic()
@@ -100,10 +92,11 @@ class Trainer:
         self._resume()
         with ExitStack() as stack:
             stack.callback(self.batches.close)
-            asked_to_stop = stack.enter_context(_listen_for_signals())
+            asked_to_stop = stack.enter_context(listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
-            for line in self._layout_in_words() + self.who_computes:
+            left = [] if self._is_over else self.schedule.spans_from(self.tokens)
+            for line in layout_in_words(self.recipe, self.layout, self.process.world_size, left) + self.who_computes:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
@@ -145,39 +138,12 @@ class Trainer:
         stop = self.recipe.run.stop_at_step
         return self._is_finished or (stop is not None and self.step >= stop)
 
-    def _build_engine(self) -> Engine:
-        recipe = self.recipe
-        config = self._model_at(self.tokens)
-        compute, recompute, context = DTYPES[recipe.compute], self.layout.config.recompute, self.layout.config.context
-        fp8 = kernels_for(self.process.device) if recipe.precision.fp8 else None
-        of_experts = [] if fp8 else examine_experts(config, compute, self.process.device)
-        masked, length = recipe.data.mask_documents, recipe.data.sequence_length
-        pieces = 2 * context if context > 1 else 1
-        attends = Workload(config, recipe.micro_batch(0), length, masked, compute, recompute == "selective", pieces)
-        self.attention, who_attends = choose_attention(
-            recipe.run.attention, attends, self.process.device, self.ranks.first
-        )
-        with torch.device("meta"):
-            model = Transformer(config, compute_dtype=compute, attention=self.attention, mask_documents=masked, fp8=fp8)
-        rows = recipe.micro_batch(0) * length // context
-        products = partial(workloads, model, rows, rows * config.num_experts_per_tok, recipe.parallel.expert, compute)
-        who_multiplies = choose(fp8, self.process.device, products, self.ranks.first) if fp8 else []
-        self.who_computes = who_attends + who_multiplies + of_experts
-        if self.process.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.process.device)  # what was tried is no part of the run
-        apply_recompute(model, recompute)
-        compile_blocks(model, recipe.run.compile)
-        optimizer = partial(build_optimizer, settings=recipe.optimizer, moments=recipe.precision.moments)
-        engine = build_engine(self.layout, model, self.process.device, self._fill, optimizer, recipe.optimizer.clip)
-        engine.fp8_max_scale = recipe.precision.fp8_max_scale
-        return engine
-
     def _fill(self, model: Transformer, write: Write) -> None:
         """A run's first weights: drawn from its seed, or taken from elsewhere."""
         initialize(model, self.recipe.run.seed, self.process.device, write)
         source = self.recipe.run.initialize_from
         if source and self.newest is None:
-            _start_from(model, source, write)
+            start_from(model, source, write)
 
     def _model_at(self, tokens: int) -> ModelConfig:
         """The model of the step that starts after so many tokens. What has been extended stays so, however short the sequences."""
@@ -353,42 +319,9 @@ class Trainer:
         return run_log
 
     def _save_evidence(self, launched: Launched, result: StepResult) -> None:
-        """What is needed to look at a step that was skipped: its batches, its settings, where it went wrong."""
-        step, batches = launched.step, launched.batches
-        folder = self.folder / "non_finite" / f"step-{self.step:08d}"
-        tensors = {f"{name}.{i}": part for i, b in enumerate(batches) for name, part in b._asdict().items()}
-        report = {
-            "step": self.step,
-            "first_sample": step.first_sample,
-            "settings": asdict(step.settings),
-            "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
-            "parameters_with_non_finite_gradients": result.non_finite,
-            "exploded": result.exploded,
-            "weights": f"checkpoints/step-{self.step:08d}",
-        }
-        with written_into(self.folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with replace_file(folder / f"batches-rank{self.process.rank}.safetensors") as path:
-                save_file(tensors, path)
-            if self.process.is_first:
-                with replace_file(folder / "report.json") as path:
-                    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-    def _layout_in_words(self) -> list[str]:
-        config = self.layout.config
-        keys = {"engine": config.engine} | self.recipe.parallel.model_dump(exclude_defaults=True)
-        if config.recompute != "none":  # a GPU's default too
-            keys["recompute"] = config.recompute
-        settings = ", ".join(f"{key} {value}" for key, value in keys.items())
-        line = f"layout: {settings} on {self.process.world_size} process{'es' * (self.process.world_size > 1)}"
-        if config.pipeline == 1 or self._is_over:
-            return [line]
-        step = PlannedStep(self.recipe, self.layout, self.schedule.spans_from(self.tokens)[0])
-        said = (
-            f"pipeline: {config.schedule}, {step.micro_batches} micro-batches a step, of which processes wait "
-            f"{bubble_share(step):.1%}, as counted"
-        )
-        return [line, said, *describe(self.layout.placement)]
+        name = f"step-{launched.number:08d}"
+        folder = self.folder / "non_finite" / name
+        save_evidence(self.folder, folder, self.process, launched, result, weights=f"checkpoints/{name}")
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
@@ -407,76 +340,5 @@ class Trainer:
         )
 
 
-@contextmanager
-def _listen_for_signals() -> Iterator[Any]:
-    """SIGTERM and SIGUSR1 (a scheduler's warning) ask for a checkpoint and an end; yields a function that says whether one came."""
-    received: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends a process that hangs
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _began_extended(recipe: Recipe, record: dict[str, Any]) -> bool:
-    """Whether the weights that a run continues with, or else begins with, have read their positions by YaRN already."""
-    if record:
-        return ModelConfig.from_hf(record["model"]).yarn is not None
-    source = recipe.run.initialize_from
-    return source is not None and open_weights(source).config.yarn is not None
-
-
-def _check_start(config: ModelConfig, theirs: ModelConfig, source: str) -> None:
-    """Refuse weights without a tensor of the model, or with one of another shape; where only MTP layers are missing, say so.
-    Refuse weights that have learnt to read positions by another YaRN than the model's."""
-    if theirs.yarn is not None and theirs.yarn != config.yarn:
-        keys = ("rope_scaling", "max_position_embeddings")
-        fix = " ".join(f"model.{key}='{json.dumps(theirs.to_hf()[key])}'" for key in keys)
-        raise RecipeError(
-            f"run.initialize_from = {source}: YaRN has extended its context by a factor of {theirs.yarn.factor:g}, and the "
-            f"model has {'another' if config.yarn else 'none'}; positions must keep their angles; write {fix}"
-        )
-    found = state_shapes(theirs)
-
-    def unlike(config: ModelConfig) -> tuple[str, torch.Size] | None:
-        shapes = ((name, tensor.shape) for name, tensor in state_shapes(config).items())
-        return next((own for own in shapes if own[0] not in found or found[own[0]].shape != own[1]), None)
-
-    if (own := unlike(config)) is None:
-        return
-    name, shape = own
-    there = f"is {list(found[name].shape)} there" if name in found else "is not there"
-    fix = "give the model section the dimensions of the weights"
-    depths = theirs.num_nextn_predict_layers
-    if unlike(config.override({"num_nextn_predict_layers": depths})) is None:
-        fix = f"{'' if depths else 'export with --mtp, or '}set model.num_nextn_predict_layers={depths}"
-    raise RecipeError(
-        f"run.initialize_from = {source}: the model's {name} {list(shape)} {there}; the weights must have every tensor of the "
-        f"model; {fix}"
-    )
-
-
-@torch.no_grad()
-def _start_from(model: Transformer, source: str, write: Write) -> None:
-    """Take weights of a run, a checkpoint or a Hugging Face folder that has every tensor of the model."""
-    weights = open_weights(source)
-    _check_start(model.config, weights.config, source)
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    for name, tensor in weights.tensors():
-        if name in buffers:
-            buffers[name].copy_(tensor)
-        elif name in parameters and tensor.dim() < 3:
-            write(name, parameters[name], None, tensor.clone)
-        elif name in parameters:
-            for expert, matrix in enumerate(tensor):
-                write(name, parameters[name], expert, matrix.clone)

@@ -15,8 +15,8 @@ from tests.small_run import Run, assert_same_bits
 from train.config import RecipeError, load_recipe
 from train.evaluate import evaluate_source
 from train.export import export
+from train.first_weights import began_extended, check_start
 from train.generate import generate, load_model
-from train.trainer import _began_extended, _check_start
 from train.weights import open_weights
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0)
@@ -96,16 +96,16 @@ def test_extended_weights_stay_extended_on_short_sequences(once: Run, tiny_store
     assert short.train(*start, "run.stop_at_step=1") == [0], short.said
     record = short.record(1)
     assert ModelConfig.from_hf(record["model"]).yarn == YARN
-    assert _began_extended(load_recipe(short.folder / "recipe.yaml"), record)
+    assert began_extended(load_recipe(short.folder / "recipe.yaml"), record)
 
 
 def test_extended_weights_are_refused_by_a_model_without_their_yarn() -> None:
     extended = small_config(rope_scaling=YARN)
     with pytest.raises(RecipeError, match=r"by a factor of 4, and the model has none; .* write model\.rope_scaling='{"):
-        _check_start(small_config(), extended, "runs/long")
+        check_start(small_config(), extended, "runs/long")
     with pytest.raises(RecipeError, match="the model has another; "):
-        _check_start(extended.override({"rope_scaling": YarnScaling(2.0, 32)}), extended, "runs/long")
-    _check_start(extended, small_config(), "runs/short")
+        check_start(extended.override({"rope_scaling": YarnScaling(2.0, 32)}), extended, "runs/long")
+    check_start(extended, small_config(), "runs/short")
 
 
 @torch.no_grad()

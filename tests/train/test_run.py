@@ -18,8 +18,8 @@ from tests.workers import Workers
 from train.config import RecipeError
 from train.evaluate import Evaluation, evaluate
 from train.export import export, import_folder
+from train.first_weights import check_start
 from train.generate import load_model
-from train.trainer import _check_start
 
 EVERY_STEP = {
     "step", "tokens", "tokens_by_source", "loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "gamma", "alpha", "lambda",
@@ -148,7 +148,7 @@ def test_weights_of_another_shape_are_refused_by_name(whole: Run, run: Run) -> N
 def test_weights_without_the_models_mtp_layers_say_how_to_have_them(depths: int, fix: str) -> None:
     config = small_config(num_nextn_predict_layers=depths + 1)
     with pytest.raises(RecipeError, match=rf"model\.layers\.{3 + depths}\.\S+ \[.*\] is not there; .*; {fix}$"):
-        _check_start(config, small_config(num_nextn_predict_layers=depths), "hf")
+        check_start(config, small_config(num_nextn_predict_layers=depths), "hf")
 
 
 def test_a_run_in_progress_needs_its_first_weights_no_more(whole: Run, run: Run, tmp_path: Path) -> None:
