@@ -83,7 +83,7 @@ def simulate_all(asked: Sequence[Asked]) -> list[Simulation]:
     """`simulate` several, one after the other in one process, to which nothing of them is left."""
     for one in asked:
         check(one.step)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     answers, there = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(there, list(asked)), daemon=True)
     process.start()
