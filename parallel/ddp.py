@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.init import write_whole
 from model.transformer import Output, Transformer
-from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
+from parallel.engine import Alike, Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings, flat
 from parallel.meshes import Meshes
 from parallel.moments import moments, restore
 from parallel.pipeline import Pipeline
@@ -104,6 +104,13 @@ class DDPEngine(GlobalStep):
         restore(self.optimizer, self.model.named_parameters(), state, self.copies)
         self._fill_copies(self.optimizer, dict(self.model.named_parameters()))
         self.scaling.load(state["loss_scale"])
+
+    def alike(self) -> list[Alike]:
+        assert self.group is not None
+        named = dict(self.model.named_parameters())
+        own = moments(self.optimizer, named.items())
+        weights = {"parameters": named, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
+        return [Alike(self.group, flat(weights) | self._beside_weights()), *self._alike_at_both_ends(weights)]
 
     def parts(self) -> dict[str, Tensor]:
         named = self._without_copies({name: p.detach() for name, p in self.model.named_parameters()})

@@ -31,7 +31,7 @@ from model.init import Draw
 from model.layers import MLP, Linear
 from model.transformer import Output, Transformer
 from parallel.ds_config import ds_config
-from parallel.engine import Fill, MakeOptimizer, MicroBatch, State
+from parallel.engine import Alike, Fill, MakeOptimizer, MicroBatch, State, flat
 from parallel.expert import spread_experts
 from parallel.layout import Layout, LayoutError
 from parallel.meshes import Meshes
@@ -154,6 +154,21 @@ class ZeroEngine(GlobalStep):
         for optimizer_state in self.partitions.optimizer_states():
             optimizer_state["step"].fill_(int(state["steps"]))
         self.scaling.load(state["loss_scale"])
+
+    def alike(self) -> list[Alike]:
+        """Weights but for stage 3; of moments and of what is offloaded there is one."""
+        assert dist.group.WORLD is not None
+        held = self._beside_weights()
+        if self.is_sharded:
+            return [Alike(dist.group.WORLD, held)]
+        experts = self._experts(self.model)
+        named = dict(self.model.named_parameters())
+        held |= flat({"parameters": {name: p for name, p in named.items() if name not in experts}})
+        alike = [Alike(dist.group.WORLD, held)]
+        if self.meshes:
+            stacked = {name: shard.local for name, shard in experts.items()}
+            alike.append(Alike(self.meshes.expert_shard.get_group(), flat({"parameters": stacked})))
+        return alike
 
     def parts(self) -> dict[str, Tensor]:
         return self.partitions.weights()

@@ -6,9 +6,10 @@ writes it down.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from model.init import Write
@@ -114,6 +115,18 @@ class Pending:
         return self._result
 
 
+class Alike(NamedTuple):
+    """What every rank of a group holds bit for bit the same, as long as no bit flips."""
+
+    group: dist.ProcessGroup
+    tensors: dict[str, Tensor]  # live, by section and name as in a checkpoint: "exp_avg.model.norm.weight"
+
+
+def flat(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """{"exp_avg": {"model.norm.weight": t}} → {"exp_avg.model.norm.weight": t}."""
+    return {f"{section}.{name}": tensor for section, named in sections.items() for name, tensor in named.items()}
+
+
 class Engine(Protocol):
     """A model, its optimizer, and the way both are spread over ranks."""
 
@@ -144,6 +157,10 @@ class Engine(Protocol):
         ...
 
     copied: frozenset[str]  # sections of `state` that nobody else holds, and that no step will change
+
+    def alike(self) -> list[Alike]:
+        """What this rank holds as other ranks do, with those that do. Groups may be of one rank."""
+        ...
 
     def parts(self) -> dict[str, Tensor]:
         """This rank's parts of the weights, live. What ranks of ddp hold alike is shared out among them: no element is on two."""

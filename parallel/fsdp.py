@@ -34,7 +34,7 @@ from model.layers import RMSNorm
 from model.moe import MoE
 from model.router import Router
 from model.transformer import Output, Transformer
-from parallel.engine import Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings
+from parallel.engine import Alike, Fill, MakeOptimizer, MicroBatch, Pending, State, StepSettings, flat
 from parallel.expert import spread_experts
 from parallel.fsdp_reduction import put_off_reduction, reduce_gradients, take_up_gradients
 from parallel.layout import Layout, cut_of
@@ -60,6 +60,7 @@ class FSDPEngine(GlobalStep):
         pipeline: Pipeline | None = None,
     ):
         super().__init__(model, device, clip, pipeline)
+        self.meshes = meshes
         self.gradient_copies = layout.config.replicate
         self.reshards = layout.config.reshards
         self.offloads = layout.config.offload == "all"
@@ -131,6 +132,14 @@ class FSDPEngine(GlobalStep):
         self._fill_copies(self.optimizer, dict(self._locals()))
         self.scaling.load(state["loss_scale"])
         self._reshard()
+
+    def alike(self) -> list[Alike]:
+        own = moments(self.optimizer, self._locals())
+        shards = {"parameters": dict(self._locals()), "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
+        held = [Alike(self.meshes.in_stage.get_group(), self._beside_weights()), *self._alike_at_both_ends(shards)]
+        if self.gradient_copies > 1:  # HSDP
+            held.append(Alike(self.meshes.dense.get_group("replicate"), flat(shards)))
+        return held
 
     def parts(self) -> dict[str, Tensor]:
         return self._without_copies(dict(self._locals()))

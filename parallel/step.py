@@ -27,11 +27,12 @@ from model import balance
 from model.loss import head_coefficients
 from model.router import Router
 from model.transformer import Output, Transformer
-from parallel.engine import MeanLosses, MicroBatch, Pending, State, StepResult, StepSettings
+from parallel.engine import Alike, MeanLosses, MicroBatch, Pending, State, StepResult, StepSettings, flat
 from parallel.footprint import parameter_shapes
 from parallel.fp8_scales import StepScales, forget_scales, scales_of_step
 from parallel.loss_scale import LossScale
 from parallel.moments import moments
+from parallel.parts import EMBEDDING
 from parallel.pipeline import Objective, Pipeline
 
 
@@ -86,6 +87,9 @@ class GlobalStep(ABC):
 
     @abstractmethod
     def load(self, state: State) -> None: ...
+
+    @abstractmethod
+    def alike(self) -> list[Alike]: ...
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]: ...
@@ -147,6 +151,17 @@ class GlobalStep(ABC):
         if self.pipeline:
             own = moments(optimizer, named.items())
             self.pipeline.fill_copies(named, own["exp_avg"], own["exp_avg_sq"])
+
+    def _alike_at_both_ends(self, sections: Mapping[str, Mapping[str, Tensor]]) -> list[Alike]:
+        """The embedding and its moments, where the last stage of a pipeline has a copy of the first one's."""
+        holders = self.pipeline.holders if self.pipeline else None
+        held = {name: tensors for name, tensors in flat(sections).items() if name.endswith(EMBEDDING)}
+        return [Alike(holders, held)] if holders is not None and held else []
+
+    def _beside_weights(self) -> dict[str, Tensor]:
+        """What all ranks with the same layers hold, however weights are cut."""
+        scaling = {f"loss_scale.{name}": tensor for name, tensor in self.scaling.state().items()}
+        return scaling | {f"buffers.{name}": tensor for name, tensor in self.model.named_buffers()}
 
     def _targets_of_global_batch(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """[1 + D_mtp] valid targets of each head, over all ranks and micro-batches."""

@@ -30,6 +30,7 @@ READMES = [
     "README.md",
     "data/README.md",
     "train/README.md",
+    "train/guard/README.md",
     "train/scaling/README.md",
     "model/README.md",
     "parallel/README.md",

@@ -31,6 +31,9 @@ USERS_MISTAKES = {
     "train.scaling.errors.ScalingError",
 }
 
+# The errors that stand for a disturbance from outside: the same command, started again, goes on from the newest checkpoint.
+DISTURBANCES = {"train.guard.replicas.ReplicasDiffer"}
+
 # What the machine refuses, wherever it happens: strerror and the file name say it in one line.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -56,18 +59,19 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Processes that do the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 2 a user's mistake, 3 a run without finite gradients."""
+    """Run the command line. Returns the exit code: 0 done, 2 a user's mistake, 3 no finite gradients, 4 disturbed from outside."""
     try:
         app(args=arguments)
     except SystemExit as end:  # typer's own: help, a usage error, a command's exit code
         return int(end.code or 0)
     except Exception as error:
+        name = f"{type(error).__module__}.{type(error).__qualname__}"
         is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        if not is_disk and f"{type(error).__module__}.{type(error).__qualname__}" not in USERS_MISTAKES:
+        if not is_disk and name not in USERS_MISTAKES | DISTURBANCES:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
             print(f"rorqual: {error}", file=sys.stderr)
-        return 2
+        return 4 if name in DISTURBANCES else 2
     return 0
 
 

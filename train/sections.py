@@ -388,6 +388,7 @@ class RunSection(Section):
     initialize_from: Name | None = None  # a checkpoint whose weights start the run (`rorqual import` makes one)
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
     max_skipped: PositiveCount = 5  # skipped steps in a row before the run gives up
+    compare_replicas_every_steps: PositiveCount | None = None  # what ranks hold alike; before a save it always is
     attention: Literal[  # by whom; auto: on a GPU the fastest, measured at start-up
         "auto", "fused", "sdpa", "reference", "cudnn", "cudnn-padded", "sdpa-flash", "sdpa-efficient", "varlen", "flex",
         "flash-attn", "flash-attn-3", "flash-attn-3-padded",

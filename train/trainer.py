@@ -34,6 +34,7 @@ from train.evaluate import Evaluation, evaluate
 from train.first_weights import began_extended, start_from
 from train.generate import continue_texts
 from train.guard.evidence import save_evidence
+from train.guard.replicas import ReplicasDiffer, compare_replicas
 from train.late import Late, Launched
 from train.launch import Process
 from train.layout_words import layout_in_words
@@ -111,6 +112,8 @@ class Trainer:
                         self.checkpoints.wait()
                         run_log.say(self._divergence(result))
                         return DIVERGED
+                if _is_multiple(self.step, self.recipe.run.compare_replicas_every_steps):
+                    self._compare_replicas()
                 cannot_write = self.checkpoints.failed or run_log.failed
                 stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), cannot_write)
                 if failed:  # what went wrong is raised on every rank
@@ -254,8 +257,16 @@ class Trainer:
             state["ema"] = self.engine.gather(self.ema.parts())
         return state
 
+    def _compare_replicas(self) -> None:
+        try:
+            compare_replicas(self.engine.alike(), self.ranks, self.process.device, self.step)
+        except ReplicasDiffer:
+            self.checkpoints.wait()  # what is being written was found alike
+            raise
+
     def _save(self) -> None:
         self.checkpoints.wait()  # or the host would hold this state beside the one that is being written
+        self._compare_replicas()
         # An engine that gathers its moments gathers the average of the weights too.
         copied = self.engine.copied | ({"ema"} if self.engine.copied else set())
         self.checkpoints.save(
