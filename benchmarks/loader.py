@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.checked import seal
 from data.files import replace_file
 from data.indexed import write_indexed
 from data.loader import Loader, Planned
@@ -99,7 +100,7 @@ def make_store(folder: Path, tokens: int) -> Store:
         eos_token_id=0,
         tokenizer_fingerprint="none",
         splits=splits,
-        files={},
+        files=seal(folder / "train") | seal(folder / "validation"),
         steps=[],
         versions={},
         recipe={},

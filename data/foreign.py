@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from data.checked import CHUNK, of_prefix, seal
 from data.errors import DataError
 from data.files import replace_file
-from data.indexed import HEADER, Indexed, Tokens, file_of, token_dtype, write_index
+from data.indexed import HEADER, Indexed, Tokens, token_dtype, write_index
 from data.manifest import SPLITS, Manifest, SourceSpan, SplitRecord
 from data.mapped import map_file
-from data.store import CHUNK, Store, record_files
+from data.store import Store, record_files
 from data.tokenizer import copy_folder, decode, eos_token_id, fingerprint, token_bytes, vocab_size
 
 Format = Literal["megatron", "datatrove"]
@@ -153,15 +154,15 @@ def _open(path: Path) -> Iterator[_File]:
 
 def _open_megatron(prefix: Path) -> _File:
     """A pair `.bin`/`.idx`; the sequences of a document become one."""
-    indexed = Indexed.open(prefix)
-    path, index = file_of(prefix, "bin"), file_of(prefix, "idx")
-    count = len(indexed.sizes)
+    indexed = Indexed(prefix, is_sealed=False)
+    path, index = of_prefix(prefix, "bin"), of_prefix(prefix, "idx")
+    count = indexed.document_count
     with index.open("rb") as file:
         documents = HEADER.unpack(file.read(HEADER.size))[4]
         file.seek(HEADER.size + 12 * count)
         first = np.frombuffer(file.read(8 * documents), "<i8")  # sequence of each document, and the number of sequences
-    ends = np.concatenate([[0], np.cumsum(indexed.sizes, dtype=np.int64)])
-    if not np.array_equal(indexed.pointers, ends[:-1] * indexed.tokens.dtype.itemsize):
+    ends = np.concatenate([[0], np.cumsum(indexed.lengths(0, count), dtype=np.int64)])
+    if not np.array_equal(indexed.pointers(0, count), ends[:-1] * indexed.dtype.itemsize):
         raise DataError(f"{path}: its sequences do not follow one another; write it again with Megatron's builder")
     if not len(first) or first[0] != 0 or first[-1] != count or (np.diff(first) < 0).any():
         raise DataError(
@@ -169,7 +170,7 @@ def _open_megatron(prefix: Path) -> _File:
             "end each with end_document() or add_document() and write it again"
         )
     lengths = np.diff(ends[first])
-    return _File(path, indexed.tokens, lengths[lengths > 0])
+    return _File(path, indexed.read(0, indexed.token_count), lengths[lengths > 0])
 
 
 def _open_datatrove(path: Path) -> _File:
@@ -294,8 +295,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_datatrove(path: Path, piece: Indexed, token_size: int) -> None:
     """What stands beside a `.ds` file."""
-    ends = np.cumsum(piece.sizes, dtype="<u8")
-    lines = (f"tokenizer/tokenizer.json|{token_size}", str(len(piece.tokens)), f"{len(piece.tokens) / 1e6:.3g} MT")
+    ends = np.cumsum(piece.lengths(0, piece.document_count), dtype="<u8")
+    lines = (f"tokenizer/tokenizer.json|{token_size}", str(piece.token_count), f"{piece.token_count / 1e6:.3g} MT")
     with replace_file(path.with_name(f"{path.name}.index")) as temporary:
         temporary.write_bytes(ends.tobytes())
     with replace_file(path.with_name(f"{path.name}.metadata")) as temporary:
@@ -306,6 +307,9 @@ def _manifest(
     out: Path, sources: Sequence[ForeignSource], validation: float, splits: dict[str, SplitRecord], dtype: np.dtype[Any]
 ) -> Manifest:
     folder = out / "tokenizer"
+    files = {f"tokenizer/{name}": record for name, record in record_files(folder).items()}
+    for piece in (piece for split in splits.values() for piece in split.pieces):
+        files |= seal(out / piece)
     asked = [
         {
             "name": source.name,
@@ -321,7 +325,7 @@ def _manifest(
         eos_token_id=eos_token_id(folder),
         tokenizer_fingerprint=fingerprint(folder),
         splits=splits,
-        files=record_files(out),
+        files=dict(sorted(files.items())),
         steps=[{"step": "import"}],
         versions={"numpy": np.__version__, "tokenizers": tokenizers.__version__},
         recipe={"sources": asked, "validation": validation},

@@ -13,20 +13,20 @@ Here every document is one sequence.
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data.checked import Checked, of_prefix, sealed
 from data.errors import DataError
 from data.files import replace_file
-from data.mapped import map_file
 
 MOST_TOKENS = 2**31 - 1  # of a document: the index holds its length as int32
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+SIZE, POINTER = np.dtype("<i4"), np.dtype("<i8")  # of a sequence, in the index
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 REMEDY = "prepare the store again, or copy the file again"
 
@@ -41,15 +41,10 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-def file_of(prefix: Path, ending: str) -> Path:
-    """A file of a pair, whose prefix may have dots of its own."""
-    return prefix.with_name(f"{prefix.name}.{ending}")
-
-
 def write_indexed(prefix: Path, documents: Iterable[Tokens], dtype: np.dtype[Any]) -> None:
     """Write `prefix.bin` and `prefix.idx`; each document is an array of token ids [length], stored as `dtype`."""
     lengths: list[int] = []
-    with replace_file(file_of(prefix, "bin")) as temporary, temporary.open("wb") as file:
+    with replace_file(of_prefix(prefix, "bin")) as temporary, temporary.open("wb") as file:
         for document in documents:
             file.write(np.ascontiguousarray(document, dtype=dtype).data)
             lengths.append(len(document))
@@ -62,7 +57,7 @@ def write_index(prefix: Path, lengths: npt.NDArray[np.int64], dtype: np.dtype[An
     Raises:
         DataError: a document is too long for an index.
     """
-    index = file_of(prefix, "idx")
+    index = of_prefix(prefix, "idx")
     if (wrong := np.flatnonzero(lengths > MOST_TOKENS)).size:
         raise DataError(
             f"{index}: document {wrong[0]} has {lengths[wrong[0]]:,} tokens; an index holds at most {MOST_TOKENS:,} of one; "
@@ -82,58 +77,85 @@ def read_sizes(prefix: Path) -> npt.NDArray[np.int32]:
     Raises:
         DataError: the index is missing, foreign or cut off.
     """
-    _, sequences, _ = _read_header(file_of(prefix, "idx"))
-    return np.fromfile(file_of(prefix, "idx"), "<i4", sequences, offset=HEADER.size)
+    _, sequences, _ = _read_header(of_prefix(prefix, "idx"))
+    return np.fromfile(of_prefix(prefix, "idx"), SIZE, sequences, offset=HEADER.size)
 
 
-@dataclass(frozen=True)
 class Indexed:
-    """A pair `.bin`/`.idx`, memory-mapped: opening reads a header, a document reads its own bytes."""
+    """A pair `.bin`/`.idx`, memory-mapped: opening reads a header, a document reads its own bytes.
 
-    tokens: Tokens  # [tokens] all documents one after the other
-    sizes: npt.NDArray[np.int32]  # [documents] tokens of each
-    pointers: npt.NDArray[np.int64]  # [documents] byte at which each starts
+    Args:
+        is_sealed: compare every block that is read with the sums in `prefix.crc`; what is no store's has none.
 
-    @classmethod
-    def open(cls, prefix: Path) -> "Indexed":
-        """Map `prefix.bin` and `prefix.idx`.
+    Raises:
+        DataError: from here, a file is missing, foreign, or not as long as the index says; from here and every method,
+            a block that is needed is not what was written.
+    """
 
-        Raises:
-            DataError: a file is missing, foreign, or not as long as the index says.
-        """
-        index, binary = file_of(prefix, "idx"), file_of(prefix, "bin")
-        dtype, sequences, size = _read_header(index)
+    def __init__(self, prefix: Path, is_sealed: bool = True) -> None:
+        binary, index = of_prefix(prefix, "bin"), of_prefix(prefix, "idx")
+        self.dtype, self.document_count, size = _read_header(index)
         if not binary.is_file():
             raise DataError(f"{binary}: missing; {REMEDY}")
-        mapped = map_file(index, np.dtype(np.uint8), size)
-        sizes, pointers = mapped[HEADER.size :][: 4 * sequences], mapped[HEADER.size + 4 * sequences :][: 8 * sequences]
-        sizes, pointers = sizes.view("<i4"), pointers.view("<i8")
-        expected = int(pointers[-1]) + int(sizes[-1]) * dtype.itemsize if sequences else 0
-        if binary.stat().st_size != expected:
-            raise DataError(f"{binary}: {binary.stat().st_size} bytes; its index says {expected}; {REMEDY}")
-        return cls(map_file(binary, dtype, expected // dtype.itemsize), sizes, pointers)
+        sums = sealed(prefix, REMEDY) if is_sealed else {}
+        remedy = f"`rorqual data verify {prefix.parent}` reads all of the store; {REMEDY}"
+        self._index = Checked(index, size, sums.get("idx"), remedy)
+        self._index.read(0, HEADER.size)  # the header has been read already
+        self._first_pointer = HEADER.size + SIZE.itemsize * self.document_count  # byte of it
+        end = 0
+        if last := self.document_count:
+            end = int(self.pointers(last - 1, last)[0]) + int(self.lengths(last - 1, last)[0]) * self.dtype.itemsize
+        if binary.stat().st_size != end:
+            raise DataError(f"{binary}: {binary.stat().st_size} bytes; its index says {end}; {REMEDY}")
+        self._binary = Checked(binary, end, sums.get("bin"), remedy)
+        self.token_count = end // self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of all documents one after the other [stop − start]."""
+        return self._binary.array(self.dtype, 0, start, stop)
 
     def document(self, number: int) -> Tokens:
         """Token ids [length] of one document."""
-        start = int(self.pointers[number]) // self.tokens.dtype.itemsize
-        return self.tokens[start : start + int(self.sizes[number])]
+        start = self.start(number)
+        return self.read(start, start + int(self.lengths(number, number + 1)[0]))
 
     def start(self, number: int) -> int:
-        """Position in `tokens` of a document's first token; the number of tokens for `number` = documents."""
-        if number == len(self.pointers):
-            return len(self.tokens)
-        return int(self.pointers[number]) // self.tokens.dtype.itemsize
+        """Position of a document's first token; the number of tokens for `number` = documents."""
+        if number == self.document_count:
+            return self.token_count
+        return int(self.pointers(number, number + 1)[0]) // self.dtype.itemsize
+
+    def lengths(self, first: int, last: int) -> npt.NDArray[np.int32]:
+        """Tokens of the documents first … last−1 [last − first]."""
+        return self._index.array(SIZE, HEADER.size, first, last)
+
+    def pointers(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Bytes at which the documents first … last−1 start [last − first]."""
+        return self._index.array(POINTER, self._first_pointer, first, last)
 
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Number of the document of each token in [start, stop): [stop − start]."""
-        itemsize = self.tokens.dtype.itemsize
+        """Number of the document of each token in [start, stop): [stop − start].
+
+        The search itself compares nothing: it would touch a block for each of its steps. What it ends at is compared, and being
+        right, it proves that the search was.
+        """
+        begin, end = start * self.dtype.itemsize, stop * self.dtype.itemsize
         # Not numpy's search: the pointers lie unaligned in the file, and it would copy all of them first.
-        first = bisect_right(self.pointers, start * itemsize) - 1
-        last = bisect_right(self.pointers, (stop - 1) * itemsize, lo=first) - 1
+        pointers = self._index.unchecked[self._first_pointer :][: POINTER.itemsize * self.document_count].view(POINTER)
+        first = max(bisect_right(pointers, begin) - 1, 0)
+        last = max(bisect_right(pointers, end - 1, lo=first) - 1, first)
+        # Where these documents start, and the one after them.
+        edges = np.append(self.pointers(first, min(last + 2, self.document_count)), len(self._binary))[
+            : last - first + 2
+        ]
+        if not edges[0] <= begin <= end <= edges[-1]:
+            self._index.read(0, len(self._index))  # finds what misled the search
+            raise AssertionError(
+                f"{self._index.path}: documents {first} to {last} do not hold tokens {start} to {stop}"
+            )
         if first == last:
             return np.full(stop - start, first, np.int64)
-        edges = self.pointers[first : last + 2] // itemsize  # where these documents, and the one after them, start
-        edges = np.clip(np.append(edges, stop)[: last - first + 2], start, stop)
+        edges = np.clip(edges // self.dtype.itemsize, start, stop)
         return np.repeat(np.arange(first, last + 1, dtype=np.int64), np.diff(edges))
 
 

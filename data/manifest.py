@@ -1,16 +1,30 @@
 """What a store is made of: written last, so that a store without its manifest is an unfinished one."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from data.errors import DataError
 from data.files import replace_file
 
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+CHECKSUM = "checksum"  # key of the manifest's own hash, in the file only
+
+
+def _inside(name: str) -> str:
+    """A name below the store's folder: a manifest that came from elsewhere names no other files."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name!r}: must be the name of a file in the store")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
 
 
 class Record(BaseModel):
@@ -36,9 +50,8 @@ class SplitRecord(Record):
 
     documents: int
     tokens: int
-    pieces: list[
-        str
-    ]  # names of its `.bin`/`.idx` pairs without their endings, in order: ["train"], or ["train-00000", …]
+    # Names of its `.bin`/`.idx` pairs without their endings, in order: ["train"], or ["train-00000", …].
+    pieces: list[Inside] = Field(min_length=1)
     sources: list[SourceSpan]
 
     @classmethod
@@ -64,21 +77,22 @@ class Manifest(Record):
     """`manifest.json`. It holds no times, so that equal text, recipe and library versions give an equal manifest."""
 
     format: Literal["rorqual-store"] = "rorqual-store"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     dtype: str  # numpy name of a token on disk
     vocab_size: int  # number of ids of the tokenizer, special tokens included
     eos_token_id: int  # ends every document
     tokenizer_fingerprint: str
     splits: dict[str, SplitRecord]
-    files: dict[str, FileRecord]
+    files: dict[Inside, FileRecord]
     steps: list[dict[str, Any]]  # how the store was made, in order
     versions: dict[str, str]  # of the libraries that made it
     recipe: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into a store's folder."""
+        """Write `manifest.json` into a store's folder: this record, and the hash of it."""
+        content = self.model_dump(mode="json") | {CHECKSUM: self._checksum()}
         with replace_file(folder / FILE_NAME) as temporary:
-            temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -94,8 +108,25 @@ class Manifest(Record):
         if not path.exists():
             raise DataError(f"{folder}: has no {FILE_NAME}, so it is no finished token store; {prepare}")
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path}: no JSON ({reason}); not a manifest of a token store; {prepare}") from None
+        if isinstance(content, dict) and content.get("version") in (1, 2):
+            raise DataError(
+                f"{path}: version = {content['version']}: its tokens have no checksums, and version 3 has them; {prepare}, or keep "
+                "its tokens with `rorqual data import`"
+            )
+        checksum = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
+        try:
+            found = cls.model_validate(content)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in problem["loc"]) or "the file"
             raise DataError(f"{path}: {field}: {problem['msg']}; not a manifest of a token store; {prepare}") from None
+        if checksum != found._checksum():
+            raise DataError(f"{path}: is not what was written (its {CHECKSUM} differs); copy it again, or {prepare}")
+        return found
+
+    def _checksum(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -13,12 +13,14 @@ Packing is best-fit decreasing: the longest piece first, each into the row with 
 packed in groups in the order in which they are stored, which is shuffled. The rows are worked out once and kept in a file
 beside the store, or in `~/.cache/rorqual` where the store cannot be written; what reads them maps the file.
 
-    40 bytes  "RQROWS1\\0", u64 T, u64 documents, u64 number of pieces P, u64 number of rows R
+    40 bytes  "RQROWS2\\0", u64 T, u64 documents, u64 number of pieces P, u64 number of rows R
     16·P      of each piece: i64 first token in the source, i32 tokens of the document from there on, i32 document; row by row
     8·(R+1)   i64 first piece of each row, and P
+    4·blocks  u32 CRC-32 of each 4,096 bytes of all this, compared as they are read (`data.checked`)
 """
 
 import hashlib
+import os
 import struct
 from bisect import bisect_left, insort
 from collections import deque
@@ -29,13 +31,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.checked import BLOCK, SUM, Checked, summed
 from data.errors import DataError
 from data.files import cache_folder, replace_file
 from data.mapped import map_file
 from data.store import SourceTokens, Store
 
-MAGIC = b"RQROWS1\x00"
+MAGIC = b"RQROWS2\x00"
 HEADER = struct.Struct("<8s4Q")
+EDGE = np.dtype("<i8")
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4"), ("document", "<i4")])
 GROUP = 1 << 20  # documents that are packed together
 BESIDE = "packing"  # folder of a store that holds its rows
@@ -58,23 +62,30 @@ class PackedRows:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
         magic, _, _, pieces, rows = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
-        end = HEADER.size + pieces * PIECE.itemsize
-        if magic != MAGIC or size != end + 8 * (rows + 1):
-            raise DataError(f"{path}: {size} bytes that are no packed rows; delete it, and it is made again")
-        self._pieces = map_file(path, PIECE, pieces, HEADER.size)
-        self._edges = map_file(path, np.dtype("<i8"), rows + 1, end)
+        self._first_edge = HEADER.size + pieces * PIECE.itemsize  # byte of it
+        end = self._first_edge + EDGE.itemsize * (rows + 1)
+        remedy = "delete it, and it is made again"
+        if magic != MAGIC or size != end + SUM.itemsize * -(-end // BLOCK):
+            raise DataError(f"{path}: {size} bytes that are no packed rows; {remedy}")
+        self._file = Checked(path, end, map_file(path, SUM, -(-end // BLOCK), end), remedy)
+        self._file.read(0, HEADER.size)
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._edges) - 1
+        return self._rows
+
+    def pieces(self, number: int) -> npt.NDArray[np.void]:
+        """The pieces of a row [pieces]: first token in the source, tokens of the document from there on, and the document."""
+        first, last = self._file.array(EDGE, self._first_edge, number, number + 2).tolist()
+        return self._file.array(PIECE, HEADER.size, first, last)
 
     def fill(
         self, tokens: npt.NDArray[np.int64], documents: npt.NDArray[np.int32], rows: Numbers, numbers: Numbers
     ) -> None:
         width = tokens.shape[1]
-        firsts, lasts = self._edges[numbers].tolist(), self._edges[numbers + 1].tolist()
-        for row, first, last in zip(rows.tolist(), firsts, lasts):
+        for row, number in zip(rows.tolist(), numbers.tolist()):
             at = 0
-            for start, length, document in self._pieces[first:last].tolist():
+            for start, length, document in self.pieces(number).tolist():
                 end = min(at + length, width)  # only a piece that has its row for itself is longer than T + 1
                 tokens[row, at:end] = self._source.read(start, start + end - at)
                 documents[row, at:end] = document
@@ -120,14 +131,18 @@ def pack(source: SourceTokens, sequence_length: int, path: Path) -> None:
         for pieces, edges in _groups(source, sequence_length):
             file.seek(HEADER.size + written * PIECE.itemsize)
             file.write(pieces.tobytes())
-            file.seek(end + 8 * rows)
-            file.write((edges + written).astype("<i8").tobytes())
+            file.seek(end + EDGE.itemsize * rows)
+            file.write((edges + written).astype(EDGE).tobytes())
             written, rows = written + len(pieces), rows + len(edges) - 1
         if not rows:
             file.seek(end)
-            file.write(bytes(8))
+            file.write(bytes(EDGE.itemsize))
         file.seek(0)
         file.write(HEADER.pack(MAGIC, sequence_length, source.span.documents, written, rows))
+        file.flush()
+        sums, _ = summed(temporary)
+        file.seek(0, os.SEEK_END)
+        file.write(sums.tobytes())
 
 
 def best_fit(lengths: npt.NDArray[np.integer], capacity: int) -> Numbers:
@@ -246,10 +261,10 @@ def _groups(
     source: SourceTokens, sequence_length: int, packs: bool = True
 ) -> Iterator[tuple[npt.NDArray[np.void], Numbers]]:
     """Pieces and edges of the rows of each group of documents, as `_pack_group` gives them; without `packs`, pieces only."""
-    first, token = source.span.first_document, 0
+    token = 0
     for document in range(0, source.span.documents, GROUP):
         stop = min(document + GROUP, source.span.documents)
-        lengths = source.split.lengths(first + document, first + stop)
+        lengths = source.lengths(document, stop)
         if packs:
             yield _pack_group(lengths, sequence_length, document, token)
         else:

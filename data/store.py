@@ -1,10 +1,13 @@
 """The token store: a folder with `{train,validation}.{bin,idx}`, `tokenizer/` and `manifest.json`.
 
-Opening reads sizes and headers only, so that it is quick however large the store is; `verify_store` reads every byte.
+Opening reads sizes and headers only, so that it is quick however large the store is. What is read of the tokens later is compared,
+page by page, with the CRC-32 that was taken when the store was made (`data.checked`); `verify_store` reads every byte.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.checked import CHUNK, file_record, hash_file
 from data.errors import DataError
 from data.indexed import REMEDY, Indexed, Tokens
 from data.manifest import FILE_NAME, SPLITS, FileRecord, Manifest, SourceSpan
 from data.tokenizer import decode, fingerprint, token_bytes
 
 MOST_DOCUMENTS = 2**31 - 1  # of a source, for batches hold their numbers as int32
-CHUNK = 1 << 24  # bytes or tokens looked at in one go by what reads a whole store
 
 
 class Split:
@@ -27,8 +30,8 @@ class Split:
 
     def __init__(self, pieces: list[Indexed]) -> None:
         self._pieces = pieces
-        self._first_documents = np.cumsum([0] + [len(piece.sizes) for piece in pieces])  # [pieces + 1]
-        self._first_tokens = np.cumsum([0] + [len(piece.tokens) for piece in pieces])  # [pieces + 1]
+        self._first_documents = np.cumsum([0] + [piece.document_count for piece in pieces])  # [pieces + 1]
+        self._first_tokens = np.cumsum([0] + [piece.token_count for piece in pieces])  # [pieces + 1]
 
     @property
     def document_count(self) -> int:
@@ -40,66 +43,59 @@ class Split:
 
     def document(self, number: int) -> Tokens:
         """Token ids [length] of one document."""
-        piece = self._piece_of(number)
+        piece = _piece_of(self._first_documents, number)
         return self._pieces[piece].document(number - int(self._first_documents[piece]))
 
     def start(self, number: int) -> int:
         """Position of a document's first token; the number of tokens for `number` = documents."""
         if number == self.document_count:
             return self.token_count
-        piece = self._piece_of(number)
+        piece = _piece_of(self._first_documents, number)
         return int(self._first_tokens[piece]) + self._pieces[piece].start(number - int(self._first_documents[piece]))
 
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens [start, stop) of the packed documents: a view of the file, or a copy where several files are crossed."""
-        first, last = self._pieces_of(start, stop)
-        offset = int(self._first_tokens[first])
-        if first == last:
-            return self._pieces[first].tokens[start - offset : stop - offset]
-        parts = (self._part(self._pieces[piece].tokens, piece, start, stop) for piece in range(first, last + 1))
-        return np.concatenate(list(parts))
+        return _joined(
+            [piece.read(begin, end) for piece, begin, end, _ in self._parts(self._first_tokens, start, stop)]
+        )
 
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Number of the document of each token in [start, stop): [stop − start]."""
-        first, last = self._pieces_of(start, stop)
-        parts = []
-        for piece in range(first, last + 1):
-            offset = int(self._first_tokens[piece])
-            begin, end = max(start - offset, 0), min(stop - offset, len(self._pieces[piece].tokens))
-            numbers = self._pieces[piece].documents_of(begin, end)
-            parts.append(numbers + self._first_documents[piece])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = self._parts(self._first_tokens, start, stop)
+        return _joined([piece.documents_of(begin, end) + first for piece, begin, end, first in parts])
 
     def lengths(self, first: int, last: int) -> npt.NDArray[np.int32]:
         """Tokens of the documents first … last−1 [last − first]."""
-        parts = [np.zeros(0, np.int32)]
-        for piece, indexed in enumerate(self._pieces):
-            parts.append(self._part(indexed.sizes, piece, first, last, self._first_documents))
-        return np.concatenate(parts)
+        return _joined([piece.lengths(*part) for piece, *part, _ in self._parts(self._first_documents, first, last)])
 
     @property
     def pieces(self) -> list[Indexed]:
         return self._pieces
 
-    def _piece_of(self, document: int) -> int:
-        return int(self._first_documents.searchsorted(document, side="right")) - 1
+    def _parts(self, edges: npt.NDArray[np.int64], start: int, stop: int) -> Iterator[tuple[Indexed, int, int, int]]:
+        """The pieces that hold [start, stop), what of it each holds, counted in the piece, and the piece's first document.
 
-    def _pieces_of(self, start: int, stop: int) -> tuple[int, int]:
-        """First and last piece that hold tokens of [start, stop)."""
-        first, last = self._first_tokens.searchsorted((start, max(stop - 1, start)), side="right") - 1
-        return int(first), int(last)
+        Args:
+            edges: [pieces + 1] the first of what is counted, tokens or documents, of each piece.
+        """
+        for number in range(_piece_of(edges, start), _piece_of(edges, max(stop - 1, start)) + 1):
+            offset, end = int(edges[number]), int(edges[number + 1])
+            yield (
+                self._pieces[number],
+                max(start - offset, 0),
+                min(stop, end) - offset,
+                int(self._first_documents[number]),
+            )
 
-    def _part(
-        self,
-        values: npt.NDArray[Any],
-        piece: int,
-        start: int,
-        stop: int,
-        edges: npt.NDArray[np.int64] | None = None,
-    ) -> npt.NDArray[Any]:
-        """What of [start, stop), counted over all pieces, lies in this piece's `values`."""
-        offset = int((self._first_tokens if edges is None else edges)[piece])
-        return values[max(start - offset, 0) : max(stop - offset, 0)]
+
+def _piece_of(edges: npt.NDArray[np.int64], place: int) -> int:
+    """The piece that holds a place; the last one for the end."""
+    return min(int(edges.searchsorted(place, side="right")), len(edges) - 1) - 1
+
+
+def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """The parts behind one another, without a copy where there is but one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -120,16 +116,28 @@ class SourceTokens:
 
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens [start, stop) of the source, without a copy where they lie in one file."""
-        return self.split.read(self.first_token + start, self.first_token + stop)
+        with self._named():
+            return self.split.read(self.first_token + start, self.first_token + stop)
 
     def documents_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Number within this source of the document of each token in [start, stop): [stop − start]."""
-        numbers = self.split.documents_of(self.first_token + start, self.first_token + stop)
+        with self._named():
+            numbers = self.split.documents_of(self.first_token + start, self.first_token + stop)
         return (numbers - self.span.first_document).astype(np.int32)
 
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each document [documents]."""
-        return self.split.lengths(self.span.first_document, self.span.first_document + self.span.documents)
+    def lengths(self, first: int = 0, last: int | None = None) -> npt.NDArray[np.int32]:
+        """Tokens of the documents first … last−1 of the source [last − first]; of all of them where none are named."""
+        last = self.span.documents if last is None else last
+        with self._named():
+            return self.split.lengths(self.span.first_document + first, self.span.first_document + last)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of a damage which source it meets."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"source {self.name}: {error}") from None
 
 
 class Store:
@@ -291,15 +299,16 @@ def verify_store(path: Path | str) -> dict[str, Any]:
 
 def _verify_piece(store: Store, prefix: str, piece: Indexed) -> None:
     """Ids within the vocabulary, and every document ended."""
-    for start in range(0, len(piece.tokens), CHUNK):
-        chunk = piece.tokens[start : start + CHUNK]
+    for start in range(0, piece.token_count, CHUNK):
+        chunk = piece.read(start, min(start + CHUNK, piece.token_count))
         if chunk.min() < 0 or chunk.max() >= store.vocab_size:
             raise DataError(
                 f"{store.path / prefix}.bin: token id {int(chunk.max())}; ids are 0 to {store.vocab_size - 1}; {REMEDY}"
             )
     end = store.manifest.eos_token_id
-    last = (piece.pointers // piece.tokens.dtype.itemsize + piece.sizes - 1).astype(np.int64)
-    if (wrong := np.flatnonzero(piece.tokens[last] != end)).size:
+    documents = piece.document_count
+    last = piece.pointers(0, documents) // piece.dtype.itemsize + piece.lengths(0, documents) - 1
+    if (wrong := np.flatnonzero(piece.read(0, piece.token_count)[last] != end)).size:
         raise DataError(f"{store.path / prefix}.bin: document {wrong[0]} does not end with token {end}; {REMEDY}")
 
 
@@ -312,24 +321,10 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def file_record(path: Path) -> FileRecord:
-    """Size and hash of a file."""
-    return FileRecord(bytes=path.stat().st_size, sha256=hash_file(path))
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _open_piece(prefix: Path, dtype: str) -> Indexed:
-    piece = Indexed.open(prefix)
-    if len(piece.sizes) and piece.tokens.dtype.name != dtype:
-        raise DataError(f"{prefix}.idx: tokens are {piece.tokens.dtype.name}; the manifest says {dtype}; {REMEDY}")
+    piece = Indexed(prefix)
+    if piece.document_count and piece.dtype.name != dtype:
+        raise DataError(f"{prefix}.idx: tokens are {piece.dtype.name}; the manifest says {dtype}; {REMEDY}")
     return piece
 
 

@@ -24,6 +24,7 @@ from model.transformer import Transformer
 from train.config import RecipeError
 from train.generate import load_model
 from train.launch import process_group
+from train.ranks import Ranks
 from train.weights import open_weights
 
 
@@ -82,7 +83,8 @@ def evaluate_source(source: Path, store: Path, sequence_length: int | None, max_
             )
         depths = model.config.num_nextn_predict_layers
         batches = validation_batches(opened, sequence_length, depths, 8, max_tokens, process.rank, process.world_size)
-        return evaluate(model, batches, torch.from_numpy(opened.token_bytes()))
+        together = Ranks(dist.new_group(backend="gloo")).in_step(batches)
+        return evaluate(model, together, torch.from_numpy(opened.token_bytes()))
 
 
 @torch.no_grad()

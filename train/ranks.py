@@ -1,7 +1,7 @@
 """What the ranks of a group decide together, so that an error on one of them is an error on all and none waits for ever."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,16 +33,26 @@ class Ranks:
         return result
 
     def all(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; where it fails on any, raise the first rank's error on all."""
-        outcome: Any
+        """Run `action` on every rank; where it fails on any, raise the first rank's error on all.
+
+        Where nothing fails, the ranks exchange a byte.
+        """
+        result: list[T] = []
+        failure: Exception | None = None
         try:
-            outcome = (action(), None)
+            result.append(action())
         except Exception as error:
-            outcome = (None, error)
-        for failure in self.gather(outcome[1]):
-            if failure is not None:
-                raise failure
-        return outcome[0]
+            failure = error
+        if any(self.union([failure is not None])):
+            raise next(found for found in self.gather(failure) if found is not None)
+        return result[0]
+
+    def in_step(self, items: Iterable[T]) -> Iterator[T]:
+        """Items of which every rank has equally many; where one cannot be made on any rank, the error is raised on all."""
+        iterator = iter(items)
+        end = object()
+        while (item := self.all(lambda: next(iterator, end))) is not end:
+            yield cast(T, item)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank."""

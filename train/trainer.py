@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from data.errors import DataError
 from data.files import replace_file
 from data.loader import Loader, Planned, Steps
 from data.samples import Batch
@@ -171,7 +172,11 @@ class Trainer:
         """The steps that are left, each with this rank's micro-batches and the seconds that it waited for them."""
         for step in self.schedule.steps(self.tokens, self.samples):
             asked = time.perf_counter()
-            batches = next(self.batches)
+            try:
+                batches = self.ranks.all(lambda: next(self.batches))  # what one rank finds damaged ends all of them
+            except DataError:
+                self.checkpoints.wait()  # the one under way is good
+                raise
             yield step, batches, time.perf_counter() - asked
 
     def _launch(self, step: Step, batches: list[Batch], waited: float) -> Launched:
@@ -227,7 +232,7 @@ class Trainer:
         batches = self.corpus.validation_batches(
             step.sequence_length, *reader, self.recipe.micro_batch(step.first_token)
         )
-        evaluation = evaluate(model, batches, self.corpus.token_bytes)
+        evaluation = evaluate(model, self.ranks.in_step(batches), self.corpus.token_bytes)
         if prompts := self.recipe.evaluate.sample_prompts:
             # On all ranks: none of them may hold the whole model.
             samples = continue_texts(model, self.corpus.tokenizer, prompts)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import tokenizer
+from data.checked import file_record
 from data.counts import Count
 from data.errors import DataError
 from data.files import sync
@@ -32,12 +33,12 @@ from data.prepare.work import ALONE, Item, Share, Work, remove_if_unused
 from data.progress import Progress
 from data.recipe import DataRecipe, load_data_recipe
 from data.report.shape import FILE_NAME as REPORT
-from data.store import Store, file_record, record_files
+from data.store import Store, record_files
 
 STAGING = ".preparing"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 OWN_NAMES = re.compile(
-    r"\.preparing|manifest\.json|report\.json|tokenizer|packing|(train|validation)(-\d+)?\.(bin|idx)|.*\.tmp"
+    r"\.preparing|manifest\.json|report\.json|tokenizer|packing|(train|validation)(-\d+)?\.(bin|idx|crc)|.*\.tmp"
 )
 
 
@@ -156,7 +157,9 @@ def _publish(job: Job, shards: list[Shard], out: Path) -> str:
     for name in pieces:
         if (made := job.folder / "write" / name).exists():  # else a start before this one has moved it
             made.replace(out / name)
-    for leftover in (path for path in out.iterdir() if path.suffix in (".bin", ".idx") and path.name not in pieces):
+    for leftover in (
+        path for path in out.iterdir() if path.suffix in (".bin", ".idx", ".crc") and path.name not in pieces
+    ):
         leftover.unlink()  # of a store of another recipe that was given up
     sync(out)
     folder = out / "tokenizer"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.checked import seal
 from data.indexed import Tokens, read_sizes, token_dtype, write_indexed
 from data.manifest import SPLITS, FileRecord, Record, SourceSpan, SplitRecord
 from data.permutation import Permutation
@@ -16,7 +17,6 @@ from data.prepare.encode import account as encoding_of
 from data.prepare.encode import encoded_shard, tokenizer_folder
 from data.prepare.job import Job, Shard, read_record, write_record
 from data.prepare.work import Item
-from data.store import file_record
 from data.tokenizer import vocab_size
 
 AT_ONCE = 1 << 16  # documents whose places are looked up in one go
@@ -85,8 +85,7 @@ def write(job: Job, split: str, piece: Piece, shards: list[list[Shard]]) -> str:
     )
     folder = job.folder / "write"
     write_indexed(folder / piece.prefix, documents, dtype)
-    files = {name: file_record(folder / name) for name in (f"{piece.prefix}.bin", f"{piece.prefix}.idx")}
-    write_record(_account(job, piece.prefix), Written(files=files))
+    write_record(_account(job, piece.prefix), Written(files=seal(folder / piece.prefix)))
     return piece.prefix
 
 

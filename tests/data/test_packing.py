@@ -1,7 +1,9 @@
 """Best-fit packing: no document is cut that fits, and every target is trained on once at every depth."""
 
+import random
 from bisect import bisect_left, insort
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -117,11 +119,22 @@ def test_rows_are_packed_group_by_group_in_a_file_that_is_read_again(tiny_store,
     monkeypatch.setattr(data.packing, "GROUP", 10)
     pack(source, T, tmp_path / "groups")
     one, groups = (PackedRows(source, tmp_path / name, 0) for name in ("one", "groups"))
-    assert len(one) <= len(groups) and one._pieces["length"].sum() == groups._pieces["length"].sum()
-    assert sorted(one._pieces.tolist()) == sorted(groups._pieces.tolist())
-    for row in range(len(groups)):
-        inside = groups._pieces[groups._edges[row] : groups._edges[row + 1]]["document"] // 10
-        assert len(set(inside.tolist())) == 1
+    of_one, of_groups = ([rows.pieces(number).tolist() for number in range(len(rows))] for rows in (one, groups))
+    assert len(one) <= len(groups) and sorted(chain(*of_one)) == sorted(chain(*of_groups))
+    assert all(len({document // 10 for _, _, document in row}) == 1 for row in of_groups)
+
+
+def test_a_flipped_bit_in_the_rows_is_found_before_it_is_used(tiny_store, tmp_path):
+    source, draw = tiny_store.sources("train")[0], random.Random(0)
+    pack(source, T, path := tmp_path / "rows")
+    written = path.read_bytes()
+    for byte in draw.sample(range(len(written)), 40):
+        damaged = bytearray(written)
+        damaged[byte] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{path}: .*; delete it, and it is made again"):
+            rows = PackedRows(source, path, 0)
+            [rows.pieces(number) for number in range(len(rows))]
 
 
 def test_a_store_that_cannot_be_written_is_packed_in_the_cache(tiny_store, tmp_path, monkeypatch):

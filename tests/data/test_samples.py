@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.errors import DataError
+from data.manifest import Manifest
 from data.samples import Phase, Read, Samples, StoreEntry
 
 T, D_MTP = 32, 2
@@ -121,8 +122,9 @@ def altered_copy(store, path):
     for file in store.path.iterdir():
         (path / file.name).symlink_to(file)
     (path / "manifest.json").unlink()
-    known = store.manifest.files["train.bin"].sha256
-    (path / "manifest.json").write_text((store.path / "manifest.json").read_text().replace(known, "0" * 64))
+    manifest = store.manifest.model_dump()
+    manifest["files"]["train.bin"]["sha256"] = "0" * 64
+    Manifest.model_validate(manifest).write(path)
     return path
 
 

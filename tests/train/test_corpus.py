@@ -1,6 +1,5 @@
 """The data of a run is known by its content, not by where it lies; what has begun stays, and what shall change is a stage."""
 
-import json
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import torch
 
 from data.errors import DataError
 from data.loader import Loader, Planned
+from data.manifest import Manifest
 from data.store import Store
 from tests.small_run import CHANGES
 from train.config import Recipe, RecipeError, load_recipe
@@ -62,8 +62,9 @@ def test_other_text_in_the_same_place_is_other_data(tiny_store: Store, tmp_path:
 def altered(store: Store, path: Path) -> Path:
     """A copy of a store whose manifest says that its text is another one."""
     shutil.copytree(store.path, path)
-    manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(store.manifest.files["train.bin"].sha256, "0" * 64))
+    manifest = store.manifest.model_dump()
+    manifest["files"]["train.bin"]["sha256"] = "0" * 64
+    Manifest.model_validate(manifest).write(path)
     return path
 
 
@@ -74,7 +75,7 @@ def relabelled(store: Store, path: Path, weight: float) -> Path:
     manifest["files"]["report.json"]["sha256"] = "0" * 64
     manifest |= {"recipe": {"sources": []}, "versions": {"numpy": "9.9"}, "steps": []}
     manifest["splits"]["train"]["sources"][0]["weight"] = weight
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    Manifest.model_validate(manifest).write(path)
     return path
 
 

@@ -154,9 +154,8 @@ def test_a_folder_that_another_run_works_in_is_refused(half: Run, refuse: Refuse
 
 def test_text_of_another_tokenizer_is_refused_by_a_run(half: Run, refuse: Refuse, tmp_path: Path) -> None:
     shutil.copytree(half.store, tmp_path / "other")
-    manifest = tmp_path / "other" / "manifest.json"
-    known = Store.open(half.store).manifest.tokenizer_fingerprint
-    manifest.write_text(manifest.read_text().replace(known, "0" * 64))
+    manifest = Store.open(half.store).manifest.model_copy(update={"tokenizer_fingerprint": "0" * 64})
+    manifest.write(tmp_path / "other")
     line = refuse("train", *half.arguments(f"data.train={tmp_path / 'other'}"))
     assert "its tokenizer is not the one that" in line and "set another run.dir" in line
 
