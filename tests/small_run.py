@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data.store import Store
 from tests.processes import PROCESSES
-from train.checkpoint import load, read_run, verify
+from train.checkpoint import Checkpoint, read_run, verify
 from train.cli import main
 
 STEPS, SEQUENCES, LENGTH = 20, 8, 32
@@ -109,10 +108,9 @@ class Run:
 
     def tensors(self, step: int = STEPS) -> dict[str, Tensor]:
         """Every tensor of a checkpoint: parameters, buffers, moments, average of the weights, steps, loss scale."""
-        path = self.checkpoint(step)
-        index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()}
-        load(path, state)
+        checkpoint = Checkpoint(self.checkpoint(step))
+        state = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in checkpoint.tensors.items()}
+        checkpoint.load(state)
         return state
 
     def record(self, step: int = STEPS) -> dict[str, Any]:

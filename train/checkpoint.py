@@ -1,16 +1,17 @@
 """Checkpoints that survive a kill at any moment and are read under any layout.
 
-A checkpoint is a folder written by torch.distributed.checkpoint (DCP), each rank its part:
+A checkpoint is a folder that torch.distributed.checkpoint (DCP) plans and `train.storage` writes, each rank its part:
 
     checkpoints/step-00001000/
-        __0_0.distcp …   tensors, keyed by section and parameter name: `parameters.model.norm.weight`
-        .metadata        DCP's index: which part of which tensor lies where
-        run.json         what the caller gives: recipe, step, tokens, samples, random state, versions
-        COMPLETE         {"step": …, "files": {name: bytes}}, written last
+        rank-00000.safetensors …   tensors, keyed by section and parameter name: `parameters.model.norm.weight`
+        index.json                 which part of which tensor lies where
+        run.json                   what the caller gives: recipe, step, tokens, samples, random state, versions
+        COMPLETE                   the files with their sizes and hashes (`train.marker`), written last
 
 It is written as `.step-00001000.tmp`, every file and the folder are synced, then rank 0 renames it and adds the marker. A
-folder counts only with a marker whose files are all there with their sizes, and the newest that counts is found by looking:
-there is no pointer file to go stale. What a kill leaves behind is swept before the next run's first save.
+folder counts only with a marker, and is used only once all that the marker lists has been read and found as it was written. The
+newest that counts is found by looking: there is no pointer file to go stale. What a kill leaves behind is swept before the next
+run's first save.
 
 Writing aside. An asynchronous save copies the state to host memory and returns; a thread of ours then runs the same code as a
 synchronous save. All its collectives go over a gloo group of its own: on the training's group they would interleave with
@@ -19,8 +20,7 @@ and marker have to follow its last byte in the same thread, and because it stage
 ranks hold alike (DDP's tensors, the shards of HSDP's replicas) is copied and written here by one of them, chosen so that the ranks
 write equal amounts.
 
-Trust. `.metadata` is a pickle, the one file here that is unpickled: load only checkpoints that a run of your own wrote.
-Tensors are read by `torch.load(weights_only=True)`. Weights from elsewhere come in as safetensors, by the Hugging Face import.
+Trust. Nothing in a checkpoint is code: JSON and safetensors, and no path in it may leave its folder.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from data.files import replace_file, sync
+from train.marker import ALONE, MARKER, REMEDY, CheckpointError, File, VersionError, seal, verify, verify_sizes
 from train.ranks import Ranks
+from train.storage import Reader, Stored, Writer, read_index
 
 log = logging.getLogger(__name__)
 
 State = Mapping[str, Any]  # {section: {name: Tensor}} or {section: Tensor}, nested as deep as wanted
-MARKER = "COMPLETE"
+RUN = "run.json"
 PATIENCE = timedelta(hours=2)  # how long ranks wait for the slowest writer; gloo's 30 minutes are short for terabytes
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message is one line: folder, what was found, rule and fix."""
+class DiskError(CheckpointError):
+    """A checkpoint that the disk did not take: it is full, may not be written, or fails. Complete ones are untouched."""
 
 
 class Checkpoints:
@@ -79,6 +82,8 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._ranks = Ranks(self._group)
         self._swept = False
+        self._found: Checkpoint | None = None  # by `latest`, until it is loaded
+        self._damaged: set[Path] = set()  # what `latest` has stepped over: with its marker, and yet not whole
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -95,8 +100,11 @@ class Checkpoints:
             copied: sections of `state` that were copied to host memory for this save; an asynchronous one keeps them as they are.
 
         Raises:
-            CheckpointError: on all ranks alike; the disk is full or may not be written. The unfinished checkpoint is
-                removed, complete ones are untouched. Of an asynchronous save it is raised by the next `save` or `wait`.
+            DiskError: on all ranks alike; the disk is full, may not be written or fails. The unfinished checkpoint is
+                removed, complete ones are untouched, and the next save may be tried. Of an asynchronous save it is raised by
+                the next `save` or `wait`.
+            CheckpointError: the ranks do not write to one folder.
+            VersionError: there is a checkpoint of this step that a newer version wrote.
         """
         self.wait()
         run_json = json.dumps(run, indent=1)
@@ -129,14 +137,20 @@ class Checkpoints:
         return self._failure is not None
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint as rank 0 sees it, the same on all ranks."""
+        """The newest complete checkpoint as rank 0 sees it, the same on all ranks, which share the reading."""
         self.wait()
-        return self._ranks.first(lambda: latest(self.folder))
+        self._found = newest(self.folder, self._ranks)
+        path = self._found.path if self._found else None
+        self._damaged = {newer for newer in _folders(self.folder) if path is None or _step(newer) > _step(path)}
+        return path
 
     def load(self, path: Path, state: State) -> dict[str, Any]:
         """`load` with all ranks: an error of one is raised on all, and a tensor counts as asked for if any rank asks for it."""
         self.wait()
-        return _load(path, state, self._ranks, partial=False)
+        found, self._found = self._found, None
+        if found is None or found.path != path:
+            found = Checkpoint(path, self._ranks)
+        return found.load(state)
 
     def prune(self) -> None:
         """Remove the complete checkpoints that neither `keep` nor `keep_every_steps` keeps."""
@@ -154,20 +168,29 @@ class Checkpoints:
         temporary = self.folder / f".{final.name}.tmp"
         size = self._ranks.total(sum(_local(tensor).nbytes for tensor in tensors.values()))
         try:
-            if self._ranks.first(lambda: self._prepare(temporary, final)):
+            if self._ranks.first(final.exists) and self._is_whole(final):
                 return
-            # DCP would copy from the GPU in streams of its own; in a thread that means the first GPU's, whatever this rank's is.
-            ahead: dict[str, Any] = {"per_thread_copy_ahead": 0} if self.asynchronous else {}
-            metadata = dcp.save(tensors, storage_writer=SyncedWriter(temporary, **ahead), process_group=self._group)
-            written = {part.relative_path for part in (metadata.storage_data or {}).values()}
-            self._ranks.first(lambda: self._publish(temporary, final, step, run_json, written))
+            self._ranks.first(lambda: self._prepare(temporary, final))
+            writer = Writer(temporary)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            self._ranks.first(lambda: self._publish(temporary, final, step, run_json, writer.files))
         except BaseException as error:
             if self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+                self._swept = not temporary.exists()  # what cannot be removed now is swept by the next save
             cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if isinstance(cause, OSError):
-                raise CheckpointError(_explain(cause, final, size)) from cause
+                raise DiskError(_explain(cause, final, size)) from cause
             raise
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            verify(path, self._ranks)
+        except VersionError:
+            raise
+        except CheckpointError:
+            return False
+        return True
 
     def _share_out(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of what several ranks hold alike, plain tensors or the shards of replicas, the part that this rank shall write."""
@@ -179,22 +202,19 @@ class Checkpoints:
         others |= _shards_of_other_replicas(shards)
         return {name: tensor for name, tensor in tensors.items() if name not in others}
 
-    def _prepare(self, temporary: Path, final: Path) -> bool:
-        """Make the temporary folder, on rank 0; True if there is nothing to write because the checkpoint exists."""
+    def _prepare(self, temporary: Path, final: Path) -> None:
+        """Make the temporary folder, on rank 0."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._swept:
             for leftover in [*self.folder.glob(".step-*.tmp"), *_folders(self.folder)]:
                 if not (leftover / MARKER).exists():
                     shutil.rmtree(leftover)
             self._swept = True
-        if _is_complete(final):
-            return True
         if final.exists():
             _remove(final)
         temporary.mkdir()
-        return False
 
-    def _publish(self, temporary: Path, final: Path, step: int, run_json: str, written: set[str]) -> None:
+    def _publish(self, temporary: Path, final: Path, step: int, run_json: str, written: dict[str, File]) -> None:
         """Turn the written folder into a checkpoint, on rank 0."""
         unseen = sorted(name for name in written if not (temporary / name).exists())
         if unseen:
@@ -202,22 +222,30 @@ class Checkpoints:
                 f"checkpoint {final}: {unseen[0]}, written by another rank, is not to be seen by rank 0; all ranks must "
                 "write to one folder; set run.dir to a filesystem that all nodes share"
             )
-        with replace_file(temporary / "run.json") as path:
-            path.write_text(run_json, encoding="utf-8")
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        record = run_json.encode()
+        with replace_file(temporary / RUN) as path:
+            path.write_bytes(record)
         sync(temporary)
         temporary.rename(final)
         try:
             sync(self.folder)
-            with replace_file(final / MARKER) as path:
-                path.write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+            seal(final, step, written | {RUN: File.of(record)})
         except OSError:
             shutil.rmtree(final, ignore_errors=True)
             raise
+        self._damaged.discard(final)
         self._prune()
 
+    def _counts(self, path: Path) -> bool:
+        """Whether a folder is a complete checkpoint, as far as that is known without reading all of it."""
+        try:
+            verify_sizes(path)
+        except CheckpointError:
+            return False
+        return path not in self._damaged
+
     def _prune(self) -> None:
-        complete = [path for path in _folders(self.folder) if _is_complete(path)]
+        complete = [path for path in _folders(self.folder) if self._counts(path)]
         for path in complete[: -self.keep]:
             if self.keep_every_steps is None or _step(path) % self.keep_every_steps:
                 try:
@@ -226,99 +254,98 @@ class Checkpoints:
                     log.warning("checkpoint %s: cannot be removed (%s); remove it by hand", path, error.strerror)
 
 
-def latest(folder: Path | str) -> Path | None:
-    """The newest complete checkpoint in a folder; None if there is none. A newer one that is broken costs a warning."""
-    for path in reversed(_folders(Path(folder))):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            log.warning("%s; skipped", error)
-            continue
-        return path
-    return None
-
-
-def load(path: Path | str, state: State, partial: bool = False) -> dict[str, Any]:
-    """Read a checkpoint into `state` in place, whatever layout and world size wrote it; no other rank takes part.
+class Checkpoint:
+    """A checkpoint that has been found whole.
 
     Args:
         path: the folder `step-…`.
-        state: nested dicts of tensors, plain or DTensors, on any device. A value is converted to the tensor's dtype.
-        partial: leave alone what the checkpoint holds beyond `state`; else that is an error.
-
-    Returns:
-        What `run.json` holds.
+        ranks: that open it together, and share the reading.
 
     Raises:
-        CheckpointError: a file is missing, of another size or unreadable; a tensor is missing, unasked for or of
-            another shape. In the latter cases nothing has been read into `state`.
+        CheckpointError: on all ranks alike; a file is missing or not what was written.
+        VersionError: another format, or a newer version wrote it.
     """
-    return _load(Path(path), state, Ranks(None), partial)
+
+    def __init__(self, path: Path | str, ranks: Ranks = ALONE) -> None:
+        self.path, self._ranks = Path(path), ranks
+        self._files = verify(self.path, ranks)
+        self.run = ranks.first(lambda: read_run(self.path))
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """What it holds, by name."""
+        try:
+            return read_index(self.path, self._files)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {self.path}: {_first_line(error)}; {REMEDY}") from error
+
+    def load(self, state: State, partial: bool = False) -> dict[str, Any]:
+        """Read it into `state` in place, whatever layout and world size wrote it.
+
+        Args:
+            state: nested dicts of tensors, plain or DTensors, on any device. A value is converted to the tensor's dtype.
+            partial: leave alone what the checkpoint holds beyond `state`; else that is an error.
+
+        Returns:
+            What `run.json` holds.
+
+        Raises:
+            CheckpointError: on all ranks alike; a file is unreadable; a tensor is missing, unasked for or of another shape.
+                In the latter cases nothing has been read into `state`.
+        """
+        tensors = _flatten(state)
+        saved = self._ranks.all(lambda: {name: torch.Size(stored.shape) for name, stored in self.tensors.items()})
+        asked = self._ranks.union([name in tensors for name in sorted(saved)])
+        extra = [name for name, wanted in zip(sorted(saved), asked) if not wanted and not partial]
+        self._ranks.all(lambda: _check_match(self.path, saved, tensors, extra))
+        self._ranks.all(lambda: self._read(tensors))
+        return self.run
+
+    def _read(self, tensors: dict[str, Tensor]) -> None:
+        """This rank's part, without the others."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(tensors, storage_reader=Reader(self.path, self.tensors), no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise CheckpointError(f"checkpoint {self.path}: cannot be read ({_first_line(cause)}); {REMEDY}") from error
+
+
+def newest(folder: Path | str, ranks: Ranks = ALONE) -> Checkpoint | None:
+    """The newest complete checkpoint in a folder; None if there is none. A newer one that is damaged costs a warning.
+
+    Raises:
+        VersionError: the newest is of another format, or a newer version wrote it: the run has gone on elsewhere.
+    """
+    for path in ranks.first(lambda: _folders(Path(folder))[::-1]):
+        try:
+            return Checkpoint(path, ranks)
+        except VersionError:
+            raise
+        except CheckpointError as error:
+            if ranks.rank == 0:
+                log.warning("%s; skipped", error)
+    return None
+
+
+def latest(folder: Path | str) -> Path | None:
+    """Where the `newest` checkpoint of a folder is."""
+    found = newest(folder)
+    return found.path if found else None
+
+
+def load(path: Path | str, state: State, partial: bool = False) -> dict[str, Any]:
+    """`Checkpoint.load` without other ranks."""
+    return Checkpoint(path).load(state, partial)
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
     """What `run.json` of a checkpoint holds."""
-    file = Path(path) / "run.json"
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads((Path(path) / RUN).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: run.json cannot be read ({_first_line(error)}); {REMEDY}") from error
-
-
-def verify(path: Path | str) -> None:
-    """Raise CheckpointError unless the marker is there and every file it lists has its size."""
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path}: no such folder; give a folder step-… of a run")
-    try:
-        files: dict[str, int] = json.loads((path / MARKER).read_text("utf-8"))["files"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"checkpoint {path}: has no {MARKER} marker, its save was interrupted; {REMEDY}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {MARKER} cannot be read ({_first_line(error)}); {REMEDY}") from None
-    for name, expected in files.items():
-        try:
-            found = f"has {(path / name).stat().st_size:,} bytes"
-        except OSError:
-            found = "is missing"
-        if found != f"has {expected:,} bytes":
-            raise CheckpointError(f"checkpoint {path}: {name} {found} and must have {expected:,} bytes; {REMEDY}")
-
-
-REMEDY = "delete the folder to continue from the checkpoint before it"
-
-
-def _load(path: Path, state: State, ranks: Ranks, partial: bool) -> dict[str, Any]:
-    ranks.first(lambda: verify(path))
-    reader = dcp.FileSystemReader(path)
-    tensors = _flatten(state)
-
-    def read_index() -> dict[str, torch.Size]:
-        try:
-            index = reader.read_metadata().state_dict_metadata
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(
-                f"checkpoint {path}: .metadata cannot be read ({_first_line(error)}); {REMEDY}"
-            ) from error
-        return {name: entry.size for name, entry in index.items()}  # type: ignore[union-attr]
-
-    def read_tensors() -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(tensors, storage_reader=reader, no_dist=True)  # each rank reads its part by itself
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"checkpoint {path}: cannot be read ({_first_line(cause)}); {REMEDY}") from error
-
-    saved = ranks.all(read_index)
-    asked = ranks.union([name in tensors for name in sorted(saved)])
-    extra = [name for name, wanted in zip(sorted(saved), asked) if not wanted and not partial]
-    ranks.all(lambda: _check_match(path, saved, tensors, extra))
-    ranks.all(read_tensors)
-    return read_run(path)
+        raise CheckpointError(f"checkpoint {path}: {RUN} cannot be read ({_first_line(error)}); {REMEDY}") from error
 
 
 def _check_match(path: Path, saved: dict[str, torch.Size], tensors: dict[str, Tensor], extra: list[str]) -> None:
@@ -342,22 +369,6 @@ def _check_match(path: Path, saved: dict[str, torch.Size], tensors: dict[str, Te
             f"checkpoint {path}: {name} has shape {_shape(saved[name])}, the run's has {_shape(tensors[name].shape)}"
             f"{_more(differing)}; shapes must be equal; {fix}"
         )
-
-
-class SyncedWriter(dcp.FileSystemWriter):
-    """DCP's writer, which syncs each file; raises the OSError where the zip writer hides it behind 'unexpected pos'.
-
-    A CheckpointError of the tensors' source is raised as it is, whatever OSError it explains.
-    """
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except Exception as error:
-            hidden: BaseException | None = error
-            while hidden is not None and not isinstance(hidden, OSError | CheckpointError):
-                hidden = hidden.__context__
-            raise (hidden or error) from None
 
 
 def _explain(error: OSError, path: Path, size: int) -> str:
@@ -426,14 +437,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -24,9 +24,11 @@ USERS_MISTAKES = {
     "data.errors.DataError",
     "model.config.ConfigError",
     "parallel.layout.LayoutError",
-    "train.checkpoint.CheckpointError",
+    "train.checkpoint.DiskError",
     "train.config.RecipeError",
     "train.loggers.MetricsError",
+    "train.marker.CheckpointError",
+    "train.marker.VersionError",
     "train.planning.devices.DeviceError",
     "train.scaling.errors.ScalingError",
 }

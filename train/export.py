@@ -33,28 +33,25 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
 
 from data.files import replace_file, sync
 from data.tokenizer import copy_folder
 from model.config import FP8_STORAGE, ConfigError, ModelConfig
 from model.hf import IN_FP8, NamedTensor, quantized, state_shapes, to_hf
 from model.ops.fp8 import TILE
-from train.checkpoint import MARKER, CheckpointError, SyncedWriter
-from train.weights import INDEX, SINGLE, FolderWeights, is_buffer, open_weights
+from train.checkpoint import RUN, CheckpointError
+from train.marker import File, seal
+from train.storage import INDEX, Part, Stored, write_file, write_index
+from train.weights import SHARDS, SINGLE, FolderWeights, is_buffer, open_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # the last: of what is not in FP8
 SHARD_BYTES = 5_000_000_000  # transformers' default for a long time; the hub serves files up to 50 GB
@@ -133,12 +130,13 @@ def import_folder(source: Path | str, out: Path | str) -> None:
         )
     weights = FolderWeights(source)
     with _new_folder(Path(out)) as folder:
-        _save_stream(weights.tensors(), state_shapes(weights.config), folder)
-        _write_json(folder / "run.json", {"imported_from": source.name, "model": weights.config.to_hf()})
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = _save_stream(weights.tensors(), state_shapes(weights.config), folder)
+        _write_json(folder / RUN, {"imported_from": source.name, "model": weights.config.to_hf()})
         if weights.tokenizer:
             copy_folder(weights.tokenizer, folder / "tokenizer")
-        _write_json(folder / MARKER, {"step": 0, "files": files})
+        others = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        small = {name: File.of(path.read_bytes()) for name, path in others.items() if name not in files}
+        seal(folder, 0, files | small)
 
 
 def _converted(tensors: Iterator[NamedTensor], dtype: str) -> Iterator[NamedTensor]:
@@ -177,7 +175,7 @@ def _write_shards(tensors: Iterator[NamedTensor], folder: Path, max_bytes: int) 
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / name)
         weight_map |= dict.fromkeys(keys, name)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / SHARDS, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _unshared(shard: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,25 +187,26 @@ def _unshared(shard: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _save_stream(tensors: Iterator[NamedTensor], shapes: dict[str, Tensor], folder: Path) -> None:
-    """Write a checkpoint's tensors as they come. DCP plans on the meta device and asks for each tensor as it writes it."""
-    state = {f"{'buffers' if is_buffer(name) else 'parameters'}.{name}": shape for name, shape in shapes.items()}
-    sections = dict(zip(shapes, state))
+def _save_stream(tensors: Iterator[NamedTensor], shapes: dict[str, Tensor], folder: Path) -> dict[str, File]:
+    """Write a checkpoint's tensors as they come, into one file, and their index."""
+    name = "rank-00000.safetensors"
+    parts = [
+        Part(
+            f"{'buffers' if is_buffer(key) else 'parameters'}.{key}",
+            shape.dtype,
+            (0,) * shape.dim(),
+            tuple(shape.shape),
+        )
+        for key, shape in shapes.items()
+    ]
 
-    class InOrder(DefaultSavePlanner):
-        def resolve_data(self, write_item: WriteItem) -> Tensor:
-            name, tensor = next(tensors)
-            assert sections[name] == write_item.index.fqn, f"{write_item.index.fqn} asked for, {name} came"
-            return tensor.to(shapes[name].dtype)
+    def in_order() -> Iterator[Tensor]:
+        for (key, shape), (came, tensor) in zip(shapes.items(), tensors, strict=True):
+            assert key == came, f"{key} is due, {came} came"
+            yield tensor.to(shape.dtype)
 
-    # A file a tensor: what goes into one file, DCP's writer holds until the file is closed.
-    writer = SyncedWriter(folder, single_file_per_rank=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save(state, storage_writer=writer, planner=InOrder(), no_dist=True)
-        except CheckpointException as error:  # DCP's wrapping of what was raised in here
-            raise next(iter(error.failures.values()))[0] from None
+    index = {part.name: Stored(part.dtype, part.shape, {part.offsets: (name, part.shape)}) for part in parts}
+    return {name: write_file(folder / name, parts, in_order()), INDEX: write_index(folder, index)}
 
 
 def _special_tokens(weights: Any) -> dict[str, int | None]:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
 from model.hf import NamedTensor, from_hf, state_shapes
-from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.checkpoint import Checkpoint, CheckpointError, newest
 from train.fields import value_at
 from train.sections import DataSection
 
 GROUP_BYTES = 128 << 20  # read at once from a checkpoint, or one tensor where that is larger
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARDS, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Weights(Protocol):
@@ -57,12 +56,12 @@ def open_weights(source: Path | str, ema: bool = False) -> Weights:
             raise CheckpointError(f"weights {path}: a Hugging Face folder has no moving average; leave --ema out")
         return FolderWeights(path)
     if (path / "run.json").is_file():
-        return CheckpointWeights(path, ema)
+        return CheckpointWeights(Checkpoint(path), ema)
     if (path / "checkpoints").is_dir():
-        newest = checkpoint.latest(path / "checkpoints")
-        if newest is None:
+        found = newest(path / "checkpoints")
+        if found is None:
             raise CheckpointError(f"run {path}: has no complete checkpoint; let it train until its first save")
-        return CheckpointWeights(newest, ema)
+        return CheckpointWeights(found, ema)
     raise CheckpointError(
         f"weights {path}: {'nothing known in it' if path.is_dir() else 'no such folder'}; "
         "give a run folder, a checkpoint step-… or a Hugging Face folder with config.json"
@@ -72,15 +71,14 @@ def open_weights(source: Path | str, ema: bool = False) -> Weights:
 class CheckpointWeights:
     """A checkpoint of a run, or one written by `train.export.import_folder`."""
 
-    def __init__(self, path: Path, ema: bool):
-        checkpoint.verify(path)
+    def __init__(self, checkpoint: Checkpoint, ema: bool):
+        self.checkpoint = checkpoint
         self.parameters = "ema" if ema else "parameters"  # the section of the checkpoint that they are read from
-        run = checkpoint.read_run(path)
+        path, run = checkpoint.path, checkpoint.run
         if ema and not run.get("recipe", {}).get("optimizer", {}).get("ema"):
             raise CheckpointError(
                 f"weights {path}: the run kept no average of its weights; set optimizer.ema before training, or leave --ema out"
             )
-        self.path = path
         self.config = ModelConfig.from_hf(run["model"])
         self.data = run.get("recipe", {}).get("data", {})
         self.sequence_length = _last_length(self.data, run)
@@ -97,7 +95,7 @@ class CheckpointWeights:
         sections: dict[str, dict[str, Tensor]] = {self.parameters: {}, "buffers": {}}
         for name, tensor in group.items():
             sections["buffers" if is_buffer(name) else self.parameters][name] = tensor
-        checkpoint.load(self.path, sections, partial=True)
+        self.checkpoint.load(sections, partial=True)
         return group
 
 
@@ -128,15 +126,15 @@ class FolderWeights:
                 return open_file[1].get_tensor(key)
             except SafetensorError:
                 raise CheckpointError(
-                    f"weights {self.path}: {INDEX} places {key} in {files[key]}, which has it not; fetch them again"
+                    f"weights {self.path}: {SHARDS} places {key} in {files[key]}, which has it not; fetch them again"
                 ) from None
 
         return from_hf(self.config, files.keys(), read, self.fp8)
 
     def _files(self) -> dict[str, str]:
         """The file of each key."""
-        if (self.path / INDEX).is_file():
-            weight_map: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
+        if (self.path / SHARDS).is_file():
+            weight_map: dict[str, str] = _read_json(self.path / SHARDS)["weight_map"]
             return weight_map
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 

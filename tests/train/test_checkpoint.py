@@ -1,5 +1,6 @@
 """Checkpoints, with real processes: several ranks, kills in the middle of a save, disks that are full."""
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tests.processes import PROCESSES
-from train.checkpoint import CheckpointError, Checkpoints, latest, load, read_run, verify
+from train.checkpoint import CheckpointError, Checkpoints, DiskError, latest, load, read_run, verify
 
 
 @pytest.fixture
@@ -90,7 +91,12 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path: Path, asynchrono
     assert_equal(found, state_of(7))
     marker = json.loads((path / "COMPLETE").read_text())
     assert marker["step"] == 7
-    assert marker["files"] == {p.name: p.stat().st_size for p in path.iterdir() if p.name != "COMPLETE"}
+    written = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "COMPLETE"}
+    assert sorted(written) == ["index.json", "rank-00000.safetensors", "run.json"]
+    assert marker["files"] == {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in written.items()
+    }
     assert sorted(p.name for p in path.parent.iterdir()) == ["step-00000007"]
 
 
@@ -144,42 +150,26 @@ def test_a_damaged_checkpoint_is_skipped_by_latest_and_refused_by_load(
     for step in (1, 2):
         checkpoints.save(step, state_of(step), {})
     newest = tmp_path / "step-00000002"
-    data = newest / "__0_0.distcp"
+    data = newest / "rank-00000.safetensors"
     size = data.stat().st_size
     os.truncate(data, size - 100)
     caplog.clear()
     assert latest(tmp_path) == tmp_path / "step-00000001"
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "step-00000002: __0_0.distcp has" in warning.message and "\n" not in warning.message
+    assert "step-00000002: rank-00000.safetensors has" in warning.message and "\n" not in warning.message
     with pytest.raises(CheckpointError) as refused:
         checkpoints.load(newest, blank(state_of(2)))
-    message = (
-        f"checkpoint {newest}: __0_0.distcp has {size - 100:,} bytes and must have {size:,} bytes; delete the folder"
-    )
-    assert str(refused.value).startswith(message)
+    found = f"rank-00000.safetensors has {size - 100:,} bytes and must have {size:,} bytes; delete the folder"
+    assert str(refused.value).startswith(f"checkpoint {newest}: {found}")
 
     data.unlink()
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is missing and must have"):
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is missing and must have"):
         verify(newest)
     (newest / "COMPLETE").write_text('{"fil')
-    with pytest.raises(CheckpointError, match="COMPLETE cannot be read"):
+    with pytest.raises(CheckpointError, match="COMPLETE is not as it was written"):
         verify(newest)
     with pytest.raises(CheckpointError, match="no such folder"):
         verify(tmp_path / "step-00000009")
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
-def test_damage_that_keeps_the_size_is_an_error_in_one_line(tmp_path: Path, file: str) -> None:
-    checkpoints = Checkpoints(tmp_path, asynchronous=False)
-    checkpoints.save(1, state_of(1), {})
-    path = tmp_path / "step-00000001" / file
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(
-        CheckpointError, match=r"^checkpoint .* cannot be read \(\w+: .*\); delete the folder"
-    ) as refused:
-        checkpoints.load(path.parent, blank(state_of(1)))
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -210,10 +200,33 @@ def test_saving_a_step_again_keeps_a_complete_checkpoint_and_replaces_a_broken_o
     checkpoints.save(1, {"x": torch.zeros(1)}, {"try": 2})
     path = tmp_path / "step-00000001"
     assert read_run(path) == {"try": 1}
-    os.truncate(path / ".metadata", 5)
+    flip(path / "rank-00000.safetensors", 8 * 100)
     checkpoints.save(1, {"x": torch.zeros(1)}, {"try": 3})
     verify(path)
     assert read_run(path) == {"try": 3}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_damaged_checkpoint_takes_no_place_of_the_kept_ones(tmp_path: Path) -> None:
+    """Newest by its number, whole by its sizes: counted, it would push out what the run goes on from."""
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
+    checkpoints.save(4, {"x": torch.zeros(1)}, {})
+    Checkpoints(tmp_path, keep=2, asynchronous=False).save(8, {"x": torch.ones(1)}, {})
+    flip(tmp_path / "step-00000008" / "rank-00000.safetensors", 8 * 100)
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
+    assert checkpoints.latest() == tmp_path / "step-00000004"
+    checkpoints.save(6, {"x": torch.zeros(1)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
+    checkpoints.save(8, {"x": torch.zeros(1)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
+    verify(tmp_path / "step-00000008")
+
+
+def flip(path: Path, bit: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
 
 
 def save_without_end(folder: Path, first: int) -> None:
@@ -260,7 +273,7 @@ def save_on_a_full_disk(rank: int, size: int, folder: Path, asynchronous: bool, 
     if rank == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
     large = {f"w{i}": torch.ones(200_000) for i in range(4)}  # 3.2 MB
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(DiskError) as refused:
         checkpoints.save(2, {"parameters": large}, {})
         checkpoints.wait()
     line = str(refused.value)
@@ -356,7 +369,7 @@ def read_with(rank: int, size: int, folder: Path) -> None:
 def test_two_ranks_write_what_one_and_three_read(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     run_ranks(write_with_two, 2, folder)
-    first, second = (folder / "step-00000005" / f"__{rank}_0.distcp" for rank in range(2))
+    first, second = (folder / "step-00000005" / f"rank-{rank:05d}.safetensors" for rank in range(2))
     # c (80 kB) has one writer, d and e (84 kB) the other: tensors that are alike everywhere are written once, and evenly.
     assert abs(first.stat().st_size - second.stat().st_size) < 10_000
     for size in (1, 3):

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from data.store import Store
 from tests.small_run import LENGTH, SEQUENCES, STEPS, Run, assert_same_bits
-from train.checkpoint import Checkpoints, SyncedWriter
+from train.checkpoint import Checkpoints
 from train.cli import main
 from train.export import export
 from train.generate import continue_texts, load_model
+from train.storage import Writer
 
 
 class Leg(NamedTuple):
@@ -213,15 +214,15 @@ def test_training_goes_on_beside_a_save_and_a_kill_in_its_middle_loses_only_that
 
 def train_with_a_save_that_hangs(arguments: list[str], step: int) -> int:
     """`rorqual train` whose save of a step writes its files and then stops for ever."""
-    write = SyncedWriter.write_data
+    write = Writer.write_data
 
-    def write_and_hang(self: SyncedWriter, plan: Any, planner: Any) -> Any:
+    def write_and_hang(self: Writer, plan: Any, planner: Any) -> Any:
         written = write(self, plan, planner)
-        while f"step-{step:08d}" in str(self.path):
+        while f"step-{step:08d}" in str(self.folder):
             time.sleep(60)
         return written
 
-    SyncedWriter.write_data = write_and_hang  # type: ignore[method-assign]
+    Writer.write_data = write_and_hang  # type: ignore[method-assign]
     return main(["train", *arguments])
 
 

@@ -186,7 +186,7 @@ def test_a_logger_that_is_not_installed_is_said_once_and_ends_all_ranks(half: Ru
 def test_a_damaged_checkpoint_is_refused_by_every_command(half: Run, refuse: Refuse, tmp_path: Path) -> None:
     damaged = tmp_path / "step-00000008"
     shutil.copytree(half.checkpoint(8), damaged)
-    tensors = damaged / "__0_0.distcp"
+    tensors = damaged / "rank-00000.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     for command in (
         ("export", damaged, tmp_path / "out"),
@@ -195,15 +195,15 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(half: Run, refuse: Ref
         ("train", *Run(half.store, tmp_path / "new").arguments(f"run.initialize_from={damaged}")),
     ):
         line = refuse(*command)
-        assert line.startswith(f"checkpoint {damaged}: __0_0.distcp has ") and "must have" in line, line
+        assert line.startswith(f"checkpoint {damaged}: rank-00000.safetensors has ") and "must have" in line, line
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
 def test_a_run_steps_over_a_damaged_checkpoint(run: Run, stopped: Run, whole: Run) -> None:
     shutil.copytree(stopped.folder, run.folder)
-    (run.checkpoint(8) / ".metadata").unlink()
+    (run.checkpoint(8) / "index.json").unlink()
     assert run.train() == [0], run.said
-    assert "step-00000008: .metadata is missing" in run.said and "skipped" in run.said
+    assert "step-00000008: index.json is missing" in run.said and "skipped" in run.said
     assert "continuing after step 4 of 20" in run.said
     assert_same_bits(run.tensors(), whole.tensors())
     assert run.metrics() == whole.metrics()
@@ -217,7 +217,7 @@ def train_on_a_full_disk(arguments: list[str], limit: int) -> int:
 
 def test_a_run_does_not_begin_again_over_damaged_checkpoints(run: Run, refuse: Refuse) -> None:
     assert run.train("checkpoint.every_steps=2", "run.stop_at_step=4") == [0], run.said
-    for tensors in run.folder.glob("checkpoints/step-*/*.distcp"):
+    for tensors in run.folder.glob("checkpoints/step-*/*.safetensors"):
         tensors.write_bytes(tensors.read_bytes()[:-1])
     before = content(run)
     line = refuse("train", *run.arguments())
