@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes and enters .venv with everything the project needs. A second call takes a second.
 # The build of torch follows the machine: with an NVIDIA GPU the default (CUDA) wheel, without one the CPU wheel.
 set -euo pipefail
@@ -39,4 +40,5 @@ if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
   echo "ready after $((SECONDS - started)) s"
 fi
 exec 9<&-
+# shellcheck source=/dev/null
 source .venv/bin/activate

@@ -11,6 +11,7 @@ if [ ! -e "$environment" ]; then
   echo "rorqual: $environment is missing; submit scripts/prepare_data.sh from the repository" >&2
   exit 2
 fi
+# shellcheck source=env.sh
 source "$environment"
 cd "$here"
 
