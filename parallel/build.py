@@ -29,6 +29,20 @@ def build_engine(
         clip: largest global gradient norm; None does not clip.
     """
     meshes = Meshes(layout, device.type)
+    engine = _engine(layout, model, device, fill, make_optimizer, clip, meshes)
+    engine.groups = meshes.groups()
+    return engine
+
+
+def _engine(
+    layout: Layout,
+    model: Transformer,
+    device: torch.device,
+    fill: Fill,
+    make_optimizer: MakeOptimizer,
+    clip: float | None,
+    meshes: Meshes,
+) -> Engine:
     if layout.config.context > 1:
         share_sequences(model, meshes.context)
     pipeline = Pipeline(layout, meshes, model, device) if layout.config.pipeline > 1 else None

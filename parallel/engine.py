@@ -132,6 +132,7 @@ class Engine(Protocol):
 
     model: Transformer  # its methods may be called between steps, by all ranks together
     fp8_max_scale: float  # of inputs and weights in FP8; beyond it a step is skipped
+    groups: Mapping[str, dist.ProcessGroup]  # that this rank is in, by the names of the layout's axes
 
     def launch(self, micro_batches: Sequence[MicroBatch], settings: StepSettings) -> Pending:
         """One optimizer step over this rank's micro-batches of the global batch, left to the device. Collective."""

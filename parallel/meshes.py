@@ -1,5 +1,6 @@
 """The process groups of a layout, as device meshes with named dimensions; `parallel.layout` says how ranks are arranged in them."""
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.layout import Layout
@@ -32,6 +33,17 @@ class Meshes:
             device_type, (pipeline, layout.stage_ranks), mesh_dim_names=("pipeline", "in_stage")
         )
         self.in_stage = by_stage["in_stage"]  # ranks with the same stages
+
+    def groups(self) -> dict[str, dist.ProcessGroup]:
+        """The groups of more than one rank that this rank is in, beside that of all, by the names of the layout's axes."""
+        dense = {"pipeline": self.pipeline, "replicate": self._dense["replicate"], "shard": self._dense["shard"]}
+        named = dense | {"stage": self.in_stage}
+        if hasattr(self, "_experts"):
+            named |= {name: self._experts[name] for name in ("expert_shard", "expert")}
+        if hasattr(self, "context"):
+            named["context"] = self.context
+        groups = {name: mesh.get_group() for name, mesh in named.items() if mesh.size() > 1}
+        return {name: group for name, group in groups.items() if group is not dist.group.WORLD}
 
     @property
     def dense(self) -> DeviceMesh:

@@ -49,6 +49,7 @@ class GlobalStep(ABC):
     gradient_copies: int  # how many ranks hold each element of the gradient
     copied: frozenset[str] = frozenset()
     fp8_max_scale: float = 512.0
+    groups: Mapping[str, dist.ProcessGroup] = {}
 
     def __init__(self, model: Transformer, device: torch.device, clip: float | None, pipeline: Pipeline | None = None):
         self.model = model

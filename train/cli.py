@@ -16,8 +16,11 @@ import typer
 
 from train.arguments import AsJson, Overrides, RecipeName, started_processes
 from train.config import RecipeError, load_recipe
+from train.guard.orphan import die_with_launcher
+from train.guard.status import Status, reported_to
 from train.planning.command import plan, print_advice, schedule_of
 from train.scaling.commands import scaling
+from train.signals import listen_for_signals
 
 # The errors that stand for a user's mistake, by name: none of their modules needs to be loaded to know them.
 USERS_MISTAKES = {
@@ -26,6 +29,7 @@ USERS_MISTAKES = {
     "parallel.layout.LayoutError",
     "train.checkpoint.DiskError",
     "train.config.RecipeError",
+    "train.guard.alike.UnlikeError",
     "train.loggers.MetricsError",
     "train.marker.CheckpointError",
     "train.marker.VersionError",
@@ -34,7 +38,9 @@ USERS_MISTAKES = {
 }
 
 # The errors that stand for a disturbance from outside: the same command, started again, goes on from the newest checkpoint.
-DISTURBANCES = {"train.guard.replicas.ReplicasDiffer"}
+DISTURBANCES = {"train.guard.lost.Lost", "train.guard.replicas.ReplicasDiffer"}
+
+BUG, MISTAKE, LOST = 1, 2, 4  # exit codes
 
 # What the machine refuses, wherever it happens: strerror and the file name say it in one line.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -67,14 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # typer's own: help, a usage error, a command's exit code
         return int(end.code or 0)
     except Exception as error:
-        name = f"{type(error).__module__}.{type(error).__qualname__}"
-        is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-        if not is_disk and name not in USERS_MISTAKES | DISTURBANCES:
+        code = code_of(error)
+        if code == BUG:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
             print(f"rorqual: {error}", file=sys.stderr)
-        return 4 if name in DISTURBANCES else 2
+        return code
     return 0
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    if kind in DISTURBANCES:
+        return LOST
+    is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return MISTAKE if is_disk or kind in USERS_MISTAKES else BUG
 
 
 @app.command()
@@ -86,9 +100,19 @@ def train(
     ] = False,
     processes: Processes = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    status: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train, or continue a run. Several processes: `torchrun -m train RECIPE …` with the same arguments."""
-    loaded = load_recipe(recipe, overrides or [])
+    die_with_launcher()
+    with reported_to(status if os.environ.get("LOCAL_RANK", "0") == "0" else None, code_of) as report:
+        code = _train(recipe, overrides or [], dry_run, processes, report)
+        report.end(code)
+    raise typer.Exit(code)
+
+
+def _train(recipe: str, overrides: list[str], dry_run: bool, processes: int | None, report: Status) -> int:
+    """The exit code of a run that came to an end."""
+    loaded = load_recipe(recipe, overrides)
     if dry_run:
         from train.planning.plan import Plan
         from train.planning.shown.text import table
@@ -97,18 +121,22 @@ def train(
         print(loaded.to_yaml())
         print("\n".join(table(planned.numbers())))
         print_advice(loaded)
-        return
+        return 0
     if processes:
         raise RecipeError(
             f"--processes {processes}: counts for --dry-run only; a launcher starts them: "
             f"torchrun --nproc-per-node {processes} -m train {recipe} …"
         )
+    from train.guard.watch import Watch
     from train.launch import process_group
     from train.trainer import Trainer
 
-    with process_group(loaded.run.device) as process:
-        code = Trainer(loaded, process).run()
-    raise typer.Exit(code)
+    with listen_for_signals() as asked_to_stop:
+        report.ready(os.getpid())
+        written = loaded.model_dump(mode="json", by_alias=True)
+        watch = Watch(report.end)
+        with process_group(loaded.run.device, written, loaded.run.hang_seconds, watch, code_of) as process:
+            return Trainer(loaded, process, asked_to_stop).run()
 
 
 app.command()(plan)

@@ -1,20 +1,29 @@
 """The processes of a run: what a launcher says about them, their device, and their process group.
 
 `torchrun`, `deepspeed` and `accelerate launch` all describe a process by RANK, WORLD_SIZE and LOCAL_RANK. Started without a
-launcher a run is a group of one, so that nothing later has to ask whether there is a group.
+launcher a run is a group of one, so that nothing later has to ask whether there is a group. Several processes are called by name
+before they wait for each other, and watched from then on (`train.guard`).
 """
 
 import ctypes
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from parallel.layout import LayoutError
+from train.guard.alike import facts_of
+from train.guard.lost import first_line, is_of_a_lost_peer
+from train.guard.patience import LONG, Patience
+from train.guard.roll_call import Seat, open_store, roll_call
+from train.guard.watch import First, Other, Watch, connect, open_server
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Process:
     world_size: int
     local_rank: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_first(self) -> bool:
@@ -32,41 +42,89 @@ class Process:
 
 
 @contextmanager
-def process_group(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Process]:
+def process_group(
+    device: Literal["auto", "cpu", "cuda"],
+    recipe: Mapping[str, Any] | None = None,
+    hang_seconds: float | None = None,
+    watch: Watch | None = None,
+    code_of: Callable[[BaseException], int] = lambda error: 1,
+) -> Iterator[Process]:
     """Join the group of the run, gloo for host tensors and nccl for a GPU's, and leave it at the end.
+
+    Args:
+        recipe: must be the same on all ranks.
+        hang_seconds: the run ends when a rank does not answer, or none moves, for so long; None waits for ever.
+        watch: the run's, not yet begun.
+        code_of: the exit code of an error.
 
     Raises:
         LayoutError: the device that the recipe asks for is not there.
+        Lost: not all ranks have come.
+        UnlikeError: they come with other recipes or versions.
     """
+    seat, watch, patience = Seat.from_environment(), watch or Watch(), Patience.of(hang_seconds)
+    where = _device(device, seat.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    if seat.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        store = _gather(seat, watch, patience, facts_of(recipe or {}, where.type == "cuda"))
+        _wait_longer_than(patience)
+        # Without a device_id: NCCL would then send a pipeline's messages through the communicator of its collectives, in turn.
+        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.world_size)
+    try:
+        if where.type == "cuda":  # a group's first operation needs all of its ranks, which point to point does not ask
+            dist.all_reduce(torch.zeros(1, device=where))
+        yield Process(seat.rank, seat.world_size, seat.local_rank, where, watch)
+    except BaseException as error:
+        if seat.world_size > 1 and is_of_a_lost_peer(error):
+            watch.lost(error)
+        watch.leave(code_of(error), first_line(error))
+        raise
+    else:
+        watch.close()
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+    """Where this process computes."""
     if device == "cuda" and not torch.cuda.is_available():
         raise LayoutError(
             "run.device: cuda: this process sees no CUDA device; use auto or cpu, or a CUDA build of torch"
         )
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if use_cuda and processes > torch.cuda.device_count():
+    if device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
+        return torch.device("cpu")
+    if processes > torch.cuda.device_count():
         raise LayoutError(
             f"run.device: {processes} processes on this node share {torch.cuda.device_count()} GPUs; each needs one of its own; "
             "start as many processes as GPUs, or use run.device=cpu"
         )
-    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(where)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _gather(seat: Seat, watch: Watch, patience: Patience, facts: dict[str, str]) -> dist.Store:
+    """Call the roll of a run's ranks and begin to watch over them; the store in which they find each other."""
+    store = open_store(seat, patience)
+    if seat.rank == 0:
+        with socket.create_connection(seat.address) as own:
+            server, news = open_server(own.getsockname()[0])
+        members, _ = roll_call(store, seat, facts, patience, news)
+        watch.begin(First(watch, members, patience, server, news["token"]))
     else:
-        keep_freed_memory()
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if "RANK" in os.environ:
-        # Without a device_id: NCCL would then send a pipeline's messages through the communicator of its collectives, in turn.
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if use_cuda:  # a group's first operation needs all of its ranks, which point to point does not ask; and a broken one shows now
-        dist.all_reduce(torch.zeros(1, device=where))
-    try:
-        yield Process(dist.get_rank(), dist.get_world_size(), local_rank, where)
-    finally:
-        dist.destroy_process_group()
+        (first, me), news = roll_call(store, seat, facts, patience, {})
+        watch.begin(Other(watch, first, me, patience, seat, connect(news, me, patience)))
+    return dist.PrefixStore("group", store)
+
+
+def _wait_longer_than(patience: Patience) -> None:
+    """Let collectives wait until the watch has had its say. PyTorch has no other way to tell the groups of a DeviceMesh."""
+    limit = timedelta(seconds=max(LONG, 2 * patience.hang)) if patience.hang < float("inf") else timedelta(days=1)
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit
 
 
 def keep_freed_memory() -> None:

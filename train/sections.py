@@ -389,6 +389,7 @@ class RunSection(Section):
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
     max_skipped: PositiveCount = 5  # skipped steps in a row before the run gives up
     compare_replicas_every_steps: PositiveCount | None = None  # what ranks hold alike; before a save it always is
+    hang_seconds: Positive | None = 600  # without an answer, or with no rank moving, before the run ends; None: never
     attention: Literal[  # by whom; auto: on a GPU the fastest, measured at start-up
         "auto", "fused", "sdpa", "reference", "cudnn", "cudnn-padded", "sdpa-flash", "sdpa-efficient", "varlen", "flex",
         "flash-attn", "flash-attn-3", "flash-attn-3-padded",

@@ -7,7 +7,7 @@ the next step and the loader its samples; starting the same recipe again continu
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
@@ -35,7 +35,9 @@ from train.evaluate import Evaluation, evaluate
 from train.first_weights import began_extended, start_from
 from train.generate import continue_texts
 from train.guard.evidence import save_evidence
+from train.guard.patience import LONG, START
 from train.guard.replicas import ReplicasDiffer, compare_replicas
+from train.guard.start import check_content, check_groups_and_devices
 from train.late import Late, Launched
 from train.launch import Process
 from train.layout_words import layout_in_words
@@ -43,7 +45,6 @@ from train.optimizer import HostEMA
 from train.ranks import Ranks
 from train.runlog import RunLog, written_into
 from train.schedule import Schedule, Step
-from train.signals import listen_for_signals
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,16 @@ FINISHED, DIVERGED = 0, 3  # exit codes
 class Trainer:
     """One run on this process. `run` returns the exit code.
 
+    Args:
+        asked_to_stop: whether a signal has come to this process.
+
     Raises:
-        RecipeError, LayoutError, DataError, CheckpointError: a mistake found before the first step.
+        RecipeError, LayoutError, DataError, CheckpointError, UnlikeError: a mistake found before the first step.
     """
 
-    def __init__(self, recipe: Recipe, process: Process):
-        self.process = process
+    def __init__(self, recipe: Recipe, process: Process, asked_to_stop: Callable[[], bool] = lambda: False):
+        self.process, self.watch, self.asked_to_stop = process, process.watch, asked_to_stop
+        self.watch.at("reading the newest checkpoint", patience=LONG)
         self.folder = Path(recipe.run.dir)
         self.layout = recipe.layout(process.world_size)
         self.ranks = Ranks(dist.new_group(backend="gloo"))
@@ -74,7 +79,9 @@ class Trainer:
         recipe = self.recipe
         self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
         self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
+        self.watch.at("opening stores", patience=START)
         self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
+        check_content(self.ranks, [*self.corpus.samples.stores, *self.corpus.validation])
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
         self.skipped = record.get("skipped", 0)  # steps that updated nothing
@@ -82,30 +89,34 @@ class Trainer:
         self.config = recipe.model_config_resolved()  # of its longest sequences
         self.is_extended = began_extended(recipe, record)
         self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
+        self.watch.at("building the engine", patience=START)
         self.engine, self.attention, self.who_computes = assemble(
             recipe, self.layout, process, self.ranks, self._model_at(self.tokens), self._fill
         )
         ema = recipe.optimizer.ema
         self.ema = HostEMA(self.engine.parts(), ema) if ema else None
         self.last_save = time.monotonic()
+        self.has_stepped = False  # the first step takes longer: blocks are compiled
 
     def run(self) -> int:
         """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
         self._resume()
         with ExitStack() as stack:
             stack.callback(self.batches.close)
-            asked_to_stop = stack.enter_context(listen_for_signals())
             run_log = stack.enter_context(self.ranks.all(self._open_log))
             run_log.say(self.corpus.describe())
+            started = check_groups_and_devices(self.ranks, self.engine.groups, self.process.device, self.watch)
             left = [] if self._is_over else self.schedule.spans_from(self.tokens)
-            for line in layout_in_words(self.recipe, self.layout, self.process.world_size, left) + self.who_computes:
+            for line in (
+                layout_in_words(self.recipe, self.layout, self.process.world_size, left) + self.who_computes + started
+            ):
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             late = Late()
             for step, batches, waited in [] if self._is_over else self._steps():
                 late.add(self._launch(step, batches, waited))
-                for launched in late.due(lambda: asked_to_stop() or self._needs_result()):
+                for launched in late.due(lambda: self.asked_to_stop() or self._needs_result()):
                     result = self._end_step(launched, run_log)
                     if self._is_diverged:
                         self._save()
@@ -113,10 +124,11 @@ class Trainer:
                         self.checkpoints.wait()
                         run_log.say(self._divergence(result))
                         return DIVERGED
+                self.watch.at("between steps", self.step)
                 if _is_multiple(self.step, self.recipe.run.compare_replicas_every_steps):
                     self._compare_replicas()
                 cannot_write = self.checkpoints.failed or run_log.failed
-                stop, save, failed = self._agree(asked_to_stop(), self._is_time_to_save(), cannot_write)
+                stop, save, failed = self._agree(self.asked_to_stop(), self._is_time_to_save(), cannot_write)
                 if failed:  # what went wrong is raised on every rank
                     self.checkpoints.wait()
                     self.ranks.all(run_log.raise_failure)
@@ -128,6 +140,7 @@ class Trainer:
                 if stop or self._is_over:
                     break
             self.ranks.all(run_log.raise_failure)
+            self.watch.at("waiting for the last save", self.step, LONG)
             self.checkpoints.wait()
             run_log.say(self._ending())
         return FINISHED
@@ -172,6 +185,7 @@ class Trainer:
         """The steps that are left, each with this rank's micro-batches and the seconds that it waited for them."""
         for step in self.schedule.steps(self.tokens, self.samples):
             asked = time.perf_counter()
+            self.watch.at("waiting for data", self.step + 1)
             try:
                 batches = self.ranks.all(lambda: next(self.batches))  # what one rank finds damaged ends all of them
             except DataError:
@@ -181,6 +195,7 @@ class Trainer:
 
     def _launch(self, step: Step, batches: list[Batch], waited: float) -> Launched:
         device = self.process.device
+        self.watch.at("forward and backward", self.step + 1, 0 if self.has_stepped else START)
         for batch in batches:
             expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
@@ -188,6 +203,7 @@ class Trainer:
         pending = self.engine.launch(on_device, step.settings)
         if self.ema:
             self.ema.update(lambda: pending.result().skipped)
+        self.has_stepped = True
         self.step += 1
         self.tokens += step.tokens
         self.samples += step.settings.batch
@@ -201,6 +217,7 @@ class Trainer:
 
     def _end_step(self, launched: Launched, run_log: RunLog) -> StepResult:
         """Count a step and write down what is known of it, with a validation where it is due."""
+        self.watch.at("its result", launched.number)
         result = launched.pending.result()
         self.skipped += result.skipped
         # While fp16's loss scale still falls, a skip is no sign of divergence.
@@ -227,6 +244,7 @@ class Trainer:
 
     def _evaluate(self, step: Step) -> Evaluation:
         """Validate after a step, on windows as long as its sequences, and let the model write samples: on all ranks together."""
+        self.watch.at("validation", self.step)
         model = self.engine.model
         reader = self.layout.data_rank(self.process.rank), self.layout.data_ranks
         batches = self.corpus.validation_batches(
@@ -270,6 +288,7 @@ class Trainer:
             raise
 
     def _save(self) -> None:
+        self.watch.at("saving", self.step, LONG)
         self.checkpoints.wait()  # or the host would hold this state beside the one that is being written
         self._compare_replicas()
         # An engine that gathers its moments gathers the average of the weights too.
@@ -312,6 +331,7 @@ class Trainer:
         """Take the tensors of the checkpoint that the run continues from, if there is one."""
         if self.newest is None:
             return
+        self.watch.at("loading", self.step, LONG)
         state = self._state()
         self.checkpoints.load(self.newest, state)
         self.engine.load(state)

@@ -1,0 +1,56 @@
+"""A run that was disturbed from outside: how it is told from a mistake of its user or of ours, and its exit code.
+
+A rank that dies shows on the others as an error of whatever they were waiting in. PyTorch has no one class for it, so the words of
+its libraries decide; what they do not know is taken for a bug and keeps its traceback.
+"""
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+LOST = 4  # exit code: start the same command again, and the run continues from its newest complete checkpoint
+
+# Of gloo, of its sockets, of NCCL, and of TCPStore.
+WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Read error",
+    "Write error",
+    "Socket closed",
+    "Timed out waiting",
+    "recvValue failed",
+    "sendBytes failed",
+    "ncclRemoteError",
+    "ncclSystemError",
+    "NCCL communicator was aborted",
+)
+
+
+class Lost(Exception):
+    """This run was disturbed from outside: a rank does not come, or is gone. The message is one line."""
+
+
+def is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether an error came from the loss of another rank, or of the link to it."""
+    return any(isinstance(part, dist.DistError) or _says_so(part) for part in _parts(error))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, without the place in its source and without its stack."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][lines[0].startswith('[/') and lines[0].find('] ') + 2 :]}"
+
+
+def _says_so(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+
+
+def _parts(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and those that a checkpoint's save collected from its ranks."""
+    yield error
+    if error.__cause__ is not None:
+        yield from _parts(error.__cause__)
+    for cause, _ in getattr(error, "failures", {}).values():
+        yield from _parts(cause)

@@ -1,0 +1,33 @@
+"""How long one waits for another before it is said, and before the run is given up."""
+
+import math
+from dataclasses import dataclass
+
+TELL = 60.0  # seconds
+LONG = 7200.0  # seconds in which a save, or a load, need not move
+START = 1800.0  # seconds in which nothing need move while kernels are built, weights made and the first step compiled
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Of a run, in seconds: `tell` until a line says who does not answer, `hang` until the run ends; infinite never ends it."""
+
+    hang: float = math.inf
+
+    @classmethod
+    def of(cls, hang_seconds: float | None) -> "Patience":
+        return cls(math.inf if hang_seconds is None else hang_seconds)
+
+    @property
+    def tell(self) -> float:
+        return min(TELL, self.hang)
+
+    @property
+    def beat(self) -> float:
+        """Between two signs of life."""
+        return min(2.0, self.tell / 8)
+
+    @property
+    def answer(self) -> float:
+        """For saying where one stands, when asked."""
+        return min(5.0, self.tell)
