@@ -96,6 +96,8 @@ def verify_sizes(path: Path) -> dict[str, File]:
 def _read(path: Path) -> dict[str, File]:
     """The files that the marker lists."""
     damaged = f"checkpoint {path}: {MARKER} is not as it was written"
+    if (path / MARKER).is_symlink():
+        raise CheckpointError(f"{damaged} (it is a link); {REMEDY}")
     try:
         written = (path / MARKER).read_bytes()
         content: dict[str, Any] = json.loads(written)
@@ -104,7 +106,9 @@ def _read(path: Path) -> dict[str, File]:
             f"checkpoint {path}: has no {MARKER} marker, its save was interrupted; {REMEDY}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{damaged} ({str(error).splitlines()[0]}); {REMEDY}") from None
+        raise CheckpointError(
+            f"{damaged} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}); {REMEDY}"
+        ) from None
     try:
         _check_version(path, content)
         if written != _sealed({key: value for key, value in content.items() if key != "sha256"}):

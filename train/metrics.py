@@ -19,7 +19,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +43,8 @@ class MetricsLog:
     The file is strict JSON. NaN and the infinities, which JSON has not, are written as null: a column then holds numbers
     and gaps for every reader, and `skipped` grows in the steps whose gradient was not finite.
 
+    A line that the disk does not take is kept and goes in before the next one; the file never holds half of one.
+
     Opened after a checkpoint of step N, it keeps the lines up to N and drops the rest, a half-written last line
     included. The file of an interrupted run is then line by line that of an uninterrupted one, but for what clocks say.
 
@@ -54,12 +58,34 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._keep_until(step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self._file.tell()  # of the whole lines in it
+        self._waiting: list[bytes] = []
+
+    @property
+    def waiting(self) -> int:
+        """Lines that the disk has not taken yet."""
+        return len(self._waiting)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append the line of a step."""
-        self._file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append the line of a step. Raises an OSError if it has to wait."""
+        self._waiting.append(f"{json.dumps(_finite(metrics), allow_nan=False)}\n".encode())
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait. Raises an OSError if the disk does not take them all."""
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                if os.fstat(self._file.fileno()).st_size != self._size:
+                    self._file.truncate(self._size)
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(self._size)
+                raise
+            self._size += len(self._waiting.pop(0))
 
     def close(self) -> None:
         self._file.close()

@@ -17,7 +17,7 @@ from parallel.engine import StepResult
 from train.config import Recipe, RecipeError
 from train.evaluate import Evaluation
 from train.launch import Process
-from train.loggers import MetricsError, open_loggers
+from train.loggers import Logger, MetricsError, open_loggers
 from train.metrics import MetricsLog, TerminalLine, balance_metrics
 from train.planning.devices import peak_flops
 from train.schedule import Schedule, Step
@@ -32,16 +32,18 @@ class RunLog:
     Raises:
         RecipeError: on the first rank; another run is at work in the folder.
         MetricsError: on the first rank; the package of a logger is not installed, or the folder cannot be written.
+
+    Once the run is under way, a disk that fails does not end it: that is told, and what shall be in `metrics.jsonl` waits.
     """
 
     def __init__(self, recipe: Recipe, process: Process, schedule: Schedule, model: Transformer, step: int):
         self.is_first = process.is_first
         self.device = process.device
         self.model = model
-        self._failure: MetricsError | None = None
         self._open = ExitStack()
         self._started = time.perf_counter()
-        self._sinks: list[Any] = []
+        self._loggers: list[Logger] = []
+        self._disk_fails = False
         if not self.is_first:
             return
         computes = torch.float8_e4m3fn if model.fp8_names else model.compute_dtype
@@ -51,8 +53,8 @@ class RunLog:
             self._open.enter_context(_alone_in(folder))
             for logger in open_loggers(recipe.logging, folder, recipe.model_dump(mode="json", by_alias=True), step):
                 self._open.callback(logger.close)
-                self._sinks.append(logger)
-            self._sinks.append(self._open.enter_context(MetricsLog(folder / "metrics.jsonl", step)))
+                self._loggers.append(logger)
+            self._lines = self._open.enter_context(MetricsLog(folder / "metrics.jsonl", step))
         self.terminal = TerminalLine(schedule.total_steps, schedule.final_tokens, recipe.logging.every_steps)
         self._open.enter_context(self.terminal)
 
@@ -104,27 +106,47 @@ class RunLog:
         return metrics
 
     def write(self, metrics: dict[str, Any], evaluation: Evaluation | None = None) -> None:
-        """Show and keep a step's metrics, with the validation that followed it if there was one. See `failed`."""
+        """Show and keep a step's metrics, with the validation that followed it if there was one."""
         if not self.is_first:
             return
         if evaluation is not None:
             metrics |= evaluation.to_dict()
         self.terminal.show(metrics)
-        try:
+        self._keep(metrics)
+        for logger in tuple(self._loggers):
+            try:
+                logger.write(metrics)
+            except OSError as error:
+                self._disk_fails = True
+                self._loggers.remove(logger)
+                self.say(
+                    f"{type(logger).__name__}: {error.strerror}; it gets no more of this run until it is started again"
+                )
+
+    def flush(self) -> None:
+        """Write what has waited for a disk that failed; the run is about to end.
+
+        Raises:
+            MetricsError: the disk still fails.
+        """
+        if self.is_first:
             with written_into(self.folder):
-                for sink in self._sinks:
-                    sink.write(metrics)
-        except MetricsError as failure:  # the other ranks have to learn of it before this one may end
-            self._failure = failure
+                self._lines.flush()
 
-    @property
-    def failed(self) -> bool:
-        """Whether a step could not be kept. Raised by `raise_failure`, which all ranks must come to."""
-        return self._failure is not None
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _keep(self, metrics: dict[str, Any]) -> None:
+        waited = self._lines.waiting
+        try:
+            self._lines.write(metrics)
+        except OSError as error:
+            self._disk_fails = True
+            if not waited:
+                self.say(
+                    f"{self._lines.path}: {error.strerror}; training goes on, the lines from step {metrics['step']} on are kept "
+                    "and written when it can be written again; free space"
+                )
+            return
+        if waited:
+            self.say(f"{self._lines.path}: can be written again; the {waited} lines that waited are in it")
 
     def say(self, text: str) -> None:
         """One line to the person at the terminal."""
@@ -145,7 +167,7 @@ class RunLog:
         try:
             self._open.close()
         except OSError:  # a full disk also fails what is flushed on closing
-            if not self.failed:
+            if not self._disk_fails:
                 raise
 
 

@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from model.ops.attention.choose import expect
 from model.transformer import Transformer
 from parallel.engine import State, StepResult
 from train.assemble import assemble
-from train.checkpoint import CheckpointError, Checkpoints, read_run
+from train.checkpoint import CheckpointError, Checkpoints, DiskError, read_run
 from train.config import Recipe
 from train.continued import continued
 from train.corpus import Corpus
@@ -49,6 +49,7 @@ from train.schedule import Schedule, Step
 log = logging.getLogger(__name__)
 
 FINISHED, DIVERGED = 0, 3  # exit codes
+NOTICEABLE = 1.0  # seconds that training waits for a disk before a line says so
 
 
 class Trainer:
@@ -127,21 +128,21 @@ class Trainer:
                 self.watch.at("between steps", self.step)
                 if _is_multiple(self.step, self.recipe.run.compare_replicas_every_steps):
                     self._compare_replicas()
-                cannot_write = self.checkpoints.failed or run_log.failed
-                stop, save, failed = self._agree(self.asked_to_stop(), self._is_time_to_save(), cannot_write)
-                if failed:  # what went wrong is raised on every rank
-                    self.checkpoints.wait()
-                    self.ranks.all(run_log.raise_failure)
+                stop, save, failed = self._agree(self.asked_to_stop(), self._is_time_to_save(), self.checkpoints.failed)
+                if failed:  # every rank must come to hear of it
+                    self._finish_save(run_log)
                 if save or stop or self._is_over:
                     for launched in late.due(lambda: True):  # another rank asked for it
                         self._end_step(launched, run_log)
-                    self._save()
+                    self._finish_save(run_log)
+                    with nullcontext() if stop or self._is_over else _told(run_log):
+                        self._save()
                     run_log.start_step()
                 if stop or self._is_over:
                     break
-            self.ranks.all(run_log.raise_failure)
             self.watch.at("waiting for the last save", self.step, LONG)
             self.checkpoints.wait()
+            self.ranks.all(run_log.flush)
             run_log.say(self._ending())
         return FINISHED
 
@@ -258,11 +259,13 @@ class Trainer:
         return evaluation
 
     def _write_samples(self, samples: list[str]) -> None:
-        with written_into(self.folder):
-            folder = self.folder / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            with replace_file(folder / f"step-{self.step:08d}.txt") as path:
-                path.write_text("\n\n———\n\n".join(samples) + "\n", encoding="utf-8")
+        path = self.folder / "samples" / f"step-{self.step:08d}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(path) as temporary:
+                temporary.write_text("\n\n———\n\n".join(samples) + "\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("%s: %s; these samples are not kept, training goes on; free space", path, error.strerror)
 
     def _is_time_to_save(self) -> bool:
         minutes = self.recipe.checkpoint.every_minutes
@@ -284,8 +287,21 @@ class Trainer:
         try:
             compare_replicas(self.engine.alike(), self.ranks, self.process.device, self.step)
         except ReplicasDiffer:
-            self.checkpoints.wait()  # what is being written was found alike
+            with suppress(DiskError):
+                self.checkpoints.wait()  # what is being written was found alike
             raise
+
+    def _finish_save(self, run_log: RunLog) -> None:
+        """Let the save under way end. A disk that did not take it, or took long, is told."""
+        self.watch.at("waiting for the save under way", self.step, LONG)
+        began = time.monotonic()
+        with _told(run_log):
+            self.checkpoints.wait()
+        if (waited := time.monotonic() - began) > NOTICEABLE:
+            run_log.say(
+                f"step {self.step}: training waited {waited:.1f} s for the last checkpoint to reach the disk; "
+                "save less often (checkpoint.every_steps, checkpoint.every_minutes) or set run.dir to a faster disk"
+            )
 
     def _save(self) -> None:
         self.watch.at("saving", self.step, LONG)
@@ -374,6 +390,15 @@ class Trainer:
             f"{self.skipped_in_a_row} steps in a row {reason}; batches and settings are in {self.folder / 'non_finite'}, "
             "the weights in its checkpoint"
         )
+
+
+@contextmanager
+def _told(run_log: RunLog) -> Iterator[None]:
+    """A disk that fails between two steps is told, not raised: training goes on, and the next save that is due tries again."""
+    try:
+        yield
+    except DiskError as error:
+        run_log.say(f"{error}; training goes on, and the next save that is due tries again")
 
 
 def _is_multiple(step: int, every: int | None) -> bool:

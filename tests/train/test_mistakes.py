@@ -2,9 +2,7 @@
 
 import fcntl
 import importlib.util
-import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -209,12 +207,6 @@ def test_a_run_steps_over_a_damaged_checkpoint(run: Run, stopped: Run, whole: Ru
     assert run.metrics() == whole.metrics()
 
 
-def train_on_a_full_disk(arguments: list[str], limit: int) -> int:
-    """As the command line, where no file may be larger than `limit` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return main(["train", *arguments])
-
-
 def test_a_run_does_not_begin_again_over_damaged_checkpoints(run: Run, refuse: Refuse) -> None:
     assert run.train("checkpoint.every_steps=2", "run.stop_at_step=4") == [0], run.said
     for tensors in run.folder.glob("checkpoints/step-*/*.safetensors"):
@@ -226,49 +218,3 @@ def test_a_run_does_not_begin_again_over_damaged_checkpoints(run: Run, refuse: R
         and "restore a checkpoint" in line
     )
     assert content(run) == before
-
-
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_save_that_does_not_fit_ends_the_run_in_one_line(half: Run, asynchronous: str, processes: int) -> None:
-    kept = content(half)["metrics.jsonl"]
-    changes = ("checkpoint.every_steps=4", f"checkpoint.asynchronous={asynchronous}", "logging.every_steps=1000")
-    started = half.start(*changes, processes=processes, work=train_on_a_full_disk, extra=(100_000,))
-    assert started.wait() == [2] * processes, half.said
-    *before, last = half.said.splitlines(keepends=True)
-    assert "Traceback" not in half.said and len(before) <= 4, half.said  # data, layout, start, where it continued
-    line = one_line(last)
-    assert line.startswith(f"checkpoint {half.folder / 'checkpoints' / 'step-00000012'}: File too large; it needs 0.00")
-    assert "complete checkpoints are untouched; free space, lower checkpoint.keep" in line
-    metrics = half.folder / "metrics.jsonl"
-    assert len(half.metrics()) >= 12
-    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:8]))
-    assert kept.count(b"\n") == 8
-
-
-def test_a_disk_that_is_full_to_the_last_byte_loses_nothing(whole: Run, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        run = Run(whole.store, disk / "run")
-        assert run.train("run.stop_at_step=4") == [0], run.said
-        ballast = disk / "ballast"
-        with pytest.raises(OSError, match="No space left"), ballast.open("wb") as file:
-            while True:
-                file.write(bytes(4096))
-        before = content(run)
-        assert run.train("logging.every_steps=1000") == [2], run.said
-        assert "Traceback" not in run.said and "No space left on device" in run.said, run.said
-        line = one_line(run.said.splitlines(keepends=True)[-1])
-        assert str(run.folder) in line and "free space" in line
-        after = content(run)
-        assert after.pop("metrics.jsonl").startswith(before.pop("metrics.jsonl"))
-        assert after == before
-        ballast.unlink()
-        assert run.train() == [0], run.said
-        assert_same_bits(run.tensors(), whole.tensors())
-        assert run.metrics() == whole.metrics()
-    finally:
-        subprocess.run(["umount", disk], check=True)
