@@ -1,0 +1,125 @@
+"""Many small runs, each disturbed again and again until it ends; after every disturbance everything is checked."""
+
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.chaos.checks import check_end, check_kept, check_whole, complete
+from tests.chaos.disturbance import Disturbance, saves_under_way
+from tests.chaos.layouts import CHANGING, KEEP, LAYOUTS, STEPS, next_layout
+from tests.small_run import Run
+
+
+class Lost(Exception):
+    """Something was lost. The message says what, where, and where the run's folder is."""
+
+
+@dataclass
+class Counts:
+    kills: int = 0
+    by_kind: Counter[str] = field(default_factory=Counter)
+    in_saves: int = 0  # left a half-written checkpoint behind
+    runs: int = 0  # that came to their end
+    layouts: set[str] = field(default_factory=set)
+    largest_gap: float = 0.0  # of a loss, relative
+
+
+class Campaign:
+    """`run` disturbs runs until it has done so `kills` times, or for `minutes`.
+
+    Args:
+        store: what the runs read.
+        folder: for the runs; what is lost stays there to be looked at.
+        say: gets a line for every disturbance.
+    """
+
+    def __init__(
+        self, store: Path, folder: Path, layouts: Sequence[str], seed: int, say: Callable[[str], None]
+    ) -> None:
+        self.store, self.folder, self.layouts, self.say = store, folder, layouts, say
+        self.pick = random.Random(seed)
+        self.counts = Counts()
+        self.references: dict[str, Run] = {}
+
+    def run(self, kills: int, minutes: float) -> Counts:
+        """
+        Raises:
+            Lost: at the first thing that is.
+        """
+        self.deadline = time.monotonic() + 60 * minutes
+        while self._has_time and self.counts.kills < kills:
+            for place, layout in enumerate(self.layouts):
+                left = kills - self.counts.kills
+                if left and self._has_time:
+                    self._live(layout, most=-(-left // (len(self.layouts) - place)))
+        return self.counts
+
+    @property
+    def _has_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    def _live(self, layout: str, most: int) -> None:
+        """One run, from its first start to its end."""
+        reference = self._reference("alone" if layout == CHANGING else layout)
+        run = Run(self.store, Path(tempfile.mkdtemp(prefix=f"{layout}-", dir=self.folder)) / "run")
+        self.counts.layouts.add(layout)
+        last = self.counts.kills + most
+        try:
+            while self.counts.kills < last and self._has_time and max(complete(run), default=0) < STEPS:
+                self._disturb(run, layout, reference)
+            start = next_layout(layout, self.pick)
+            codes = run.train(*start.changes, f"checkpoint.keep={KEEP}", processes=start.processes)
+            assert codes == [0] * start.processes, f"exit codes {codes}:\n{run.said}"
+            gap = check_end(run, reference, same_layout=layout != CHANGING)
+        except AssertionError as failure:
+            raise Lost(
+                f"{layout}, after {self.counts.kills} kills: {failure}\n{run.said}\nfolder {run.folder}"
+            ) from failure
+        self.counts.runs += 1
+        self.counts.largest_gap = max(self.counts.largest_gap, gap)
+        self.say(f"{layout}: ended as the run that nothing disturbed, losses within {gap:.0e}")
+
+    def _disturb(self, run: Run, layout: str, reference: Run) -> None:
+        """One start, its disturbance, and all that must hold after it."""
+        start, before = next_layout(layout, self.pick), complete(run)
+        folder = run.folder / "checkpoints"
+        unfinished = saves_under_way(folder)
+        wanted = 2 * self.counts.in_saves <= self.counts.kills  # so that half of all hit a save
+        disturbance = Disturbance.draw(self.pick, start.processes, wanted)
+        processes = run.start(*start.changes, f"checkpoint.keep={KEEP}", processes=start.processes)
+        struck = disturbance.strike(run, processes)
+        codes = disturbance.end(processes) if struck else processes.wait()
+        after = complete(run)
+        is_at_end = max(after, default=0) == STEPS  # then a rank may have ended before it was killed
+        for rank, code in enumerate(codes):
+            expected = disturbance.expects(rank) if struck else 0
+            assert code == expected or (is_at_end and code == 0), (
+                f"{disturbance}: rank {rank} ended with {code}, not {expected}"
+            )
+        if before and "continuing" in run.said:
+            assert f"continuing after step {before[-1]} of {STEPS}" in run.said
+        check_kept(before, after)
+        check_whole(run, None if layout == CHANGING else reference)
+        if not struck:
+            return
+        self.counts.kills += 1
+        self.counts.by_kind[disturbance.kind] += 1
+        in_save = bool(saves_under_way(folder) - unfinished)
+        self.counts.in_saves += in_save
+        hit = ", which is half written" if in_save else ""
+        self.say(f"{self.counts.kills:4} {layout} on {start.processes}: {disturbance}{hit}; complete: {after}")
+
+    def _reference(self, layout: str) -> Run:
+        """A run that nothing disturbs, with all of its checkpoints."""
+        if layout not in self.references:
+            run = Run(self.store, self.folder / f"undisturbed-{layout}")
+            start = LAYOUTS[layout]
+            codes = run.train(*start.changes, "checkpoint.keep=1000", processes=start.processes)
+            if codes != [0] * start.processes:
+                raise Lost(f"{layout}: a run that nothing disturbed ended with {codes}:\n{run.said}")
+            self.references[layout] = run
+        return self.references[layout]
