@@ -17,6 +17,7 @@ from data.errors import DataError
 # Of pydantic's types of errors.
 WITHOUT_VALUE = {"extra_forbidden", "missing", "union_tag_not_found"}
 NO_MAPPING = {"model_type", "model_attributes_type", "dict_type"}
+MOST_NESTED, MOST_VALUES, MOST_WHOLE = 100, 1_000_000, 2**63 - 1  # of what a file may hold
 NO_LIST = {"list_type", "tuple_type"}
 
 
@@ -33,9 +34,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    yaml = YAML(typ="safe", pure=True)
     try:
-        content = yaml.load(text)
+        content = load_yaml(text)
     except DuplicateKeyError as error:
         found = re.search(r'duplicate key "(.*?)" with', error.problem or "")
         key = repr(found[1]) if found else "a key"
@@ -51,6 +51,59 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: the top level is a {type(content).__name__}; it must be a mapping of keys to values")
     return content
+
+
+def load_yaml(text: str) -> Any:
+    """A value of YAML 1.2 made of mappings, lists, text, numbers, truth values and nulls. Nothing that a tag names is ever built.
+
+    Raises:
+        YAMLError: it is none, or one that nobody writes by hand: nested without end, or endless by aliases.
+    """
+    if (deepest := _nesting(text)) > MOST_NESTED:
+        raise YAMLError(f"{deepest} brackets inside one another; at most {MOST_NESTED}")
+    try:
+        content = YAML(typ="safe", pure=True).load(text)
+        if (values := _count(content, {})) > MOST_VALUES:
+            raise YAMLError(f"{values:,} values with its aliases written out; at most {MOST_VALUES:,}")
+    except RecursionError:
+        raise YAMLError("nested too deeply") from None
+    except (ValueError, TypeError, OverflowError) as error:  # a tag or a number that cannot be what it looks like
+        raise YAMLError(f"a value cannot be read: {error}") from None
+    return content
+
+
+def _nesting(text: str) -> int:
+    """Brackets that are open at once at most, those in quotes too: to scan deep ones takes the square of their depth."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _count(value: Any, counted: dict[int, int]) -> int:
+    """Values in a value, as often as they appear; `counted` knows those that an alias may repeat, 0 while they are looked at."""
+    if isinstance(value, dict | list):
+        if id(value) not in counted:
+            counted[id(value)] = 0
+            inside = [*value, *value.values()] if isinstance(value, dict) else value
+            counted[id(value)] = 1 + sum(_count(one, counted) for one in inside)
+        if not counted[id(value)]:
+            raise YAMLError("an alias stands inside what it is the name of")
+        return counted[id(value)]
+    if not isinstance(value, str | int | float | None):
+        raise YAMLError(f"{short(value)} is a {type(value).__name__}; write it in quotes if it is text")
+    if isinstance(value, int) and abs(value) > MOST_WHOLE:
+        raise YAMLError(f"{short(value)} is beyond 2^63; write a smaller number")
+    if isinstance(value, str) and not value.isprintable() and re.search("[\0\ud800-\udfff]", value):
+        raise YAMLError(f"{short(value)} holds characters that no text has; leave them out")
+    return 1
+
+
+def short(value: Any) -> str:
+    """A value in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…{text[-2:]}"
 
 
 def as_yaml(content: dict[str, Any]) -> str:
@@ -82,7 +135,7 @@ def first_problem(error: ValidationError, model: type[BaseModel], content: Any) 
     rules = " or ".join(dict.fromkeys(_rule(problem, model) for problem in mine)).replace(" or must be ", " or ")
     if mine[0]["type"] == "value_error" and isinstance(value, dict):
         return ".".join([*path, rules])
-    shown = [] if mine[0]["type"] in WITHOUT_VALUE or isinstance(value, dict | list) else [repr(value)]
+    shown = [] if mine[0]["type"] in WITHOUT_VALUE or isinstance(value, dict | list) else [short(value)]
     return ": ".join([".".join(path) or "top level", *shown, rules])
 
 
@@ -102,7 +155,7 @@ def _rule(problem: ErrorDetails, model: type[BaseModel]) -> str:
     if kind == "union_tag_invalid":
         near = get_close_matches(context["tag"], kinds, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{context['tag']!r}: unknown kind; {hint}known kinds: {', '.join(kinds)}"
+        return f"{short(context['tag'])}: unknown kind; {hint}known kinds: {', '.join(kinds)}"
     if kind in NO_MAPPING:
         near = get_close_matches(str(value), kinds, n=1)
         example = f", e.g. {{kind: {near[0]}}}" if near else f", e.g. {{kind: {kinds[0]}, …}}" if kinds else ""

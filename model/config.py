@@ -124,7 +124,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{name}: not a field of the model; the fields are {', '.join(sorted(known))}")
         changes = dict(changes)
         if not isinstance(changes.get("rope_scaling"), YarnScaling | None):
-            changes["rope_scaling"] = _yarn_from_hf(changes["rope_scaling"])
+            changes["rope_scaling"] = _yarn_as_written(changes["rope_scaling"])
         return replace(self, **changes)
 
     @classmethod
@@ -199,6 +199,17 @@ def _yarn_from_hf(rope: Any) -> YarnScaling | None:
                 f"model.rope_scaling.{field.name}: {rope.get(field.name)!r} is not a number; YaRN needs one; give it"
             )
     return YarnScaling(**values)
+
+
+def _yarn_as_written(rope: Any) -> YarnScaling | None:
+    """`_yarn_from_hf` of what somebody wrote: without a type, or with a key that means nothing, it is a mistake."""
+    yarn = _yarn_from_hf(rope)
+    known = ["type", "rope_type", *(field.name for field in fields(YarnScaling))]
+    if unknown := [key for key in rope or () if key not in known]:
+        raise ConfigError(f"model.rope_scaling.{unknown[0]}: unknown key; the keys are {', '.join(known)}")
+    if rope and yarn is None and not {"type", "rope_type"} & set(rope):
+        raise ConfigError(f"model.rope_scaling: {rope!r} has no type; write type: yarn, or null for plain RoPE")
+    return yarn
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

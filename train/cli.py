@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code == BUG:
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node, not one a process
-            print(f"rorqual: {error}", file=sys.stderr)
+            print(f"rorqual: {_one_line(error)}", file=sys.stderr)
         return code
     return 0
 
@@ -372,6 +372,11 @@ def tokenizer_evaluate(
 def report(context: typer.Context) -> None:
     """A page about a run: not built yet."""
     _not_built_yet("report")
+
+
+def _one_line(error: Exception) -> str:
+    """What a mistake says, where it repeats what a file holds too: without line breaks or what else a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
 
 
 def _not_built_yet(what: str) -> NoReturn:

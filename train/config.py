@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
 from data.errors import DataError
-from data.yaml_io import read_yaml
+from data.yaml_io import load_yaml, read_yaml
 from model.config import ConfigError, ModelConfig
 from model.flops import Recompute
 from parallel.layout import Layout, ParallelConfig
@@ -289,12 +289,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"override {override!r}: must be section.key=value; write for example schedule.lr=4e-4")
+        raise RecipeError(f"override {show(override)}: must be section.key=value; write for example schedule.lr=4e-4")
     try:
-        value = YAML(typ="safe", pure=True).load(text)
+        value = load_yaml(text)
     except YAMLError as error:
         reason = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise RecipeError(f"{dotted} = {text!r}: is not YAML ({reason}); quote it or close its brackets") from None
+        raise RecipeError(f"{dotted} = {show(text)}: is not YAML ({reason}); quote it or close its brackets") from None
     for depth, key in enumerate(keys[:-1], 1):
         inside = values.get(key)
         if inside is None:
