@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import psutil
 import torch
@@ -21,6 +21,8 @@ from train.loggers import Logger, MetricsError, open_loggers
 from train.metrics import MetricsLog, TerminalLine, balance_metrics
 from train.planning.devices import peak_flops
 from train.schedule import Schedule, Step
+
+HANDOVER = 10.0  # seconds that a run waits for the end of the one before it
 
 
 class RunLog:
@@ -173,16 +175,25 @@ class RunLog:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system lets go of it when the process ends, however it ends."""
+    """Hold the folder's lock. The system lets go of it when the process ends, however it ends; one that was killed may be at it."""
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"run.dir = {folder}: another run is at work in it; processes of one run are started by torchrun; wait for the "
-                "other run, or set another run.dir"
-            ) from None
+        deadline = time.monotonic() + HANDOVER
+        while not _locks(file):
+            if time.monotonic() > deadline:
+                raise RecipeError(
+                    f"run.dir = {folder}: another run is at work in it; processes of one run are started by torchrun; wait for "
+                    "the other run, or set another run.dir"
+                )
+            time.sleep(0.1)
         yield
+
+
+def _locks(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from data.store import Store
 from model.ops.grouped_mm import examine
 from tests.small_run import Run, assert_same_bits
-from train import trainer
+from train import runlog, trainer
 from train.cli import main
 
 Refuse = Callable[..., str]
@@ -143,7 +143,10 @@ def test_another_model_in_the_same_folder_is_refused(half: Run, refuse: Refuse) 
     assert "has shape [512, 32], the run's has [512, 16]" in line and line.endswith("or set another run.dir")
 
 
-def test_a_folder_that_another_run_works_in_is_refused(half: Run, refuse: Refuse) -> None:
+def test_a_folder_that_another_run_works_in_is_refused(
+    half: Run, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runlog, "HANDOVER", 0.2)
     with (half.folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         line = refuse("train", *half.arguments())

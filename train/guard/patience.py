@@ -20,12 +20,17 @@ class Patience:
 
     @property
     def tell(self) -> float:
-        return min(TELL, self.hang)
+        return min(TELL, self.hang / 2)
 
     @property
     def beat(self) -> float:
         """Between two signs of life."""
         return min(2.0, self.tell / 8)
+
+    @property
+    def grace(self) -> float:
+        """Between a rank's own end and that of the others, who mostly come to the same end by themselves."""
+        return min(3.0, self.tell)
 
     @property
     def answer(self) -> float:

@@ -76,7 +76,7 @@ def open_store(seat: Seat, patience: Patience) -> Store:
                 lambda: (
                     f"{who} does not answer at {seat.where}: it has not started, or its node or the link to it is down"
                 ),
-                seat.speaks,
+                seat,
             )
             store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
     except DistError as error:
@@ -107,6 +107,8 @@ def roll_call(
         if seat.rank == 0:
             members, verdict = _look(store, seat, patience, news)
             store.set("verdict", json.dumps(verdict))
+            if verdict["missing"] or verdict["unlike"]:  # the store may end with this process
+                _wait_for_readers(store, seat.world_size)
         else:
             members, verdict = _wait(store, me, seat, patience)
     except DistError as error:
@@ -140,7 +142,7 @@ def _look(store: Store, seat: Seat, patience: Patience, news: dict[str, Any]) ->
         return line
 
     try:
-        _until(all_here, patience, missing, says=True)
+        _until(all_here, patience, missing, seat)
     except Lost as lost:
         return [], {"missing": str(lost), "unlike": None, "news": {}}
     said = [json.loads(text) for text in store.multi_get([f"here/{rank}" for rank in range(seat.world_size)])]
@@ -156,25 +158,41 @@ def _wait(store: Store, me: Member, seat: Seat, patience: Patience) -> tuple[lis
             return (
                 f"rank 0 of {seat.world_size} has not come: its process has not started, or cannot reach {seat.where}"
             )
-        return store.get("told").decode() if store.check(["told"]) else ""
+        # Rank 0 has said it on its own node.
+        return store.get("told").decode() if seat.local_rank == 0 and store.check(["told"]) else ""
 
-    _until(lambda: store.check(["verdict"]), patience, missing, seat.speaks, more=patience.tell)
+    _until(lambda: store.check(["verdict"]), patience, missing, seat, more=patience.tell)
     (first, _), verdict = json.loads(store.get("here/0")), json.loads(store.get("verdict"))
+    store.add("readers", 1)
     return [Member(*first), me], verdict
 
 
+def _wait_for_readers(store: Store, world_size: int) -> None:
+    """Rank 0 stays until all who came have read its verdict."""
+    others = sum(store.check([f"here/{rank}"]) for rank in range(1, world_size))
+    deadline = time.monotonic() + 2 * LONGEST_PAUSE
+    while store.add("readers", 0) < others and time.monotonic() < deadline:
+        time.sleep(PAUSE)
+
+
 def _until(
-    condition: Callable[[], bool], patience: Patience, missing: Callable[[], str], says: bool, more: float = 0.0
+    condition: Callable[[], bool], patience: Patience, missing: Callable[[], str], seat: Seat, more: float = 0.0
 ) -> None:
-    """Return once `condition` holds; say after a while what is missing, if anything is known, and raise Lost with it in the end."""
+    """Return once `condition` holds; say after a while what is missing, if anything is known, and raise Lost with it in the end.
+
+    A node's first process will print what is raised; where it is the one that is missing, the next has to.
+    """
     started, told, pause = time.monotonic(), False, PAUSE
     while not condition():
         waited = time.monotonic() - started
         if waited > patience.hang + more:
-            raise Lost(f"{missing() or 'rank 0 has come and does not answer any more'}; waited {waited:.0f} s")
+            end = f"{missing() or 'rank 0 has come and does not answer any more'}; waited {waited:.0f} s"
+            if seat.speaks and seat.local_rank > 0:
+                print(f"rorqual: {end}", file=sys.stderr, flush=True)
+            raise Lost(end)
         if waited > patience.tell and not told and (line := missing()):
             told = True
-            if says:
+            if seat.speaks:
                 print(f"rorqual: {line}; waiting for {waited:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(pause * 1.1, LONGEST_PAUSE, patience.tell / 20)

@@ -40,7 +40,6 @@ AGAIN = "start the same command again: the run continues from its newest complet
 LINGER = 0.2  # seconds that rank 0's connections stay, so that its last word arrives
 DEAD = "it was killed, or its node has failed"
 CUT_OFF = "it was stopped, or its node or the link to it is down"
-GRACE = 3.0  # seconds between a rank's own end and that of the others, who mostly come to the same end by themselves
 
 
 class Watch:
@@ -75,20 +74,20 @@ class Watch:
         self.error = error
         if self._thread and self._thread.is_alive():
             self._thread.ask("lost")
-            self._thread.join(2 * self._thread.patience.answer + GRACE)
+            self._thread.join(2 * self._thread.patience.answer + self._thread.patience.grace)
         self.end(LOST, [f"{first_line(error)}; {AGAIN}"])
 
     def leave(self, code: int, line: str) -> None:
         """This rank ends for a reason of its own, `line`, which the others may not share."""
         if self._thread:
             self._thread.ask("leave", {"code": code, "line": line})
-            self._thread.join(GRACE)
+            self._thread.join(self._thread.patience.grace)
 
     def close(self) -> None:
         """This rank has done its work."""
         if self._thread:
             self._thread.ask("close")
-            self._thread.join(GRACE)
+            self._thread.join(self._thread.patience.grace)
 
     def end(self, code: int, lines: list[str]) -> NoReturn:
         """Say why, and end this process now."""
@@ -270,7 +269,7 @@ class First(_Thread):
             if "left" in message:
                 peer.has_left = True
                 if message["left"] and self.left is None:
-                    self.left = (time.monotonic() + GRACE, *_end_of(peer.member, message["left"]))
+                    self.left = (time.monotonic() + self.patience.grace, *_end_of(peer.member, message["left"]))
         if peer.wire.is_lost:
             self.selector.unregister(peer.wire.socket)
             self.by_socket.pop(peer.wire.socket)
@@ -344,7 +343,7 @@ class Other(_Thread):
             if "left" in message:
                 self.has_first_left = True
                 if message["left"]:
-                    self.left = (time.monotonic() + GRACE, *_end_of(self.first, message["left"]))
+                    self.left = (time.monotonic() + self.patience.grace, *_end_of(self.first, message["left"]))
         if self.wire.is_lost and self.wire.socket in ready:
             self.selector.unregister(self.wire.socket)
             if not self.has_first_left:
