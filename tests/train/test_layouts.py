@@ -157,21 +157,21 @@ def test_no_rank_copies_writes_or_reads_more_than_its_share(chain: Chain) -> Non
 
 
 @pytest.mark.parametrize(
-    "parallel",
+    "leg",
     [
-        {"engine": "fsdp", "expert": 2, "pipeline": 2, "schedule": "dualpipev"},
-        {"engine": "zero3", "context": 2},
+        Leg(4, {"engine": "fsdp", "expert": 2, "pipeline": 2, "schedule": "dualpipev"}, 1),
+        Leg(2, {"engine": "zero3", "context": 2}, 1),
     ],
     ids=["fsdp+expert+dualpipev", "zero3+context"],
 )
 def test_ranks_start_from_weights_evaluate_and_write_samples_together(
-    run: Run, whole: Run, tiny_store: Store, tmp_path: Path, parallel: dict[str, Any]
+    run: Run, whole: Run, tiny_store: Store, tmp_path: Path, leg: Leg
 ) -> None:
-    """One step that changes nothing, then one window of each source: of two data ranks one takes part without one."""
+    """One step that changes nothing, then one window of each source: where there are two data ranks, one takes part without one."""
     still = ("schedule.lr=1e-30", "schedule.gamma=0", f"schedule.tokens={SEQUENCES * LENGTH}")
     asked = ("evaluate.tokens=64", 'evaluate.sample_prompts=["The whale"]', "checkpoint.asynchronous=false")
-    changes = (f"run.initialize_from={whole.folder}", *still, *asked, *Leg(4, parallel, 1).changes)
-    assert run.train(*changes, processes=4) == [0] * 4, run.said
+    changes = (f"run.initialize_from={whole.folder}", *still, *asked, *leg.changes)
+    assert run.train(*changes, processes=leg.processes) == [0] * leg.processes, run.said
     weights = {name: t for name, t in whole.tensors().items() if name.startswith(("parameters.", "buffers."))}
     assert_same_bits({name: tensor for name, tensor in run.tensors(1).items() if name in weights}, weights)
 
@@ -197,7 +197,7 @@ def say_into(_: list[str], answer: Path, command: tuple[str, ...]) -> int:
 
 
 def test_training_goes_on_beside_a_save_and_a_kill_in_its_middle_loses_only_that(run: Run, whole: Run) -> None:
-    leg = LEGS["fsdp+expert@4"]
+    leg = Leg(2, {"engine": "fsdp"}, STEPS)
     changes = (*leg.changes, "checkpoint.every_steps=2")
     processes = run.start(*changes, processes=leg.processes, work=train_with_a_save_that_hangs, extra=(4,))
     processes.until(lambda: steps_on_record(run) >= 6)
@@ -205,7 +205,7 @@ def test_training_goes_on_beside_a_save_and_a_kill_in_its_middle_loses_only_that
     assert processes.wait() == [-signal.SIGKILL] * leg.processes, run.said
     assert run.checkpoints() == [".step-00000004.tmp", "step-00000002"]
     assert run.train(*changes, "run.stop_at_step=8", processes=leg.processes) == [0] * leg.processes, run.said
-    assert "layout: engine fsdp, expert 2 on 4 processes\n" in run.said
+    assert "layout: engine fsdp on 2 processes\n" in run.said
     assert f"continuing after step 2 of {STEPS}\n" in run.said
     assert run.checkpoints() == ["step-00000004", "step-00000006", "step-00000008"]
     for line, same in zip(run.metrics(), whole.metrics()[:8], strict=True):
