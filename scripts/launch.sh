@@ -19,6 +19,8 @@ check() { [[ ${!1} =~ ^($2)$ ]] || refuse "$1=${!1}: must be $3; set it in scrip
 # The arguments of a launch script, and the site's values that all of them use.
 prepare() {
   [ "$#" -gt 0 ] || refuse "$0: needs a recipe; write $0 RECIPE key=value …"
+  local change
+  for change in "${@:2}"; do [[ $change = *=* ]] || refuse "$change: must be key=value; what else rorqual can do needs no launcher"; done
   [ -n "$PROCESSES" ] || PROCESSES=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
   [ "$PROCESSES" != 0 ] || PROCESSES=1  # no GPU
   check PROCESSES '[1-9][0-9]*' "a number of processes, 1 or more"

@@ -12,21 +12,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-SITE = {"VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PAUSE": "0"}
+from tests.launch.launched import SCRIPTS, environment
+
 TWO = {"NNODES": "2", "PROCESSES": "4", "MASTER_ADDR": "10.0.0.1"}
 
 
 def call(script: str, *arguments: str, **site: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPTS / script, *arguments], env=clean() | SITE | site, capture_output=True, text=True)
-
-
-def clean() -> dict[str, str]:
-    """The environment without what would speak for a site."""
-    return {name: value for name, value in os.environ.items() if name.split("_")[0] not in SPOKEN_FOR}
-
-
-SPOKEN_FOR = {"NCCL", "GLOO", "TORCH", "CUDA", "OMP", "SLURM", "MASTER"}
+    return subprocess.run([SCRIPTS / script, *arguments], env=environment(site), capture_output=True, text=True)
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
@@ -108,7 +100,7 @@ def test_every_command_of_the_readme_is_one(tmp_path: Path) -> None:
     for command in commands:
         command = command.replace(" scripts/", f" {SCRIPTS}/")
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=clean() | SITE | {"DRY_RUN": "1"}, capture_output=True, text=True
+            command, shell=True, cwd=tmp_path, env=environment({"DRY_RUN": "1"}), capture_output=True, text=True
         )
         assert done.returncode == 0 and " small" in done.stdout, f"{command}: {done.stderr}"
 
@@ -146,7 +138,7 @@ class Launch:
         (folder / "launcher").write_text(f"{turns}\n{program}\n")
         self.process = subprocess.Popen(
             ["bash", "-c", f'source {SCRIPTS}/launch.sh; keep_running bash "$0"', folder / "launcher"],
-            env=clean() | SITE | site,
+            env=environment(site),
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
