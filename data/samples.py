@@ -67,6 +67,14 @@ class Phase:
     packing: Packing = "concat"
 
 
+class Origin(NamedTuple):
+    """Where a sample comes from."""
+
+    source: str  # as it is called in metrics
+    store: Path
+    first_document: int  # of the source in its split, from which those of a batch are counted
+
+
 @dataclass(frozen=True)
 class Read:
     """How far a source has been read in sequences of one length and packing."""
@@ -152,6 +160,12 @@ class Samples:
             if len(rows):
                 numbers = self._numbers(name, index[rows] + stretch.before.get(name, 0))
                 self._streams[name].sequences.fill(tokens, documents, rows, numbers)
+
+    def origin(self, i: int) -> Origin:
+        """Where sample i comes from."""
+        stretch = self._stretch(i)
+        of_source, _ = stretch.mixture.locate(i - stretch.first_sample, 1)
+        return self._streams[stretch.streams[int(of_source[0])]].origin
 
     def read(self, n: int) -> dict[str, Read]:
         """How far the first n samples read into each source, by source, length and packing."""
@@ -244,7 +258,7 @@ class Samples:
                     f"data.sequence_length = {length}: source {called} of {store.path} has {len(source)} tokens, "
                     f"one sample needs {length + 1 + self._mtp_depth}; lower it, or prepare more text"
                 )
-            self._streams[name] = _Stream(of, called, length, sequences)
+            self._streams[name] = _Stream(of, Origin(called, path, source.span.first_document), length, sequences)
         return name
 
     def _left(self, name: str, max_epochs: float, before: Mapping[str, int]) -> int:
@@ -297,9 +311,14 @@ class _Stream(NamedTuple):
     """A source in sequences of one length and packing."""
 
     of: str  # which source: its store's content and its name
-    source: str  # as it is called
+    origin: Origin
     sequence_length: int
     sequences: Sequences
+
+    @property
+    def source(self) -> str:
+        """As it is called."""
+        return self.origin.source
 
 
 @dataclass

@@ -4,6 +4,7 @@ An engine hides how the model is spread. Whatever it does inside, one step is th
 writes it down.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -32,13 +33,14 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step needs to know of the schedules; pure functions of the tokens consumed (`train.schedule`)."""
+    """What a step needs to know: of the schedules, pure functions of the tokens consumed (`train.schedule`), and of its loss."""
 
     lr: float
     gamma: float  # bias update speed
     alpha: float  # weight of the sequence-wise balance loss
     lambda_: float  # weight of multi-token prediction
     batch: int  # sequences in the global batch
+    max_loss: float = math.inf  # of the main head; a step with more is skipped
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class StepResult:
     non_finite: tuple[str, ...] = ()  # parameters whose gradient, or its norm, is not finite
     scales: FP8Scales | None = None  # with FP8 only
     loss_scale: float = 1.0  # of the next step: the factor that keeps fp16 gradients from vanishing
-    skipped: bool = False  # no parameter, moment or bias was touched: a non-finite gradient, or a tensor that exploded
+    skipped: bool = False  # no parameter, moment or bias was touched: see `parallel.step`
 
     @property
     def exploded(self) -> tuple[str, ...]:

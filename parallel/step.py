@@ -4,8 +4,8 @@
     2. g   ← Σ over ranks and micro-batches of ∇ L(micro-batch)       L as in `model.loss`, already divided by n; micro-batches go
                                               through one after the other, or through a pipeline (`parallel.pipeline`)
     3. losses and expert counts of the global batch                  (one reduction for all layers, MTP included)
-    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   with a non-finite ‖g‖ nothing is updated; nor with an FP8 scale that is out
-                                              of bounds (`parallel.fp8_scales`)
+    4. g   ← g · min(1, clip / (‖g‖ + 1e-6));   with a non-finite ‖g‖ nothing is updated; nor with a main loss above
+                                              `max_loss`, or an FP8 scale that is out of bounds (`parallel.fp8_scales`)
     5. optimizer step at the given learning rate
     6. b   ← balance.update(b, counts, γ) for every router, MTP included
 
@@ -118,7 +118,10 @@ class GlobalStep(ABC):
         with torch.no_grad():
             means, counts = _sum_of_global_batch(outputs, targets, settings.batch)
             scales = scales_of_step(self.model.fp8, self.model.fp8_names, self.fp8_max_scale, self.device)
-            squares, grad_norm, skip = self._update(settings.lr, scales)
+            forbidden = means[0] > settings.max_loss
+            if scales:
+                forbidden = forbidden | scales.exploded
+            squares, grad_norm, skip = self._update(settings.lr, forbidden)
             biases = self._balance(counts, settings.gamma, skip)
             numbers = {"means": means, "counts": counts, "biases": biases, "squares": squares, "norm": grad_norm}
             numbers |= {"loss scale": self.scaling.scale, "skip": skip}  # what the device did, not what the host would
@@ -170,12 +173,16 @@ class GlobalStep(ABC):
         dist.all_reduce(targets, group=self.pipeline.in_stage if self.pipeline else None)
         return targets
 
-    def _update(self, lr: float, scales: StepScales | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Clip and step, if nothing forbids it. Returns `_squares`, the norm before clipping, and whether the step is skipped."""
+    def _update(self, lr: float, forbidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip and step, if the gradient is finite and nothing else forbids it.
+
+        Returns:
+            `_squares`, the norm before clipping, and whether the step is skipped.
+        """
         squares = self._squares(self.gradients())
         norm = squares.sum().sqrt() / self.scaling.scale
         finite = norm.isfinite()
-        skip = ~finite if scales is None else ~finite | scales.exploded
+        skip = ~finite | forbidden
         divisor = self.scaling.scale
         if self.clip is not None:
             divisor = divisor * ((norm + 1e-6) / self.clip).clamp_min(1)

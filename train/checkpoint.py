@@ -144,6 +144,10 @@ class Checkpoints:
         self._damaged = {newer for newer in _folders(self.folder) if path is None or _step(newer) > _step(path)}
         return path
 
+    def complete(self) -> list[Path]:
+        """The complete checkpoints as this rank sees them, oldest first."""
+        return [path for path in _folders(self.folder) if self._counts(path)]
+
     def load(self, path: Path, state: State) -> dict[str, Any]:
         """`load` with all ranks: an error of one is raised on all, and a tensor counts as asked for if any rank asks for it."""
         self.wait()
@@ -211,7 +215,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
             self._swept = True
         if final.exists():
-            _remove(final)
+            remove(final)
         temporary.mkdir()
 
     def _publish(self, temporary: Path, final: Path, step: int, run_json: str, written: dict[str, File]) -> None:
@@ -245,11 +249,10 @@ class Checkpoints:
         return path not in self._damaged
 
     def _prune(self) -> None:
-        complete = [path for path in _folders(self.folder) if self._counts(path)]
-        for path in complete[: -self.keep]:
+        for path in self.complete()[: -self.keep]:
             if self.keep_every_steps is None or _step(path) % self.keep_every_steps:
                 try:
-                    _remove(path)
+                    remove(path)
                 except OSError as error:  # the save that led here is complete; an old one too many does no harm
                     log.warning("checkpoint %s: cannot be removed (%s); remove it by hand", path, error.strerror)
 
@@ -338,6 +341,13 @@ def latest(folder: Path | str) -> Path | None:
 def load(path: Path | str, state: State, partial: bool = False) -> dict[str, Any]:
     """`Checkpoint.load` without other ranks."""
     return Checkpoint(path).load(state, partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; the marker first, so that a kill in between leaves nothing that looks broken."""
+    (path / MARKER).unlink(missing_ok=True)
+    sync(path)
+    shutil.rmtree(path)
 
 
 def read_run(path: Path | str) -> dict[str, Any]:
@@ -437,13 +447,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; the marker first, so that a kill in between leaves nothing that looks broken."""
-    (path / MARKER).unlink(missing_ok=True)
-    sync(path)
-    shutil.rmtree(path)
 
 
 def _local(tensor: Tensor) -> Tensor:

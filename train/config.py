@@ -37,9 +37,11 @@ from train.sections import (
     ParallelSection,
     PrecisionSection,
     RunSection,
+    SampleRanges,
     ScheduleSection,
     Section,
     Source,
+    SpikesSection,
     Stage,
 )
 
@@ -62,11 +64,16 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    spikes: SpikesSection = SpikesSection()
     run: RunSection
 
     def model_config_resolved(self) -> ModelConfig:
         """The preset or `config.json` of the model section with the section's own fields on top."""
         return self.model.resolve()
+
+    def passing_over(self, ranges: SampleRanges) -> Self:
+        """The same run without these samples."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"passed_over": ranges})})
 
     def layout(self, world_size: int) -> Layout:
         """The parallel section on a number of processes; raises LayoutError if it does not fit them or the model."""

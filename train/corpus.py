@@ -18,6 +18,7 @@ from data.validation import validation_batches
 from train.config import Recipe, RecipeError
 from train.fields import value_at
 from train.generate import load_tokenizer
+from train.guard.passed_over import consumed
 from train.planning.advice import law_warnings
 from train.position import Begun, Position, check_unchanged
 from train.ranks import Ranks
@@ -133,25 +134,25 @@ class Corpus:
         limit = self.tokens_per_evaluation
         return validation_batches(self.validation, length, self.depths, micro_batch, limit, reader, readers)
 
-    def _stage_at(self, tokens: int) -> int:
+    def stage_at(self, tokens: int) -> int:
         """Number of the stage that a step belongs to which starts after `tokens` tokens."""
         return value_at(tuple((stage.from_tokens, k) for k, stage in enumerate(self.recipe.data.consumption())), tokens)
 
     def _continues(self, stage: int) -> bool:
         """Whether the run goes on in a stage that had begun."""
         sections = self.start.sections
-        return bool(sections) and self._stage_at(sections[-1].from_tokens) == stage
+        return bool(sections) and self.stage_at(sections[-1].from_tokens) == stage
 
     def _stages_from_here(self, schedule: Schedule) -> tuple[list[_Start], int]:
         """Where the stage begins in which the run stands, and where those that are to come; and the samples of the whole run."""
         tokens, sample = self.start.tokens, self.start.samples
-        stage = self._stage_at(tokens)
+        stage = self.stage_at(tokens)
         here = self.start.sections[-1] if self._continues(stage) else None
         starts = [_Start(stage, here.from_sample, here.from_tokens) if here else _Start(stage, sample, tokens)]
         for span in schedule.spans_from(tokens):
-            if (stage := self._stage_at(span.first_token)) != starts[-1].stage:
+            if (stage := self.stage_at(span.first_token)) != starts[-1].stage:
                 starts.append(_Start(stage, sample, span.first_token))
-            sample += span.steps * span.sequences
+            sample = consumed(sample, span.steps, span.sequences, schedule.passed_over)
         return starts, sample
 
     def _open_samples(self, starts: list[_Start], ranks: Ranks) -> Samples:

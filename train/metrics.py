@@ -2,8 +2,9 @@
 
     step, tokens, tokens_by_source            optimizer steps and tokens so far, this step included; {source: tokens}
     loss, mtp_loss, balance_loss              nats per token over the global batch; mtp_loss has one entry a depth
+    loss_limit                                above which it stands out (`train.guard.spikes`); absent while there is none
     grad_norm                                 before clipping
-    skipped                                   steps of the run so far whose gradient was not finite, or a tensor of which exploded
+    skipped                                   steps of the run so far that updated nothing: see `parallel.step`
     fp8_max_scale, fp8_max_scale_at           largest scale of the step's inputs and weights in FP8; layer and tensor that have it
     lr, batch_tokens, sequence_length, gamma, alpha, lambda    of this step
     data_seconds                              how long the step waited for its batch, on rank 0

@@ -71,6 +71,14 @@ def check_unchanged(recipe: Recipe, record: Mapping[str, Any]) -> None:
                 f"data.{key} = {show(getattr(new, key))}: {run} began with {show(getattr(old, key))}; it holds for a whole run; "
                 "set it back, or set another run.dir"
             )
+    over, new_over = (
+        [list(each) for each in section.passed_over if each[0] < record["samples"]] for section in (old, new)
+    )
+    if over != new_over:
+        raise RecipeError(
+            f"data.passed_over = {show(new.passed_over)}: {run} has consumed {record['samples']:,} samples without "
+            f"{show(over)}; what has been consumed stays; set it back, and add ranges from sample {record['samples']} on"
+        )
     was, now = _begun(old, tokens), _begun(new, tokens)
     starts, new_starts = ({state.from_tokens for state in states} for states in (was, now))
     if gone := sorted(starts - new_starts):

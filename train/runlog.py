@@ -1,6 +1,7 @@
 """Turns each step's result into its dict of metrics (`train.metrics` names the keys) and gives it to everything that shows it."""
 
 import fcntl
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,7 +66,14 @@ class RunLog:
         self._started = time.perf_counter()
 
     def end_step(
-        self, number: int, step: Step, result: StepResult, skipped: int, waited: float, consumed: dict[str, int]
+        self,
+        number: int,
+        step: Step,
+        result: StepResult,
+        skipped: int,
+        waited: float,
+        consumed: dict[str, int],
+        limit: float,
     ) -> dict[str, Any]:
         """The metrics of a step whose result has just come; the clock of the next one starts.
 
@@ -74,6 +82,7 @@ class RunLog:
         Args:
             waited: seconds of the step in which it had no data.
             consumed: tokens of every source.
+            limit: above which its loss stands out; infinite while there is none.
         """
         seconds = time.perf_counter() - self._started
         self.start_step()
@@ -101,6 +110,8 @@ class RunLog:
             "memory_bytes": self._memory(),
             "skipped": skipped,
         }
+        if limit < math.inf:
+            metrics["loss_limit"] = limit
         if result.scales:
             metrics |= {"fp8_max_scale": result.scales.largest, "fp8_max_scale_at": result.scales.at}
         if result.expert_counts.numel():

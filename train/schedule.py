@@ -24,7 +24,8 @@ from typing import NamedTuple
 from parallel.engine import StepSettings
 from parallel.layout import Layout
 from train.fields import WholePoints, as_points, value_at
-from train.sections import ScheduleSection
+from train.guard.passed_over import begin
+from train.sections import SampleRanges, ScheduleSection
 
 Shape = Callable[[float], float]  # share of the tokens consumed, in [0, 1) -> multiple of the peak
 
@@ -34,13 +35,18 @@ class Step(NamedTuple):
 
     settings: StepSettings
     first_token: int  # tokens consumed before it
-    first_sample: int  # samples consumed before it
+    first_sample: int  # the first that it reads
     sequence_length: int
 
     @property
     def tokens(self) -> int:
         """Tokens of its batch."""
         return self.settings.batch * self.sequence_length
+
+    @property
+    def end_sample(self) -> int:
+        """Samples consumed after it."""
+        return self.first_sample + self.settings.batch
 
 
 class Schedule:
@@ -49,6 +55,7 @@ class Schedule:
     Args:
         config: the recipe's schedule section; its batches must be multiples of the sequence length beside them.
         sequence_length: T, tokens of a sample, or [tokens, T] with an entry for every stage of the data (`DataSection.lengths`).
+        passed_over: [first, last] samples that no step reads, ascending.
 
     Attributes:
         tokens: the tokens asked for.
@@ -57,8 +64,11 @@ class Schedule:
         final_tokens: tokens consumed after the last step; `tokens` rounded up to whole batches.
     """
 
-    def __init__(self, config: ScheduleSection, sequence_length: int | WholePoints) -> None:
+    def __init__(
+        self, config: ScheduleSection, sequence_length: int | WholePoints, passed_over: SampleRanges = ()
+    ) -> None:
         self.config = config
+        self.passed_over = passed_over
         self.tokens = config.tokens
         self._batches = as_points(config.batch_tokens)
         self._lengths = as_points(sequence_length)
@@ -83,9 +93,11 @@ class Schedule:
         """The steps of the run from one that starts after so many tokens and samples to the last."""
         tokens, sample = from_tokens, from_sample
         while tokens < self.tokens:
-            step = Step(self.settings(tokens), tokens, sample, value_at(self._lengths, tokens))
+            settings = self.settings(tokens)
+            first = begin(sample, settings.batch, self.passed_over)
+            step = Step(settings, tokens, first, value_at(self._lengths, tokens))
             yield step
-            tokens, sample = tokens + step.tokens, sample + step.settings.batch
+            tokens, sample = tokens + step.tokens, step.end_sample
 
     def spans_from(self, tokens: int) -> list["Span"]:
         """The steps from one that starts after `tokens` tokens to the last, where a batch and a stage of the data hold."""

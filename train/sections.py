@@ -121,6 +121,7 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
 Packing = Literal["concat", "best_fit"]
+SampleRanges = tuple[tuple[Count, Count], ...]
 
 
 class Stage(Section):
@@ -162,8 +163,18 @@ class DataSection(Section):
         "concat"  # best_fit: a document that fits into a sequence is not cut, and some positions are padding
     )
     stages: tuple[Stage, ...] = ()  # what changes during the run: other stores or weights, a longer context
+    passed_over: SampleRanges = ()  # [[first, last], …] samples that are not trained on (`train.guard.passed_over`)
     workers: Count = 1  # processes that read ahead; 0: the run reads by itself, between its steps
     seed: Count = 0  # of the sample order
+
+    @field_validator("passed_over")
+    @classmethod
+    def _ranges_follow_one_another(cls, ranges: SampleRanges) -> SampleRanges:
+        if any(last < first for first, last in ranges) or any(
+            next_ <= last for (_, last), (next_, _) in pairwise(ranges)
+        ):
+            raise mistake("must be [first, last] samples, ascending, none twice", "write for example [[96, 103]]")
+        return ranges
 
     @model_validator(mode="after")
     def _stages_follow_one_another(self) -> Self:
@@ -373,6 +384,16 @@ class CheckpointSection(Section):
     asynchronous: StrictBool = True  # written while the next steps run
 
 
+class SpikesSection(Section):
+    """What a run does about a loss that stands out of those before it (`train.guard`)."""
+
+    action: Literal["tell", "skip", "roll_back"] = "tell"  # all of them tell; skip: update nothing in that step
+    window: Annotated[int, BeforeValidator(lambda value: whole_number(value, 4))] = 128  # steps before it
+    threshold: Positive = 12.0  # robust standard deviations above their median; see benchmarks/spikes.py
+    pass_over: PositiveCount = 1  # roll_back: steps whose samples are passed over, the last one that which stands out
+    most_roll_backs: PositiveCount = 3  # to one checkpoint; one more would be needed: the run ends with exit code 3
+
+
 class LoggingSection(Section):
     """`metrics.jsonl` is always written."""
 
@@ -387,7 +408,7 @@ class RunSection(Section):
     seed: Count = 0  # of the initial weights
     initialize_from: Name | None = None  # a checkpoint whose weights start the run (`rorqual import` makes one)
     stop_at_step: PositiveCount | None = None  # end early; the schedules stay those of the whole run
-    max_skipped: PositiveCount = 5  # skipped steps in a row before the run gives up
+    max_skipped: PositiveCount = 5  # skipped steps in a row before the run gives up, or rolls back (section spikes)
     compare_replicas_every_steps: PositiveCount | None = None  # what ranks hold alike; before a save it always is
     hang_seconds: Positive | None = 600  # without an answer, or with no rank moving, before the run ends; None: never
     attention: Literal[  # by whom; auto: on a GPU the fastest, measured at start-up

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from model.config import ModelConfig
 from model.init import Write, initialize
 from model.ops.attention.choose import expect
 from model.transformer import Transformer
-from parallel.engine import State, StepResult
+from parallel.engine import State, StepSettings
 from train.assemble import assemble
 from train.checkpoint import CheckpointError, Checkpoints, DiskError, read_run
 from train.config import Recipe
@@ -35,9 +36,14 @@ from train.evaluate import Evaluation, evaluate
 from train.first_weights import began_extended, start_from
 from train.generate import continue_texts
 from train.guard.evidence import save_evidence
+from train.guard.incidents import Incident, all_passed_over, roll_backs, write_incident
+from train.guard.locate import Located, locate
+from train.guard.passed_over import SampleRange
 from train.guard.patience import LONG, START
 from train.guard.replicas import ReplicasDiffer, compare_replicas
+from train.guard.spikes import SpikeDetector
 from train.guard.start import check_content, check_groups_and_devices
+from train.guard.wrong import Wrong, what_went_wrong
 from train.late import Late, Launched
 from train.launch import Process
 from train.layout_words import layout_in_words
@@ -64,7 +70,6 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, process: Process, asked_to_stop: Callable[[], bool] = lambda: False):
         self.process, self.watch, self.asked_to_stop = process, process.watch, asked_to_stop
-        self.watch.at("reading the newest checkpoint", patience=LONG)
         self.folder = Path(recipe.run.dir)
         self.layout = recipe.layout(process.world_size)
         self.ranks = Ranks(dist.new_group(backend="gloo"))
@@ -72,27 +77,10 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", saving.keep, saving.keep_every_steps, saving.asynchronous
         )
-        self.newest = self.checkpoints.latest()  # what the run continues from
-        record = self._read_newest()
-        self.recipe, told = continued(recipe, record) if record else (recipe, None)
-        if told and process.is_first:
-            log.warning("%s", told)
-        recipe = self.recipe
-        self.schedule = Schedule(recipe.schedule, recipe.data.lengths)
-        self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
-        self.watch.at("opening stores", patience=START)
-        self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
-        check_content(self.ranks, [*self.corpus.samples.stores, *self.corpus.validation])
-        self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
-        self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
-        self.skipped = record.get("skipped", 0)  # steps that updated nothing
-        self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
-        self.config = recipe.model_config_resolved()  # of its longest sequences
-        self.is_extended = began_extended(recipe, record)
-        self.batches = self._read_ahead()  # before the engine's memory is there for its processes to share
+        self._stand(recipe)  # before the engine: the processes that read ahead would share its memory
         self.watch.at("building the engine", patience=START)
         self.engine, self.attention, self.who_computes = assemble(
-            recipe, self.layout, process, self.ranks, self._model_at(self.tokens), self._fill
+            self.recipe, self.layout, process, self.ranks, self._model_at(self.tokens), self._fill
         )
         ema = recipe.optimizer.ema
         self.ema = HostEMA(self.engine.parts(), ema) if ema else None
@@ -101,10 +89,46 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the recipe, to `run.stop_at_step`, or to a signal."""
-        self._resume()
         with ExitStack() as stack:
-            stack.callback(self.batches.close)
-            run_log = stack.enter_context(self.ranks.all(self._open_log))
+            stack.callback(lambda: self.batches.close())
+            while (code := self._train()) is None:  # rolled back
+                self.batches.close()
+                self._stand(self.recipe)
+        return code
+
+    def _stand(self, recipe: Recipe) -> None:
+        """Where the run begins or goes on: all that the newest checkpoint says, but for its tensors (`_resume`).
+
+        It is the newest that has read nothing of what the run has passed over since.
+        """
+        self.watch.at("reading the newest checkpoint", patience=LONG)
+        rolled_back = self.ranks.first(lambda: roll_backs(self.folder, self.checkpoints))
+        self.newest = self.checkpoints.latest()
+        record = self._read_newest()
+        recipe, told = continued(recipe, record) if record else (recipe, None)
+        if told and self.process.is_first:
+            log.warning("%s", told)
+        recipe = recipe.passing_over(all_passed_over(recipe, record, rolled_back))
+        self.recipe = recipe
+        self.schedule = Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over)
+        self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
+        self.watch.at("opening stores", patience=START)
+        self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
+        check_content(self.ranks, [*self.corpus.samples.stores, *self.corpus.validation])
+        self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
+        self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
+        self.skipped = record.get("skipped", 0)  # steps that updated nothing
+        self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
+        self.spikes = SpikeDetector(recipe.spikes, record.get("losses", ()))
+        self.located: Located | None = None  # of the steps in a row that have just gone wrong
+        self.config = recipe.model_config_resolved()  # of its longest sequences
+        self.is_extended = began_extended(recipe, record)
+        self.batches = self._read_ahead()
+
+    def _train(self) -> int | None:
+        """Train from where the run stands. Returns the exit code; None: the run has rolled back, and must stand anew."""
+        self._resume()
+        with self.ranks.all(self._open_log) as run_log:
             run_log.say(self.corpus.describe())
             started = check_groups_and_devices(self.ranks, self.engine.groups, self.process.device, self.watch)
             left = [] if self._is_over else self.schedule.spans_from(self.tokens)
@@ -114,26 +138,26 @@ class Trainer:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
+            if self.newest is None and self.recipe.spikes.action == "roll_back":
+                self._save()
             late = Late()
             for step, batches, waited in [] if self._is_over else self._steps():
                 late.add(self._launch(step, batches, waited))
-                for launched in late.due(lambda: self.asked_to_stop() or self._needs_result()):
-                    result = self._end_step(launched, run_log)
-                    if self._is_diverged:
-                        self._save()
-                        self.ranks.all(partial(self._save_evidence, launched, result))
-                        self.checkpoints.wait()
-                        run_log.say(self._divergence(result))
-                        return DIVERGED
                 self.watch.at("between steps", self.step)
                 if _is_multiple(self.step, self.recipe.run.compare_replicas_every_steps):
                     self._compare_replicas()
                 stop, save, failed = self._agree(self.asked_to_stop(), self._is_time_to_save(), self.checkpoints.failed)
                 if failed:  # every rank must come to hear of it
                     self._finish_save(run_log)
+                for launched in late.due(partial(self._needs_result, stop or save)):
+                    wrong = self._end_step(launched, run_log)
+                    if wrong and self._is_too_much(wrong):
+                        self._finish_save(run_log)
+                        if self._may_roll_back(launched):
+                            self._roll_back(launched, wrong, run_log)
+                            return None
+                        return self._diverge(launched, wrong, run_log)
                 if save or stop or self._is_over:
-                    for launched in late.due(lambda: True):  # another rank asked for it
-                        self._end_step(launched, run_log)
                     self._finish_save(run_log)
                     with nullcontext() if stop or self._is_over else _told(run_log):
                         self._save()
@@ -201,44 +225,119 @@ class Trainer:
             expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
         self.engine.model.set_positions(self._model_at(step.first_token))
-        pending = self.engine.launch(on_device, step.settings)
+        pending = self.engine.launch(on_device, self._with_limit(step))
         if self.ema:
             self.ema.update(lambda: pending.result().skipped)
         self.has_stepped = True
         self.step += 1
         self.tokens += step.tokens
-        self.samples += step.settings.batch
+        self.samples = step.end_sample
         consumed = self.corpus.samples.tokens_by_source(self.samples)
         return Launched(self.step, step, batches, pending, waited, consumed)
 
-    def _needs_result(self) -> bool:
+    def _with_limit(self, step: Step) -> StepSettings:
+        """The settings of the next step. One that stands out updates nothing, unless nobody minds."""
+        if self.recipe.spikes.action == "tell":
+            return step.settings
+        return replace(step.settings, max_loss=self.spikes.limit(self.step + 1, self.corpus.stage_at(step.first_token)))
+
+    def _needs_result(self, is_asked: bool) -> bool:
         """Whether the result of the last step must be known before another one may be launched."""
         could_end_the_run = self.skipped_in_a_row + 1 >= self.recipe.run.max_skipped
-        return could_end_the_run or self._validates(self.step) or self._is_time_to_save() or self._is_over
+        return is_asked or could_end_the_run or self._validates(self.step) or self._is_time_to_save() or self._is_over
 
-    def _end_step(self, launched: Launched, run_log: RunLog) -> StepResult:
-        """Count a step and write down what is known of it, with a validation where it is due."""
+    def _end_step(self, launched: Launched, run_log: RunLog) -> Wrong | None:
+        """Count a step and write down what is known of it, with a validation where it is due; what went wrong, if anything did."""
         self.watch.at("its result", launched.number)
-        result = launched.pending.result()
+        result, step = launched.pending.result(), launched.step
+        stage = self.corpus.stage_at(step.first_token)
+        limit = self.spikes.limit(launched.number, stage)
+        self.spikes.see(launched.number, stage, step.first_sample, result.losses.main)
         self.skipped += result.skipped
-        # While fp16's loss scale still falls, a skip is no sign of divergence.
-        counts = result.skipped and result.loss_scale <= 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if counts else 0
+        wrong = what_went_wrong(result, limit)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong and result.skipped else 0
         metrics = run_log.end_step(
-            launched.number, launched.step, result, self.skipped, launched.waited, launched.consumed
+            launched.number, step, result, self.skipped, launched.waited, launched.consumed, limit
         )
-        if result.exploded:
-            run_log.say(f"step {launched.number} is skipped: {result.exploded[0]}")
+        if wrong is None:
+            self.located = None
+        elif self.located is None:
+            self.located = self._locate(launched, limit)
+            self._keep(launched, wrong)
+            run_log.say(f"{wrong.of(launched.number)}: {self.located}")
+        elif result.skipped:
+            run_log.say(wrong.of(launched.number))
         validates = self._validates(launched.number)
-        run_log.write(metrics, self._evaluate(launched.step) if validates else None)
-        if validates:
+        run_log.write(metrics, self._evaluate(step) if validates else None)
+        if validates or wrong:
             run_log.start_step()
-        return result
+        return wrong
 
-    @property
-    def _is_diverged(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.skipped_in_a_row >= self.recipe.run.max_skipped
+    def _is_too_much(self, wrong: Wrong) -> bool:
+        """Whether the run cannot go on from what went wrong."""
+        is_answered = wrong.is_spike and self.recipe.spikes.action == "roll_back"
+        return is_answered or self.skipped_in_a_row >= self.recipe.run.max_skipped
+
+    def _locate(self, launched: Launched, limit: float) -> Located:
+        """Which sequences of a step went wrong, and where: on all ranks together."""
+        step, device = launched.step, self.process.device
+        self.watch.at("replay, sequence by sequence", launched.number, LONG)
+        self.engine.model.set_positions(self._model_at(step.first_token))
+        batches = [Batch(*(part.to(device) for part in batch)) for batch in launched.batches]
+        reader = self.layout.data_rank(self.process.rank), self.layout.data_ranks
+        return locate(self.engine.model, batches, self.corpus.samples, step.first_sample, limit, reader, self.ranks)
+
+    def _keep(self, launched: Launched, wrong: Wrong, passed_over: SampleRange | None = None) -> None:
+        """A line in the run's incidents."""
+        assert self.located is not None
+        step = launched.step
+        incident = Incident(
+            launched.number, wrong.reason, step.first_sample, step.settings.batch, asdict(self.located), passed_over
+        )
+
+        def write() -> None:
+            # What is passed over must be on the disk; the rest has been said.
+            with written_into(self.folder) if passed_over else suppress(OSError):
+                write_incident(self.folder, incident)
+
+        self.ranks.first(write)
+
+    def _to_pass_over(self, launched: Launched) -> SampleRange:
+        """The samples of the steps to which the last one belongs that went wrong, as far as a checkpoint has not read them."""
+        steps = max(self.recipe.spikes.pass_over, self.skipped_in_a_row)
+        first = self.spikes.first_sample(launched.number, steps)
+        return max(first, self._checkpointed()[0]), launched.step.end_sample - 1
+
+    def _checkpointed(self) -> list[int]:
+        """Samples that each complete checkpoint has consumed. None is being written."""
+        return self.ranks.first(lambda: [read_run(path)["samples"] for path in self.checkpoints.complete()])
+
+    def _may_roll_back(self, launched: Launched) -> bool:
+        """Whether the run rolls back at all, and has not done so too often to where it would go now."""
+        spikes = self.recipe.spikes
+        if spikes.action != "roll_back":
+            return False
+        first, _ = self._to_pass_over(launched)
+        start = max(samples for samples in self._checkpointed() if samples <= first)
+        return sum(later >= start for later, _ in self.recipe.data.passed_over) < spikes.most_roll_backs
+
+    def _roll_back(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> None:
+        """Put down what is passed over from now on. It is on the disk before anything else happens: see `_stand`."""
+        first, last = self._to_pass_over(launched)
+        self._keep(launched, wrong, (first, last))
+        run_log.say(f"rolling back from step {launched.number}; samples {first} to {last} are passed over")
+
+    def _diverge(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> int:
+        """Save what is needed to look at a run that cannot go on."""
+        self._save()
+        self.ranks.all(partial(self._save_evidence, launched))
+        self.checkpoints.wait()
+        in_a_row = self.skipped_in_a_row
+        what = f"{in_a_row} steps in a row {wrong.reason}" if in_a_row > 1 else wrong.of(launched.number)
+        if self.recipe.spikes.action == "roll_back":
+            what += f", and the run has rolled back here {self.recipe.spikes.most_roll_backs} times (spikes.most_roll_backs)"
+        run_log.say(f"{what}; batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint")
+        return DIVERGED
 
     def _validates(self, number: int) -> bool:
         return (self._is_finished and number == self.step) or _is_multiple(number, self.recipe.evaluate.every_steps)
@@ -319,6 +418,7 @@ class Trainer:
                 **self.corpus.position(self.tokens, self.samples).to_record(),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "losses": self.spikes.record(),
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
                 "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
                 "world_size": self.process.world_size,
@@ -370,10 +470,10 @@ class Trainer:
                 path.write_text(self.recipe.to_yaml(), encoding="utf-8")
         return run_log
 
-    def _save_evidence(self, launched: Launched, result: StepResult) -> None:
+    def _save_evidence(self, launched: Launched) -> None:
         name = f"step-{launched.number:08d}"
-        folder = self.folder / "non_finite" / name
-        save_evidence(self.folder, folder, self.process, launched, result, weights=f"checkpoints/{name}")
+        more = {"weights": f"checkpoints/{name}", "located": self.located and asdict(self.located)}
+        save_evidence(self.folder, self.folder / "non_finite" / name, self.process, launched, **more)
 
     def _ending(self) -> str:
         where = self.folder / "checkpoints" / f"step-{self.step:08d}"
@@ -382,14 +482,6 @@ class Trainer:
             return f"finished at step {self.step}{skipped}; checkpoint {where}"
         again = "raise run.stop_at_step" if self._is_over else "start the same command again"
         return f"stopped at step {self.step} of {self.schedule.total_steps}{skipped}; {again} to continue from {where}"
-
-    def _divergence(self, result: StepResult) -> str:
-        exploded, non_finite = result.exploded, result.non_finite
-        reason = f"exploded ({exploded[0]})" if exploded else f"had no finite gradient (first in {non_finite[0]})"
-        return (
-            f"{self.skipped_in_a_row} steps in a row {reason}; batches and settings are in {self.folder / 'non_finite'}, "
-            "the weights in its checkpoint"
-        )
 
 
 @contextmanager

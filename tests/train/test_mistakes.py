@@ -12,7 +12,7 @@ import torch
 from data.store import Store
 from model.ops.grouped_mm import examine
 from tests.small_run import Run, assert_same_bits
-from train import runlog, trainer
+from train import assemble, runlog
 from train.cli import main
 
 Refuse = Callable[..., str]
@@ -89,8 +89,8 @@ def test_a_width_that_a_gpu_cannot_multiply_is_one_line(
 ) -> None:
     """Before anything is tried on the device. Here it is a CPU that is taken for a GPU."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(trainer, "examine_experts", lambda config, dtype, device: examine(config, dtype, gpu))
-    monkeypatch.setattr(trainer, "choose_attention", lambda *_: pytest.fail("attention was tried before"))
+    monkeypatch.setattr(assemble, "examine_experts", lambda config, dtype, device: examine(config, dtype, gpu))
+    monkeypatch.setattr(assemble, "choose_attention", lambda *_: pytest.fail("attention was tried before"))
     line = refuse("train", *run.arguments("model.moe_intermediate_size=18"))
     assert "model.moe_intermediate_size: 18 is no multiple of 4" in line and line.endswith("write 20")
 

@@ -1,6 +1,7 @@
 """What is needed to look at a step that went wrong, in the run's folder: its batches, its settings, where it went wrong."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,15 +10,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 from data.files import replace_file
-from parallel.engine import StepResult
 from train.late import Launched
 from train.launch import Process
 from train.runlog import written_into
 
 
-def save_evidence(
-    run: Path, folder: Path, process: Process, launched: Launched, result: StepResult, **more: Any
-) -> None:
+def save_evidence(run: Path, folder: Path, process: Process, launched: Launched, **more: Any) -> None:
     """Write this rank's batches of a step and, on the first rank, `report.json`.
 
     Args:
@@ -25,12 +23,12 @@ def save_evidence(
         folder: where to, in the folder of the run.
         more: entries of the report.
     """
-    step = launched.step
+    step, result = launched.step, launched.pending.result()
     tensors = {f"{name}.{i}": part for i, b in enumerate(launched.batches) for name, part in b._asdict().items()}
     report: Mapping[str, Any] = {
         "step": launched.number,
         "first_sample": step.first_sample,
-        "settings": asdict(step.settings),
+        "settings": {name: value for name, value in asdict(step.settings).items() if value != math.inf},
         "losses": {name: repr(value) for name, value in asdict(result.losses).items()},
         "parameters_with_non_finite_gradients": result.non_finite,
         "exploded": result.exploded,

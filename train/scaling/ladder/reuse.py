@@ -30,7 +30,9 @@ class Shared(NamedTuple):
 
 def shared_steps(shorter: Recipe, longer: Recipe) -> Shared:
     """The steps that both runs begin with, and what ends them."""
-    runs = [Schedule(recipe.schedule, recipe.data.lengths).steps() for recipe in (shorter, longer)]
+    runs = [
+        Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over).steps() for recipe in (shorter, longer)
+    ]
     steps = tokens = 0
     for one, other in zip(*runs):
         if one != other:

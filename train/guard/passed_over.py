@@ -1,0 +1,40 @@
+"""Samples that a run passes over: what its steps read instead, so that a run that rolled back is a run of a recipe all the same.
+
+`data.passed_over: [[first, last], …]` names samples by their index in the run's order. A step that would read any of a range begins
+behind it; its tokens, and with them learning rate, batch and all else, are what they were. Passed-over samples count as read: the
+epochs of a source go on through them.
+"""
+
+from collections.abc import Iterable, Sequence
+
+SampleRange = tuple[int, int]  # the first and the last
+
+
+def begin(sample: int, sequences: int, passed_over: Iterable[SampleRange]) -> int:
+    """First sample of a step of so many sequences that follows on `sample` consumed ones. The ranges ascend."""
+    for first, last in passed_over:
+        if first < sample + sequences and sample <= last:
+            sample = last + 1
+    return sample
+
+
+def consumed(sample: int, steps: int, sequences: int, passed_over: Iterable[SampleRange]) -> int:
+    """Samples consumed after so many steps of so many sequences that follow on `sample` consumed ones."""
+    for first, last in passed_over:
+        if sample <= last:
+            before = max(first - sample, 0) // sequences  # whole steps in front of the range
+            if steps <= before:
+                break
+            sample, steps = last + 1, steps - before
+    return sample + steps * sequences
+
+
+def union(*ranges: Sequence[SampleRange]) -> tuple[SampleRange, ...]:
+    """The samples of all, as ascending ranges; adjacent ones stay apart."""
+    merged: list[SampleRange] = []
+    for first, last in sorted({(first, last) for each in ranges for first, last in each}):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(last, merged[-1][1])
+        else:
+            merged.append((first, last))
+    return tuple(merged)
