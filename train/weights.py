@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.tokenizer import fingerprint
 from model.config import ConfigError, ModelConfig
 from model.hf import NamedTensor, from_hf, state_shapes
 from train.checkpoint import Checkpoint, CheckpointError, newest
@@ -169,12 +170,26 @@ def _tokenizer_of(path: Path, run: dict[str, Any]) -> Path | None:
     is_run = "recipe" in run
     folder = (path.absolute().parents[1] if is_run else path) / "tokenizer"
     if folder.is_dir():
+        if is_run:  # an import's is covered by its marker
+            _check_tokenizer(path, folder, run["tokenizer_fingerprint"])
         return folder
     if is_run:
         raise CheckpointError(
             f"checkpoint {path}: its tokenizer {folder} is missing; it belongs beside the run's checkpoints/; bring it back"
         )
     return None
+
+
+def _check_tokenizer(path: Path, folder: Path, trained_with: str) -> None:
+    try:
+        found = fingerprint(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"unreadable ({type(error).__name__})"
+    if found != trained_with:
+        raise CheckpointError(
+            f"checkpoint {path}: its tokenizer {folder} is {found[:30]} and must be {trained_with[:30]}, the one that it was "
+            "trained with; bring that back"
+        )
 
 
 def _groups(shapes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -200,6 +200,17 @@ def test_a_damaged_checkpoint_is_refused_by_every_command(half: Run, refuse: Ref
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("damage", [b"the", b"{"])
+def test_a_tokenizer_that_is_not_the_one_trained_with_is_refused(
+    half: Run, refuse: Refuse, tmp_path: Path, damage: bytes
+) -> None:
+    path = half.folder / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(damage, b"\xc3\x9f", 1))
+    line = refuse("export", half.folder, tmp_path / "out")
+    assert line.startswith(f"checkpoint {half.checkpoint(8)}: its tokenizer {path.parent} is ")
+    assert line.endswith("the one that it was trained with; bring that back")
+
+
 def test_a_run_steps_over_a_damaged_checkpoint(run: Run, stopped: Run, whole: Run) -> None:
     shutil.copytree(stopped.folder, run.folder)
     (run.checkpoint(8) / "index.json").unlink()
