@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.prepare import prepare
-from tests.chaos.campaign import Campaign, Lost
+from tests.chaos.campaign import Campaign, SomethingLost
 from tests.chaos.layouts import NAMES
 from tests.conftest import write_tiny_recipe
 
@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> int:
     failure = None
     try:
         campaign.run(asked.kills, asked.minutes)
-    except Lost as error:
+    except SomethingLost as error:
         failure = error
         print(error)
     c, kinds = campaign.counts, campaign.counts.by_kind
