@@ -389,7 +389,7 @@ class SpikesSection(Section):
 
     action: Literal["tell", "skip", "roll_back"] = "tell"  # all of them tell; skip: update nothing in that step
     window: Annotated[int, BeforeValidator(lambda value: whole_number(value, 4))] = 128  # steps before it
-    threshold: Positive = 12.0  # robust standard deviations above their median; see benchmarks/spikes.py
+    threshold: Positive = 6.0  # robust standard deviations above their median; see benchmarks/spikes.py
     pass_over: PositiveCount = 1  # roll_back: steps whose samples are passed over, the last one that which stands out
     most_roll_backs: PositiveCount = 3  # to one checkpoint; one more would be needed: the run ends with exit code 3
 
