@@ -89,6 +89,8 @@ class MetricsLog:
             self._size += len(self._waiting.pop(0))
 
     def close(self) -> None:
+        with suppress(OSError):
+            self.flush()
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -140,6 +140,7 @@ class Trainer:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
             if self.newest is None and self.recipe.spikes.action == "roll_back":
                 self._save()
+                self.checkpoints.wait()  # without it there would be nothing to roll back to
             late = Late()
             for step, batches, waited in [] if self._is_over else self._steps():
                 late.add(self._launch(step, batches, waited))

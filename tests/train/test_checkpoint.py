@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tests.processes import PROCESSES
-from train.checkpoint import CheckpointError, Checkpoints, DiskError, latest, load, read_run, verify
+from train.checkpoint import Checkpoint, CheckpointError, Checkpoints, DiskError, latest, load, read_run, verify
 
 
 @pytest.fixture
@@ -124,6 +125,26 @@ def test_a_part_of_a_checkpoint_is_read_only_when_asked_for(tmp_path: Path) -> N
         load(tmp_path / "step-00000001", part)
     load(tmp_path / "step-00000001", part, partial=True)
     assert_equal(part["parameters"]["a.weight"], state_of(1)["parameters"]["a.weight"].bfloat16())
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_is_not_asked_for_is_not_read(tmp_path: Path) -> None:
+    """Once a checkpoint is opened, which verifies all of it."""
+    Checkpoints(tmp_path, asynchronous=False).save(
+        1, {"large": torch.randn(1000, 1000), "small": torch.arange(100.0)}, {}
+    )
+    checkpoint = Checkpoint(tmp_path / "step-00000001")
+    assert checkpoint.tensors["large"].shape == (1000, 1000)
+    before, found = bytes_read(), torch.zeros(100)
+    checkpoint.load({"small": found}, partial=True)
+    assert bytes_read() - before < 100_000
+    assert torch.equal(found, torch.arange(100.0))
+
+
+def bytes_read() -> int:
+    """By this process so far, as the system counts."""
+    (count,) = (line.split()[1] for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+    return int(count)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -359,6 +380,15 @@ def read_with(rank: int, size: int, folder: Path) -> None:
     assert torch.equal(state["replicated"], torch.arange(5.0))
     if rank == 0:
         assert torch.equal(state["ema"]["a"], torch.full((4,), 2.0))
+    if size > 1:  # damage in the share of one rank is known to all
+        dist.barrier()
+        if rank == 0:
+            copy = folder.parent / "damaged"
+            shutil.copytree(folder, copy)
+            flip(copy / path.name / "rank-00001.safetensors", 8 * 5000)
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors is not what was written: its sha256 is"):
+            Checkpoint(folder.parent / "damaged" / path.name, checkpoints._ranks)
     if rank == size - 1:
         state["alike"] = {**alike, "f": torch.zeros(1)}  # a mistake of one rank is an error on all
     with pytest.raises(CheckpointError, match=r"has no alike.f \[1\]"):
