@@ -96,6 +96,12 @@ start() {
   launcher=$!
   set +m
   exec {words}>&-
+  (hurry) >/dev/null 2>&1 {errors}>&- &
+}
+
+# A launcher that has lost other nodes may wait for them for minutes after its run has ended with 4.
+hurry() {
+  grep -qm 1 '^exit=4' < <(exec tail -f -n +1 --pid="$launcher" "$status") && sleep 10 && kill -KILL -- "-$launcher"
 }
 
 # Errors of the run and of its launcher. How a run ended that has said so itself is not told again by its launcher.

@@ -15,7 +15,7 @@ from tests.launch.launched import Script, have_ended
 from tests.small_run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-LONG = ("schedule.tokens=131072", "checkpoint.every_steps=16", "run.hang_seconds=10")  # 512 steps
+LONG = ("schedule.tokens=65536", "checkpoint.every_steps=16", "run.hang_seconds=10")  # 256 steps
 
 
 class Hosts:
