@@ -111,7 +111,7 @@ def _gather(seat: Seat, watch: Watch, patience: Patience, facts: dict[str, str])
     store = open_store(seat, patience)
     if seat.rank == 0:
         with socket.create_connection(seat.address) as own:
-            server, news = open_server(own.getsockname()[0])
+            server, news = open_server(own.getsockname()[0], seat.world_size)
         members, _ = roll_call(store, seat, facts, patience, news)
         watch.begin(First(watch, members, patience, server, news["token"]))
     else:

@@ -20,6 +20,7 @@ from tests.benchmarks.commands import ROOT, commands, run
         "planned_time.py",
         "prepare.py",
         "published_plans.py",
+        "watch.py",
     ],
 )
 def test_every_option_of_the_readme_is_one_of_the_program(program):

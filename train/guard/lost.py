@@ -38,9 +38,11 @@ def is_of_a_lost_peer(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, without the place in its source and without its stack."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][lines[0].startswith('[/') and lines[0].find('] ') + 2 :]}"
+    """What a library said first, without the place in its source."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    if line.startswith("[/"):
+        line = line.partition("] ")[2]
+    return f"{type(error).__name__}: {line.partition('. This is typically')[0]}"
 
 
 def _says_so(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ class Patience:
     @property
     def beat(self) -> float:
         """Between two signs of life."""
-        return min(2.0, self.tell / 8)
+        return min(5.0, self.tell / 8)
 
     @property
     def grace(self) -> float:

@@ -2,7 +2,7 @@
 
 Every rank but the first keeps a connection to the first, beside those of its training, and a thread of its own at each end:
 
-    rank r → 0   what it is at, every second or two, and whether its main thread has moved lately; that it leaves; that it is lost
+    rank r → 0   what it is at, every few seconds, and whether its main thread has moved lately; that it leaves; that it is lost
     rank 0 → r   that it is alive; "where do you stand?"; "it is over"
 
 * A process that dies closes its connection, which is noticed at once. One that was stopped, or whose node or link is down, is
@@ -19,6 +19,7 @@ counts of it are its complete checkpoints.
 
 import math
 import os
+import resource
 import selectors
 import socket
 import sys
@@ -384,12 +385,17 @@ def _read_answer(message: Any) -> Answer:
     return Answer(Mark(*mark), Place(**place | {"beside": tuple(place["beside"])}))
 
 
-def open_server(address: str) -> tuple[socket.socket, dict[str, Any]]:
+def open_server(address: str, world_size: int) -> tuple[socket.socket, dict[str, Any]]:
     """Where rank 0 listens, and what the others need to know of it.
 
     Args:
         address: of this machine, as the others reach it.
+        world_size: so many connections must be open at a time.
     """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + 2 * world_size
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.create_server((address, 0), family=family, backlog=4096)
     return server, {"address": server.getsockname()[:2], "token": token_hex(8)}
