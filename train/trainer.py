@@ -38,7 +38,7 @@ from train.generate import continue_texts
 from train.guard.evidence import save_evidence
 from train.guard.incidents import Incident, all_passed_over, roll_backs, write_incident
 from train.guard.locate import Located, locate
-from train.guard.passed_over import SampleRange
+from train.guard.passed_over import SampleRange, to_pass_over
 from train.guard.patience import LONG, START
 from train.guard.replicas import ReplicasDiffer, compare_replicas
 from train.guard.spikes import SpikeDetector
@@ -110,6 +110,7 @@ class Trainer:
             log.warning("%s", told)
         recipe = recipe.passing_over(all_passed_over(recipe, record, rolled_back))
         self.recipe = recipe
+        self.rolled_back_from = [incident.passed_over for incident in rolled_back if incident.passed_over]  # by itself
         self.schedule = Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over)
         self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
         self.watch.at("opening stores", patience=START)
@@ -154,8 +155,7 @@ class Trainer:
                     wrong = self._end_step(launched, run_log)
                     if wrong and self._is_too_much(wrong):
                         self._finish_save(run_log)
-                        if self._may_roll_back(launched):
-                            self._roll_back(launched, wrong, run_log)
+                        if self._roll_back(launched, wrong, run_log):
                             return None
                         return self._diverge(launched, wrong, run_log)
                 if save or stop or self._is_over:
@@ -303,30 +303,24 @@ class Trainer:
 
         self.ranks.first(write)
 
-    def _to_pass_over(self, launched: Launched) -> SampleRange:
-        """The samples of the steps to which the last one belongs that went wrong, as far as a checkpoint has not read them."""
-        steps = max(self.recipe.spikes.pass_over, self.skipped_in_a_row)
-        first = self.spikes.first_sample(launched.number, steps)
-        return max(first, self._checkpointed()[0]), launched.step.end_sample - 1
+    def _roll_back(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> bool:
+        """Put down what is passed over from now on, and say whether the run rolls back: it may not, or has done so too often.
 
-    def _checkpointed(self) -> list[int]:
-        """Samples that each complete checkpoint has consumed. None is being written."""
-        return self.ranks.first(lambda: [read_run(path)["samples"] for path in self.checkpoints.complete()])
-
-    def _may_roll_back(self, launched: Launched) -> bool:
-        """Whether the run rolls back at all, and has not done so too often to where it would go now."""
+        It is on the disk before anything else happens: see `_stand`.
+        """
         spikes = self.recipe.spikes
         if spikes.action != "roll_back":
             return False
-        first, _ = self._to_pass_over(launched)
-        start = max(samples for samples in self._checkpointed() if samples <= first)
-        return sum(later >= start for later, _ in self.recipe.data.passed_over) < spikes.most_roll_backs
-
-    def _roll_back(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> None:
-        """Put down what is passed over from now on. It is on the disk before anything else happens: see `_stand`."""
-        first, last = self._to_pass_over(launched)
-        self._keep(launched, wrong, (first, last))
-        run_log.say(f"rolling back from step {launched.number}; samples {first} to {last} are passed over")
+        checkpointed = self.ranks.first(lambda: [read_run(path)["samples"] for path in self.checkpoints.complete()])
+        first = self.spikes.first_sample(launched.number, max(spikes.pass_over, self.skipped_in_a_row))
+        found = to_pass_over(
+            (first, launched.step.end_sample - 1), checkpointed, self.rolled_back_from, spikes.most_roll_backs
+        )
+        if found is None:
+            return False
+        self._keep(launched, wrong, found)
+        run_log.say(f"rolling back from step {launched.number}; samples {found[0]} to {found[1]} are passed over")
+        return True
 
     def _diverge(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> int:
         """Save what is needed to look at a run that cannot go on."""
@@ -473,7 +467,7 @@ class Trainer:
 
     def _save_evidence(self, launched: Launched) -> None:
         name = f"step-{launched.number:08d}"
-        more = {"weights": f"checkpoints/{name}", "located": self.located and asdict(self.located)}
+        more = {"weights": f"checkpoints/step-{self.step:08d}", "located": self.located and asdict(self.located)}
         save_evidence(self.folder, self.folder / "non_finite" / name, self.process, launched, **more)
 
     def _ending(self) -> str:

@@ -29,6 +29,21 @@ def consumed(sample: int, steps: int, sequences: int, passed_over: Iterable[Samp
     return sample + steps * sequences
 
 
+def to_pass_over(
+    wanted: SampleRange, checkpointed: Sequence[int], before: Iterable[SampleRange], most: int
+) -> SampleRange | None:
+    """What a run that rolls back passes over; None: it has rolled back `most` times to the checkpoint it would go to.
+
+    Args:
+        wanted: what it should pass over.
+        checkpointed: samples that each checkpoint has consumed, ascending. What the oldest has read is not undone.
+        before: what it has passed over when it rolled back.
+    """
+    first, last = max(wanted[0], checkpointed[0]), wanted[1]
+    start = max(samples for samples in checkpointed if samples <= first)
+    return (first, last) if sum(one >= start for one, _ in before) < most else None
+
+
 def union(*ranges: Sequence[SampleRange]) -> tuple[SampleRange, ...]:
     """The samples of all, as ascending ranges; adjacent ones stay apart."""
     merged: list[SampleRange] = []

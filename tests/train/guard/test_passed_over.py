@@ -5,7 +5,7 @@ import random
 import pytest
 
 from train.config import RecipeError, load_recipe
-from train.guard.passed_over import consumed, union
+from train.guard.passed_over import consumed, to_pass_over, union
 from train.schedule import Schedule
 
 # 8 sequences of 32 tokens a step, from 2,560 tokens on 16.
@@ -48,6 +48,16 @@ def test_samples_of_many_steps_are_counted_as_they_are_walked() -> None:
 
 def test_ranges_come_together_without_losing_a_sample() -> None:
     assert union([(8, 15)], [(0, 3), (8, 15)], [(12, 20), (21, 22)]) == ((0, 3), (8, 20), (21, 22))
+
+
+def test_a_run_rolls_back_no_further_than_its_oldest_checkpoint_and_only_so_often_to_one() -> None:
+    assert to_pass_over((40, 71), [0, 32, 64], [], 1) == (40, 71)
+    assert to_pass_over((8, 71), [32, 64], [], 1) == (32, 71)
+    assert to_pass_over((40, 71), [0, 32, 64], [(8, 15), (16, 23)], 1) == (40, 71), (
+        "these were to the checkpoint before"
+    )
+    assert to_pass_over((48, 55), [0, 32], [(40, 47)], 1) is None
+    assert to_pass_over((32, 55), [0, 32], [(40, 47)], 2) == (32, 55)
 
 
 @pytest.mark.parametrize("given", ["[[3, 2]]", "[[8, 15], [15, 20]]", "[[8, 15], [0, 3]]", "[[1]]", "[[-1, 3]]", "7"])
