@@ -137,9 +137,9 @@ class ModelConfig:
         values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         values["num_nextn_predict_layers"] = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        values["rope_scaling"] = _yarn_from_hf(rope)
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
-        values["rope_scaling"] = _yarn_from_hf(rope)
         missing = [field.name for field in fields(cls) if field.name not in values and field.default is MISSING]
         if missing:
             raise ConfigError(f"model.{missing[0]}: missing; a DeepSeek-V3 config.json must give it; add the field")

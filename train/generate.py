@@ -60,12 +60,22 @@ def load_model(
 
 
 def load_tokenizer(folder: Path | None) -> Any:
-    """The Hugging Face tokenizer in a folder; None for None."""
+    """The Hugging Face tokenizer in a folder; None for None. Code that lies in the folder is never run.
+
+    Raises:
+        ConfigError: its files cannot be read, or need such code.
+    """
     if folder is None:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the library raises whatever its readers happen to raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"tokenizer {folder}: cannot be read ({reason:.200}); fetch its files again, or save it again with save_pretrained"
+        ) from None
 
 
 def continue_texts(

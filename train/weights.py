@@ -135,7 +135,12 @@ class FolderWeights:
     def _files(self) -> dict[str, str]:
         """The file of each key."""
         if (self.path / SHARDS).is_file():
-            weight_map: dict[str, str] = _read_json(self.path / SHARDS)["weight_map"]
+            weight_map = _read_json(self.path / SHARDS).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
+                raise CheckpointError(
+                    f"weights {self.path}: {SHARDS} must have a weight_map from each tensor to the name of a file beside it; "
+                    "fetch it again"
+                )
             return weight_map
         return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
 
@@ -149,6 +154,11 @@ class FolderWeights:
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"weights {self.path}: {name} cannot be read ({reason}); fetch it again") from None
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value names a file of the folder that it was read in, and none elsewhere."""
+    return isinstance(value, str) and value not in ("", "..") and value == Path(value).name and "\0" not in value
 
 
 def is_buffer(name: str) -> bool:
@@ -206,8 +216,11 @@ def _groups(shapes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"weights {path}: cannot be read ({type(error).__name__}); it must be a JSON file; fetch it again"
         ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"weights {path}: must be a map of keys; fetch it again")
+    return content

@@ -20,9 +20,10 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"  # fill-in-the-middle
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)  # ids 0 … 5
 
+CONFIG = "tokenizer_config.json"
 FOLDER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -38,16 +39,15 @@ def copy_folder(source: Path, folder: Path) -> None:
     Raises:
         DataError: it has no `tokenizer.json`, one that cannot be read, or no end-of-sentence token.
     """
-    _read(source)
     eos_token_id(source)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FOLDER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to 4
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(folder / "tokenizer_config.json", config)
+        _write_json(folder / CONFIG, config)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -88,15 +88,12 @@ def vocab_size(folder: Path) -> int:
 
 def eos_token_id(folder: Path) -> int:
     """Id of the end-of-sentence token that `tokenizer_config.json` names."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        raise DataError(f"{path}: missing; a tokenizer folder needs it; save the tokenizer with save_pretrained")
-    token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    found = None if token is None else load_tokenizer(folder).token_to_id(token)
+    token = _config(folder).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = load_tokenizer(folder).token_to_id(token) if isinstance(token, str) else None
     if found is None:
         raise DataError(
-            f"{path}: eos_token = {token!r}: must be a token of the vocabulary, since it ends every document; set it"
+            f"{folder / CONFIG}: eos_token = {token!r:.60}: must be a token of the vocabulary, since it ends every document; set it"
         )
     return found
 
@@ -131,8 +128,22 @@ def write_folder(folder: Path, tokenizer: Tokenizer) -> None:
         "model_max_length": 1 << 30,
     }
     _write_json(folder / "tokenizer.json", content)
-    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / CONFIG, config)
     _write_json(folder / "special_tokens_map.json", named)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise DataError(f"{path}: missing; a tokenizer folder needs it; save the tokenizer with save_pretrained")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no JSON ({str(error).splitlines()[0]}); save the tokenizer again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must be a mapping of keys to values; save the tokenizer again")
+    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -148,8 +159,12 @@ def _read(folder: Path) -> Tokenizer:
             f"save_pretrained, or train one with `rorqual tokenizer train RECIPE --out {folder}`"
         )
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise DataError(
-            f"{path}: cannot be read as a tokenizer ({' '.join(str(error).split())}); save it again"
-        ) from None
+        tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:  # `tokenizers` raises bare Exception, and where it panics no Exception at all
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be read as a tokenizer ({reason:.200}); save it again") from None
+    if not tokenizer.get_vocab_size():
+        raise DataError(f"{path}: has no tokens; save it again")
+    return tokenizer

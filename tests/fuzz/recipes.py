@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.yaml_io import as_yaml, read_yaml
+from tests.fuzz.files import places
 
 ROOT = Path(__file__).parents[2]
 TRAINING, DATA = ROOT / "train" / "recipes", ROOT / "data" / "recipes"
 
 # What may stand where a value stood. YAML text, so that what no dumper writes can stand there too.
 VALUES = (
-    "null", "true", "0", "-1", "1", "3", "0.5", "-0.0", "1e400", ".inf", "-.inf", ".nan", "1e-320", "1_000", "0x10", "0o17", "9" * 30,
-    "9" * 5000, "1" + "0" * 18, "4294967296", "2147483648", "2001-01-01", "12:30:45", "''", "' '", "auto", "x", "a\nb", '"a\\nb"',
-    '"\\0"', '"\\x1b[2J"', '"\\ud800"', "'" + "x" * 5000 + "'", "naïve-🐋-ﷺ", "'../../etc/passwd'", "/dev/null", "/dev/zero",
+    "null", "true", "0", "-1", "1", "3", "0.5", "-0.0", "1e400", ".inf", "-.inf", ".nan", "1e-320", "1_000", "0x10", "0o17",
+    "9" * 30, "9" * 5000, "1" + "0" * 18, "4294967296", "2147483648", "2001-01-01", "12:30:45", "''", "' '", "auto", "x",
+    "a\nb", '"a\\nb"', '"\\0"', '"\\x1b[2J"', '"\\ud800"', "'" + "x" * 5000 + "'", "naïve-🐋-ﷺ", "'../../etc/passwd'",
+    "/dev/null", "/dev/zero",
     ".", "~", "=", "%", "@x", "`x`", "- x", "? x", "|", ">", "'x", "<<", "!!binary aGVsbG8=", "!!set {a, b}", "!!str 5",
     "!!int '5'", "!!float '5'", "!!omap [a: 1]", "!!python/name:os.system", "[]", "{}", "[1]", "[[0, 1], [5, 2]]", "[a, b]",
-    "[null]", "{a: 1}", "{1: 2}", "{null: null}", "{kind: x}", "{? [a] : b}", "&a [*a]", "&a {b: *a}", "[&a [x, x], *a, *a]", "*nothing",
-    "{<<: {a: 1}}", "[1, 2", "{a: 1",
+    "[null]", "{a: 1}", "{1: 2}", "{null: null}", "{kind: x}", "{? [a] : b}", "&a [*a]", "&a {b: *a}", "[&a [x, x], *a, *a]",
+    "*nothing", "{<<: {a: 1}}", "[1, 2", "{a: 1",
 )  # fmt: skip
 
 # What no key of a recipe takes, whatever it is about.
@@ -83,7 +85,7 @@ def _wrong_value(draw: random.Random, base: Base) -> Recipe:
 def _impossible_number(draw: random.Random, base: Base) -> Recipe:
     """In the place of a number one that counts nothing and measures nothing."""
     content = copy.deepcopy(base.content)
-    numbers = [(p, k) for p, k in _places(content) if type(p[k]) in (int, float) and k not in MAY_BE_NEGATIVE]
+    numbers = [(p, k) for p, k in places(content) if type(p[k]) in (int, float) and k not in MAY_BE_NEGATIVE]
     place, key = draw.choice(numbers)
     place[key] = value = draw.choice((math.nan, -math.inf, -1, -0.5, -(10**30)))
     return Recipe(as_yaml(content).encode(), True, f"{base.name}: {key} = {value}")
@@ -105,7 +107,7 @@ def _laughs(draw: random.Random, base: Base) -> Recipe:
 def _unknown_key(draw: random.Random, base: Base) -> Recipe:
     """A key that is nobody's, in a mapping."""
     content = copy.deepcopy(base.content)
-    inside = draw.choice([content, *(place[key] for place, key in _places(content) if isinstance(place[key], dict))])
+    inside = draw.choice([content, *(place[key] for place, key in places(content) if isinstance(place[key], dict))])
     key = draw.choice(("zzz", "ключ", "model ", "Run", "1", "__class__", "a.b", ""))
     inside[key] = draw.choice((None, 1, "x", [], {}))
     return Recipe(as_yaml(content).encode(), True, f"{base.name}: unknown key {key!r}")
@@ -114,7 +116,7 @@ def _unknown_key(draw: random.Random, base: Base) -> Recipe:
 def _misspelt_key(draw: random.Random, base: Base) -> Recipe:
     """A key with a letter too few."""
     content = copy.deepcopy(base.content)
-    place, key = draw.choice([(place, key) for place, key in _places(content) if isinstance(place, dict)])
+    place, key = draw.choice([(place, key) for place, key in places(content) if isinstance(place, dict)])
     renamed = {(key[:-1] if name == key else name): value for name, value in place.items()}
     place.clear()
     place.update(renamed)
@@ -124,7 +126,7 @@ def _misspelt_key(draw: random.Random, base: Base) -> Recipe:
 def _missing_key(draw: random.Random, base: Base) -> Recipe:
     """Without a key; without a section it is no recipe."""
     content = copy.deepcopy(base.content)
-    place, key = draw.choice([(place, key) for place, key in _places(content) if isinstance(place, dict)])
+    place, key = draw.choice([(place, key) for place, key in places(content) if isinstance(place, dict)])
     del place[key]
     return Recipe(as_yaml(content).encode(), place is content and key in base.required, f"{base.name}: without {key}")
 
@@ -183,16 +185,7 @@ CHANGES: tuple[Callable[[random.Random, Base], Recipe], ...] = (
 def _put(draw: random.Random, base: Base, value: str, is_wrong: bool) -> Recipe:
     """YAML text in the place of a value."""
     content = copy.deepcopy(base.content)
-    place, key = draw.choice(_places(content))
+    place, key = draw.choice(places(content))
     place[key] = "@@@"
     text = as_yaml(content).replace("'@@@'", value)
     return Recipe(text.encode("utf-8", "surrogatepass"), is_wrong, f"{base.name}: {key} = {value[:40]}")
-
-
-def _places(content: Any) -> list[tuple[Any, Any]]:
-    """Where values stand: (mapping or list, key or index)."""
-    found: list[tuple[Any, Any]] = []
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        found += [(content, key), *_places(value)]
-    return found
