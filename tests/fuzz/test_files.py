@@ -1,4 +1,7 @@
-"""Damaged files of the data side, by the dozen and with --thorough by the hundred: what is hashed is always found, the rest is read or refused, all of it in one line."""
+"""Damaged files of the data side, by the dozen, with --thorough by the hundred.
+
+What is hashed is always found, the rest is read or refused, all of it in one line.
+"""
 
 import json
 import random
