@@ -65,14 +65,13 @@ def process_group(
     seat, watch, patience = Seat.from_environment(), watch or Watch(), Patience.of(hang_seconds)
     where = _device(device, seat.local_rank)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    if seat.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
+    store: dist.Store = dist.HashStore()
+    if seat.world_size > 1:
         store = _gather(seat, watch, patience, facts_of(recipe or {}, where.type == "cuda"))
         _wait_longer_than(patience)
+    try:
         # Without a device_id: NCCL would then send a pipeline's messages through the communicator of its collectives, in turn.
         dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.world_size)
-    try:
         if where.type == "cuda":  # a group's first operation needs all of its ranks, which point to point does not ask
             dist.all_reduce(torch.zeros(1, device=where))
         yield Process(seat.rank, seat.world_size, seat.local_rank, where, watch)
@@ -84,7 +83,8 @@ def process_group(
     else:
         watch.close()
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _device(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:

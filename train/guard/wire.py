@@ -5,6 +5,7 @@ import socket
 from typing import Any
 
 Message = dict[str, Any]
+LONGEST = 1 << 20  # bytes that may come at once
 
 
 class Wire:
@@ -35,13 +36,18 @@ class Wire:
         try:
             while not self.is_lost and (data := self.socket.recv(1 << 16)):
                 self._in += data
+                self.is_lost = len(self._in) > LONGEST
             self.is_lost = True
         except BlockingIOError:
             pass
         except OSError:
             self.is_lost = True
         *lines, self._in = self._in.split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError):  # who is there speaks another language
+            self.is_lost = True
+            return []
 
     def close(self) -> None:
         self.socket.close()

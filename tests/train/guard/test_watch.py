@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from train.guard.members import Member, in_words, spans
 from train.guard.patience import Patience
 from train.guard.place import Place, place_of, position
 from train.guard.report import Answer, Mark, report
+from train.guard.watch import First, Watch, connect, open_server
 from train.trainer import Trainer
 
 SOON = "run.hang_seconds=3"
@@ -215,3 +217,26 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_stranger_at_the_port_of_the_watch_disturbs_nobody() -> None:
+    patience = Patience(600)
+    server, news = open_server("127.0.0.1", 2)
+    members = [Member(0, "node", 1), Member(1, "node", 2)]
+    first = First(Watch(), members, patience, server, news["token"])
+    first.start()
+    strangers = [socket.create_connection(news["address"]) for _ in range(4)]
+    for stranger, words in zip(
+        strangers, (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "rank": 1}\n', b"\xff\n", b"[1]\n")
+    ):
+        stranger.sendall(words)
+    wire = connect(news, members[1], patience)
+    deadline = time.monotonic() + 10
+    while first.peers[1].wire is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first.is_alive() and first.peers[1].wire is not None
+    first.ask("close")
+    first.join(10)
+    assert {"left": {}} in wire.receive()
+    for one in (*strangers, wire):
+        one.close()
