@@ -43,7 +43,7 @@ DISTURBANCES = {"train.guard.lost.Lost", "train.guard.replicas.ReplicasDiffer"}
 BUG, MISTAKE, LOST = 1, 2, 4  # exit codes
 
 # What the machine refuses, wherever it happens: strerror and the file name say it in one line.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     no_args_is_help=True,
