@@ -20,7 +20,9 @@ check() { [[ ${!1} =~ ^($2)$ ]] || refuse "$1=${!1}: must be $3; set it in scrip
 prepare() {
   [ "$#" -gt 0 ] || refuse "$0: needs a recipe; write $0 RECIPE key=value …"
   local change
-  for change in "${@:2}"; do [[ $change = *=* ]] || refuse "$change: must be key=value; what else rorqual can do needs no launcher"; done
+  for change in "${@:2}"; do
+    [[ $change = *=* ]] || refuse "$change: must be key=value; what else rorqual can do needs no launcher"
+  done
   [ -n "$PROCESSES" ] || PROCESSES=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
   [ "$PROCESSES" != 0 ] || PROCESSES=1  # no GPU
   check PROCESSES '[1-9][0-9]*' "a number of processes, 1 or more"
@@ -29,9 +31,11 @@ prepare() {
   check RESTARTS '[0-9]+' "a number of restarts"
   check LASTED '[0-9]+' "seconds"
   check PAUSE '[0-9]+' "seconds"
-  if [ -n "$INTERFACE" ]; then export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-$INTERFACE} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-$INTERFACE}; fi
+  if [ -n "$INTERFACE" ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-$INTERFACE} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-$INTERFACE}
+  fi
   [[ $VENV = /* ]] || VENV=$scripts/../$VENV
-  [ -x "$VENV/bin/python" ] || refuse "VENV=$VENV: no Python environment is there; run source scripts/env.sh, or set VENV in scripts/site.env"
+  [ -x "$VENV/bin/python" ] || refuse "VENV=$VENV: no Python environment is there; source scripts/env.sh makes one; or set VENV"
   PATH=$(cd "$VENV/bin" && pwd):$PATH
 }
 

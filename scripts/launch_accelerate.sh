@@ -7,7 +7,9 @@ prepare "$@"
 check NNODES '[1-9][0-9]*' "a number of nodes"
 
 total=$((NNODES * PROCESSES))
-nodes=(--num_machines "$NNODES" --num_processes "$total" --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "$OMP_NUM_THREADS")
+nodes=(--num_machines "$NNODES" --num_processes "$total")
+# Said, since accelerate guesses and warns where it is not; the recipe decides on precision and compilation.
+nodes+=(--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process "$OMP_NUM_THREADS")
 if ((total > 1)); then nodes+=(--multi_gpu); fi  # accelerate's word for several processes; without a GPU they are on the CPU
 if has_nodes; then
   nodes+=(--machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")

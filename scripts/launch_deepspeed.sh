@@ -6,7 +6,9 @@
 source "$(dirname "$0")/launch.sh"
 prepare "$@"
 check NNODES '[1-9][0-9]*' "a number of nodes"
-[ "$NNODES" = 1 ] || [ -r "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: must be a file of lines \"host slots=N\" where NNODES=$NNODES; write one, and set it in scripts/site.env or in the environment"
+if [ "$NNODES" != 1 ] && [ ! -r "$HOSTFILE" ]; then
+  refuse "HOSTFILE=$HOSTFILE: must be a file of lines \"host slots=N\" where NNODES=$NNODES; write one and name it"
+fi
 
 nodes=(--num_gpus "$PROCESSES")
 if [ -n "$HOSTFILE" ]; then nodes=(--hostfile "$HOSTFILE" --log_level warning); fi

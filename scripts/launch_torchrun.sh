@@ -11,7 +11,8 @@ if has_nodes; then
   host=$((NODE_RANK == 0))
   if ((host)); then LOCAL_ADDR=${LOCAL_ADDR:-$MASTER_ADDR}; fi
   # Said and not guessed who hosts the store: names often resolve to an address that the other nodes do not reach.
-  nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB_ID" --rdzv-conf "is_host=$host")
+  nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$JOB_ID")
+  nodes+=(--rdzv-conf "is_host=$host")
   if [ -n "$LOCAL_ADDR" ]; then nodes+=(--local-addr "$LOCAL_ADDR"); fi
 fi
 keep_running torchrun "${nodes[@]}" --nproc-per-node "$PROCESSES" --max-restarts 0 -m train "$@"

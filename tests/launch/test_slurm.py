@@ -18,7 +18,7 @@ from tests.launch.launched import SCRIPTS, environment
 from tests.small_run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-LONG = ("schedule.tokens=262144", "checkpoint.every_steps=64")  # 1,024 steps
+LONG = ("schedule.tokens=786432", "checkpoint.every_steps=64")  # 3,072 steps: Slurm looks at its limits every 30 s
 CONFIGURATION = """
 ClusterName=rorqual
 SlurmctldHost={host}(127.0.0.1)
@@ -163,7 +163,7 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again_and_ends_with_the
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     until(lambda: "continuing after step" in said(run), 300)
     continued = time.monotonic() - began - stopped
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), 600)
+    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), 900)
     assert slurm.state(job) == "COMPLETED", said(run)
     assert f"job {job} ended with exit code 0; it is queued again to continue" in said(run)
     assert run.metrics() == once.metrics()
@@ -182,7 +182,7 @@ def test_a_job_that_loses_a_node_is_queued_again_and_ends_with_the_same_losses(
     slurm.start_node("n2")
     until(lambda: "continuing after step" in said(run), 300)
     continued = time.monotonic() - began - queued
-    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), 600)
+    until(lambda: slurm.state(job) not in ("RUNNING", "COMPLETING"), 900)
     assert slurm.state(job) == "COMPLETED", said(run)
     assert run.metrics() == once.metrics()
     print(f"Slurm: a node died, queued again after {queued:.1f} s, at work again {continued:.1f} s after it was back")
