@@ -5,6 +5,7 @@ Layouts, kinds and moments follow from the seed; what a process does at that mom
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -36,7 +37,10 @@ def main(words: Sequence[str] | None = None) -> int:
         f"{len(c.layouts)} layouts; {c.runs} runs ended as undisturbed ones, losses within {c.largest_gap:.0e}; "
         f"{time.monotonic() - started:.0f} s"
     )
-    return 1 if failure else 0
+    if failure:
+        return 1
+    shutil.rmtree(folder)  # of what was lost the folder stays, to be looked at
+    return 0
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
