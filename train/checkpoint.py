@@ -49,7 +49,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from data.files import replace_file, sync
-from train.marker import ALONE, MARKER, REMEDY, CheckpointError, File, VersionError, seal, verify, verify_sizes
+from train.marker import (
+    ALONE,
+    MARKER,
+    REMEDY,
+    CheckpointError,
+    File,
+    VersionError,
+    read_marker,
+    seal,
+    verify,
+    verify_sizes,
+)
 from train.ranks import Ranks
 from train.storage import Reader, Stored, Writer, read_index
 
@@ -249,12 +260,26 @@ class Checkpoints:
         return path not in self._damaged
 
     def _prune(self) -> None:
-        for path in self.complete()[: -self.keep]:
-            if self.keep_every_steps is None or _step(path) % self.keep_every_steps:
-                try:
-                    remove(path)
-                except OSError as error:  # the save that led here is complete; an old one too many does no harm
-                    log.warning("checkpoint %s: cannot be removed (%s); remove it by hand", path, error.strerror)
+        """Remove what is not to be kept. Every save calls it, however many checkpoints stay for ever: of those
+        it takes the name alone, of what may go the marker, and looks at the files of the newest only."""
+        kept = 0
+        for path in reversed(_folders(self.folder)):
+            if kept < self.keep:
+                kept += self._counts(path)
+            elif self.keep_every_steps is None or _step(path) % self.keep_every_steps:
+                self._remove_old(path)
+
+    def _remove_old(self, path: Path) -> None:
+        """Remove a checkpoint, unless it was found damaged or is another version's: about those somebody decides by hand."""
+        if path in self._damaged:
+            return
+        try:
+            read_marker(path)
+            remove(path)
+        except CheckpointError:
+            return
+        except OSError as error:  # the save that led here is complete; an old one too many does no harm
+            log.warning("checkpoint %s: cannot be removed (%s); remove it by hand", path, error.strerror)
 
 
 class Checkpoint:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,17 @@ def test_the_newest_and_the_multiples_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_save_does_not_look_into_the_checkpoints_that_stay_for_ever(tmp_path: Path) -> None:
+    """With files of thousands of ranks in each, a look at all that was ever written takes longer than the save."""
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every_steps=2, asynchronous=False)
+    for step in range(1, 6):
+        checkpoints.save(step, {"x": torch.zeros(1)}, {})
+    read = opened(lambda: checkpoints.save(6, {"x": torch.zeros(1)}, {}))
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 6]
+    assert not [path for path in read if "step-00000002" in path or "step-00000004" in path]
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_leftovers_of_a_kill_are_swept_by_the_first_save_and_not_by_latest(tmp_path: Path) -> None:
     (tmp_path / ".step-00000005.tmp").mkdir()
     (tmp_path / "step-00000004").mkdir()
@@ -241,6 +253,21 @@ def test_a_damaged_checkpoint_takes_no_place_of_the_kept_ones(tmp_path: Path) ->
     checkpoints.save(8, {"x": torch.zeros(1)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
     verify(tmp_path / "step-00000008")
+
+
+def opened(action: Callable[[], None]) -> list[str]:
+    """Paths of the files that were opened meanwhile."""
+    paths: list[str] = []
+    is_on = True
+
+    def note(event: str, arguments: Any) -> None:
+        if is_on and event == "open":
+            paths.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    action()
+    is_on = False
+    return paths
 
 
 def flip(path: Path, bit: int) -> None:
