@@ -25,6 +25,8 @@ prepare() {
   done
   [ -n "$PROCESSES" ] || PROCESSES=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU' || true)
   [ "$PROCESSES" != 0 ] || PROCESSES=1  # no GPU
+  # One number: torchrun takes MIN:MAX too, but tells the run that a node has come by SIGTERM, which asks it to end.
+  check NNODES '[1-9][0-9]*' "a number of nodes"
   check PROCESSES '[1-9][0-9]*' "a number of processes, 1 or more"
   check NODE_RANK '[0-9]+' "a number of a node, from 0"
   check MASTER_PORT '[1-9][0-9]{0,4}' "a port"

@@ -4,7 +4,6 @@
 # shellcheck source=launch.sh
 source "$(dirname "$0")/launch.sh"
 prepare "$@"
-check NNODES '[1-9][0-9]*' "a number of nodes"
 
 total=$((NNODES * PROCESSES))
 nodes=(--num_machines "$NNODES" --num_processes "$total")

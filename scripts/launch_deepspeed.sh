@@ -5,7 +5,6 @@
 # shellcheck source=launch.sh
 source "$(dirname "$0")/launch.sh"
 prepare "$@"
-check NNODES '[1-9][0-9]*' "a number of nodes"
 if [ "$NNODES" != 1 ] && [ ! -r "$HOSTFILE" ]; then
   refuse "HOSTFILE=$HOSTFILE: must be a file of lines \"host slots=N\" where NNODES=$NNODES; write one and name it"
 fi

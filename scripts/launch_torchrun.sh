@@ -4,7 +4,6 @@
 # shellcheck source=launch.sh
 source "$(dirname "$0")/launch.sh"
 prepare "$@"
-check NNODES '[1-9][0-9]*(:[1-9][0-9]*)?' "a number of nodes, or MIN:MAX"
 
 nodes=(--standalone)
 if has_nodes; then
