@@ -31,7 +31,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from data.errors import DataError, MakerDied
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # signals that ask a run to stop
 ITEMS_AHEAD = 4  # of each process: made, and not yet asked for
@@ -104,9 +104,9 @@ class Prefetch(Generic[E]):
                 os.close(memories[0])
         if message:
             raise pickle.loads(message)
-        raise DataError(
+        raise MakerDied(
             f"data.workers: process {maker.process}, which read ahead, {maker.death()}; the run cannot go on without its batches; "
-            "look for what ended it (a lack of memory?) and start the run again"
+            "look for what ended it (a lack of memory?) and start the same command again"
         )
 
 

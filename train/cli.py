@@ -38,12 +38,13 @@ USERS_MISTAKES = {
 }
 
 # The errors that stand for a disturbance from outside: the same command, started again, goes on from the newest checkpoint.
-DISTURBANCES = {"train.guard.lost.Lost", "train.guard.replicas.ReplicasDiffer"}
+DISTURBANCES = {"data.errors.MakerDied", "train.guard.lost.Lost", "train.guard.replicas.ReplicasDiffer"}
 
 BUG, MISTAKE, LOST = 1, 2, 4  # exit codes
 
-# What the machine refuses, wherever it happens: strerror and the file name say it in one line.
-DISK_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+# What the machine refuses, wherever it happens: strerror and the file name say it in one line. EIO, a disk or a server that fails
+# now, is a disturbance.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def code_of(error: BaseException) -> int:
     """The exit code of an error."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
-    if kind in DISTURBANCES:
+    number = error.errno if isinstance(error, OSError) else None
+    if kind in DISTURBANCES or number == errno.EIO:
         return LOST
-    is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
-    return MISTAKE if is_disk or kind in USERS_MISTAKES else BUG
+    return MISTAKE if number in DISK_ERRORS or kind in USERS_MISTAKES else BUG
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Turns each step's result into its dict of metrics (`train.metrics` names the keys) and gives it to everything that shows it."""
 
+import errno
 import fcntl
 import math
 import time
@@ -212,11 +213,13 @@ def written_into(folder: Path) -> Iterator[None]:
     """What is written into the run's folder in this block; what stands in the way of it is a user's mistake.
 
     Raises:
-        MetricsError: instead of an OSError.
+        MetricsError: instead of an OSError, but for EIO: the disk fails, which no recipe can help.
     """
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise
         raise MetricsError(
             f"run.dir = {folder}: {error.filename or 'a file in it'}: {error.strerror}; a run must be able to write its folder; "
             "make it writable, free space or set another run.dir"

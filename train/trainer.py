@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.errors import DataError
+from data.errors import DataError, MakerDied
 from data.files import replace_file
 from data.loader import Loader, Planned, Steps
 from data.samples import Batch
@@ -214,7 +214,7 @@ class Trainer:
             self.watch.at("waiting for data", self.step + 1)
             try:
                 batches = self.ranks.all(lambda: next(self.batches))  # what one rank finds damaged ends all of them
-            except DataError:
+            except (DataError, MakerDied):
                 self.checkpoints.wait()  # the one under way is good
                 raise
             yield step, batches, time.perf_counter() - asked

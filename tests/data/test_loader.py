@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from data.errors import DataError
+from data.errors import DataError, MakerDied
 from data.loader import Loader, Planned
 from data.prefetch import ITEMS_AHEAD
 from data.samples import Phase, Samples, StoreEntry
@@ -202,7 +202,7 @@ def test_a_killed_process_is_one_clear_line_and_no_hang(samples):
     next(steps)
     victim = max(children() - before)
     os.kill(victim, signal.SIGKILL)
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(MakerDied) as raised:
         for _ in range(20):  # what it had made before is good
             next(steps)
     line = str(raised.value)
