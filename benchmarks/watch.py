@@ -52,7 +52,7 @@ def _of_rank_0(ranks: int, seconds: float) -> float:
     """The share of a core that rank 0's thread takes."""
     members = [Member(rank, f"node-{rank // 8}", rank) for rank in range(ranks)]
     patience = Patience(600)
-    server, news = open_server("127.0.0.1", ranks)
+    server, news = open_server(ranks)
     others = os.fork()
     if others == 0:
         _be(members[1:], news, patience)
@@ -74,7 +74,7 @@ def _of_rank_0(ranks: int, seconds: float) -> float:
 
 def _be(members: list[Member], news: dict[str, Any], patience: Patience) -> None:
     """The other ranks."""
-    wires = [connect(news, member, patience) for member in members]
+    wires = [connect("127.0.0.1", news, member, patience) for member in members]
     while True:
         for wire in wires:
             wire.send({"mark": Mark("forward and backward", 12), "rests": False})

@@ -7,7 +7,6 @@ before they wait for each other, and watched from then on (`train.guard`).
 
 import ctypes
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,13 +109,12 @@ def _gather(seat: Seat, watch: Watch, patience: Patience, facts: dict[str, str])
     """Call the roll of a run's ranks and begin to watch over them; the store in which they find each other."""
     store = open_store(seat, patience)
     if seat.rank == 0:
-        with socket.create_connection(seat.address) as own:
-            server, news = open_server(own.getsockname()[0], seat.world_size)
+        server, news = open_server(seat.world_size)
         members, _ = roll_call(store, seat, facts, patience, news)
         watch.begin(First(watch, members, patience, server, news["token"]))
     else:
         (first, me), news = roll_call(store, seat, facts, patience, {})
-        watch.begin(Other(watch, first, me, patience, seat, connect(news, me, patience)))
+        watch.begin(Other(watch, first, me, patience, seat, connect(seat.address[0], news, me, patience)))
     return dist.PrefixStore("group", store)
 
 

@@ -385,29 +385,34 @@ def _read_answer(message: Any) -> Answer:
     return Answer(Mark(*mark), Place(**place | {"beside": tuple(place["beside"])}))
 
 
-def open_server(address: str, world_size: int) -> tuple[socket.socket, dict[str, Any]]:
+def open_server(world_size: int) -> tuple[socket.socket, dict[str, Any]]:
     """Where rank 0 listens, and what the others need to know of it.
 
+    It listens at every address of its machine: its name for itself may be one that no other machine reaches it by.
+
     Args:
-        address: of this machine, as the others reach it.
         world_size: so many connections must be open at a time.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY:
         wanted = soft + 2 * world_size
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    server = socket.create_server((address, 0), family=family, backlog=4096)
-    return server, {"address": server.getsockname()[:2], "token": token_hex(8)}
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    server = socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=both)
+    return server, {"port": server.getsockname()[1], "token": token_hex(8)}
 
 
-def connect(news: dict[str, Any], me: Member, patience: Patience) -> Wire:
+def connect(host: str, news: dict[str, Any], me: Member, patience: Patience) -> Wire:
     """The connection of another rank to the first.
+
+    Args:
+        host: of the first rank, by the name or address by which this one reaches its store.
 
     Raises:
         Lost: it is not to be had.
     """
-    host, port = news["address"]
+    port = news["port"]
     try:
         wire = Wire(socket.create_connection((host, port), timeout=max(patience.tell, 5)))
     except OSError as error:
