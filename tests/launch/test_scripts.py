@@ -253,3 +253,51 @@ def test_a_signal_between_two_starts_ends_the_script(tmp_path: Path) -> None:
     assert "starts again in 60 s" in launch.process.stderr.readline()
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == (0, ["rorqual: asked to stop: the run saves and ends"])
+
+
+SRUN = """
+while [ "$1" != bash ]; do shift; done
+worst=0
+for node in 0 1; do
+  code=0; SLURM_NODEID=$node "$@" || code=$?
+  worst=$((code > worst ? code : worst))
+done
+exit $worst  # as srun does
+"""
+
+
+class Job:
+    """launch_slurm.sbatch as a job of two nodes, with shell programs for Slurm's commands and for launch_torchrun.sh."""
+
+    def __init__(self, folder: Path, program: str) -> None:
+        self.folder = folder
+        for name in ("launch.sh", "site.env"):
+            (folder / name).symlink_to(SCRIPTS / name)
+        for name, text in {"srun": SRUN, "scontrol": "echo $*", "launch_torchrun.sh": program}.items():
+            (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (folder / name).chmod(0o755)
+
+    def run(self, **site: str) -> tuple[int, bool]:
+        """Exit code, and whether it is queued again."""
+        slurm = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "2",
+            "MASTER_ADDR": "n1",
+            "SLURM_SUBMIT_DIR": str(self.folder),
+        }
+        slurm |= {"SCRIPTS": str(self.folder), "PATH": f"{self.folder}:{os.environ['PATH']}"}
+        done = call("launch_slurm.sbatch", "tiny", **slurm, **site)
+        return done.returncode, "requeue 7" in done.stdout
+
+
+def test_a_mistake_of_one_node_ends_a_job_however_the_others_were_ended(tmp_path: Path) -> None:
+    assert Job(tmp_path, "if [ $SLURM_NODEID = 0 ]; then exit 2; else kill -KILL $$; fi").run() == (2, False)
+
+
+def test_a_job_is_queued_again_after_so_many_faults_in_a_row_whatever_slurm_has_counted(tmp_path: Path) -> None:
+    job = Job(tmp_path, "exit 4")
+    site = {"RESTARTS": "1", "SLURM_RESTART_COUNT": "30"}  # of time limits
+    assert job.run(**site) == (0, True)
+    assert job.run(**site, LASTED="0") == (0, True)  # it has lasted, so the count begins anew
+    assert job.run(**site) == (4, False)
+    assert not list(tmp_path.glob("*.faults"))
