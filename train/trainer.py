@@ -128,6 +128,8 @@ class Trainer:
 
     def _train(self) -> int | None:
         """Train from where the run stands. Returns the exit code; None: the run has rolled back, and must stand anew."""
+        if self._is_stopped_already():
+            return FINISHED
         self._resume()
         with self.ranks.all(self._open_log) as run_log:
             run_log.say(self.corpus.describe())
@@ -139,6 +141,8 @@ class Trainer:
                 run_log.say(line)
             if self.step:
                 run_log.say(f"continuing after step {self.step} of {self.schedule.total_steps}")
+            if self._is_stopped_already():
+                return FINISHED
             if self.newest is None and self.recipe.spikes.action == "roll_back":
                 self._save()
                 self.checkpoints.wait()  # without it there would be nothing to roll back to
@@ -370,6 +374,16 @@ class Trainer:
     def _agree(self, *flags: bool) -> list[bool]:
         """Per flag, whether any rank raised it: signals and clocks differ between ranks, decisions must not."""
         return self.ranks.union(list(flags))
+
+    def _is_stopped_already(self) -> bool:
+        """Whether a signal has come to any rank before its first step. The run then ends as it stood: there is nothing to save."""
+        if self._is_over:
+            return False
+        (stop,) = self._agree(self.asked_to_stop())
+        if stop and self.process.is_first:
+            begun = f"to continue after step {self.step}" if self.step else "to begin"
+            log.warning("stopped before the first step: nothing was trained; start the same command again %s", begun)
+        return stop
 
     def _state(self) -> State:
         state = self.engine.state()

@@ -1,10 +1,14 @@
 """A run that is asked to stop saves first, on all ranks, and goes on as if nothing had been."""
 
 import signal
+from itertools import count
 
 import pytest
 
 from tests.small_run import STEPS, Run, assert_same_bits
+from train.config import load_recipe
+from train.launch import process_group
+from train.trainer import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -33,6 +37,26 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run: Run, engine: st
     step = len(run.metrics())
     assert 3 <= step < STEPS
     assert run.record(step)["step"] == step and run.record(step)["world_size"] == 2
+
+
+@pytest.mark.parametrize("looks", [1, 2], ids=["before-tensors-are-read", "before-the-first-step"])
+def test_a_signal_that_came_during_the_start_ends_the_run_before_its_first_step(run: Run, looks: int) -> None:
+    roll_back = "spikes.action=roll_back"  # which saves before its first step
+    assert run.start(roll_back, processes=2, work=train_asked_to_stop, extra=(looks,)).wait() == [0, 0], run.said
+    assert (
+        run.said.count("stopped before the first step: nothing was trained; start the same command again to begin") == 1
+    )
+    assert run.checkpoints() == []
+
+
+def train_asked_to_stop(arguments: list[str], looks: int) -> int:
+    """Train; the last rank has got a signal when it looks for the n-th time."""
+    with process_group("cpu") as process:
+        looked = count(1)
+        is_last = process.rank == process.world_size - 1
+        return Trainer(
+            load_recipe(arguments[0], arguments[1:]), process, lambda: next(looked) >= looks and is_last
+        ).run()
 
 
 def lines(run: Run) -> int:
