@@ -113,7 +113,7 @@ class Trainer:
         self.rolled_back_from = [incident.passed_over for incident in rolled_back if incident.passed_over]  # by itself
         self.schedule = Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over)
         self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
-        self.watch.at("opening stores", patience=START)
+        self.watch.at("opening stores", patience=LONG)  # the first rank packs documents alone
         self.corpus = Corpus(recipe, self.schedule, record or None, self.ranks)
         check_content(self.ranks, [*self.corpus.samples.stores, *self.corpus.validation])
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included

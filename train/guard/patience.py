@@ -23,6 +23,11 @@ class Patience:
         return min(TELL, self.hang / 2)
 
     @property
+    def alone(self) -> float:
+        """For one rank to move while all others rest, which they have done for `hang` by then."""
+        return 2 * self.hang
+
+    @property
     def beat(self) -> float:
         """Between two signs of life."""
         return min(5.0, self.tell / 8)

@@ -9,8 +9,8 @@ Every rank but the first keeps a connection to the first, beside those of its tr
   silent: after `Patience.tell` a line says so, after `Patience.hang` the run ends.
 * A run hangs when no rank moves. Whether a main thread moves is seen by looking at it: its stack is at another instruction
   than before, or `at` was called. So nothing has to report progress, however long a validation takes. What may rest for long in
-  one place, a save, a compiler, says so with the `patience` of its mark. A rank that goes round for ever while others wait for it
-  is not noticed: it moves.
+  one place, a save, a compiler, says so with the `patience` of its mark.
+* A rank that goes round for ever moves. It is noticed as the only one that does: all others wait for it, for `Patience.alone`.
 * A collective that fails because another rank is gone comes to `lost` from the main thread.
 
 In the end processes leave by `os._exit`: a collective that hangs cannot be left otherwise, and a run loses nothing, since all that
@@ -200,6 +200,8 @@ class First(_Thread):
         self.why: str | None = None  # every rank has been asked where it stands
         self.until = math.inf
         self.left: tuple[float, int, str] | None = None  # a rank has ended for a reason: when all shall, code, line
+        self.alone: tuple[Member, Mark] | None = None  # who moves while all others rest, and at what
+        self.alone_since = math.inf
 
     def on_ask(self, what: str, message: Message) -> None:
         if what == "lost":
@@ -224,13 +226,11 @@ class First(_Thread):
             self._report_once_known()
 
     def on_beat(self) -> None:
-        rests = self.rests()
         for peer in self.peers.values():
             if peer.wire:
                 peer.wire.send({})
             self._tell_of_silence(peer)
-        if rests and all(peer.rests for peer in self.peers.values() if not peer.has_left):
-            self.alarm(f"the run hangs: no rank has moved for {self.patience.hang:.0f} s")
+        self._look_who_moves()
         if self.why is not None:
             self._report_once_known()
         elif self.left and time.monotonic() > self.left[0]:
@@ -244,6 +244,22 @@ class First(_Thread):
             for peer in self.peers.values():
                 if peer.wire:
                     peer.wire.send({"where": True})
+
+    def _look_who_moves(self) -> None:
+        """Nobody: the run hangs. One alone, for very long: all others wait for it, and it never comes to them."""
+        marks = {self.me: (self.watch.mark, self.rests())}
+        marks |= {peer.member: (peer.mark, peer.rests) for peer in self.peers.values() if not peer.has_left}
+        moving = [(member, mark) for member, (mark, rests) in marks.items() if not rests]
+        alone = moving[0] if len(moving) == 1 < len(marks) else None
+        if alone != self.alone:
+            self.alone, self.alone_since = alone, time.monotonic()
+        waited = time.monotonic() - self.alone_since
+        if not moving:
+            self.alarm(f"the run hangs: no rank has moved for {self.patience.hang:.0f} s")
+        elif alone and waited > max(self.patience.alone, alone[1].patience):
+            self.alarm(
+                f"the run hangs: {alone[0]} has gone round in {alone[1]} for {waited:.0f} s, and all others wait"
+            )
 
     def _meet(self, connection: Any) -> None:
         wire = self.strangers[connection]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from data.store import Store
 from tests.small_run import STEPS, Processes, Run, assert_same_bits
@@ -21,6 +22,7 @@ from train.guard.patience import Patience
 from train.guard.place import Place, place_of, position
 from train.guard.report import Answer, Mark, report
 from train.guard.watch import First, Watch, connect, open_server
+from train.launch import process_group
 from train.trainer import Trainer
 
 SOON = "run.hang_seconds=3"
@@ -62,12 +64,19 @@ def work_slowly() -> None:
         time.sleep(0.01)
 
 
+def go_round() -> None:
+    while True:
+        time.sleep(0.01)
+        time.sleep(0.01)
+
+
 FAULTS = {
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hangs": threading.Event().wait,
     "goes wrong": go_wrong,
     "is slow": work_slowly,
+    "goes round": go_round,
 }
 
 
@@ -130,6 +139,27 @@ def test_a_rank_that_works_for_long_is_no_hang(run: Run, undisturbed: Run) -> No
     assert run.start(SOON, processes=2, work=train_with_a_fault, extra=(1, 5, "is slow")).wait() == [0, 0], run.said
     assert "rorqual:" not in run.said
     assert_same_bits(run.tensors(), undisturbed.tensors())
+
+
+def with_each_other(_: list[str], fault: str) -> int:
+    """Processes that wait for each other, and rank 1 for something else first."""
+    with process_group("cpu", hang_seconds=1.5) as process:
+        process.watch.at("waiting" if process.is_first else fault, 3)
+        if not process.is_first:
+            FAULTS[fault]()
+        dist.barrier()
+    return 0
+
+
+def test_a_rank_that_goes_round_for_ever_while_the_others_wait_is_named(run: Run) -> None:
+    processes = run.start(processes=2, work=with_each_other, extra=("goes round",))
+    assert processes.wait() == [4, 4], run.said
+    first, waits, loops, last = reported(run).splitlines()
+    assert re.fullmatch(
+        rf"rorqual: the run hangs: {RANK.format(1)} has gone round in step 3: goes round for 3 s, .*", first
+    )
+    assert re.fullmatch(rf"  {RANK.format(0)}: step 3: waiting, .*", waits)
+    assert re.fullmatch(rf"  {RANK.format(1)}: step 3: goes round, .*", loops) and last == LAST
 
 
 def test_an_error_of_one_rank_is_told_by_its_name(run: Run) -> None:
