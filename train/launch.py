@@ -7,6 +7,7 @@ before they wait for each other, and watched from then on (`train.guard`).
 
 import ctypes
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from parallel.layout import LayoutError
 from train.guard.alike import facts_of
-from train.guard.lost import first_line, is_of_a_lost_peer
+from train.guard.lost import BUG, LOST, first_line, is_ambiguous, is_of_a_lost_peer
 from train.guard.patience import LONG, Patience
 from train.guard.roll_call import Seat, open_store, roll_call
 from train.guard.watch import First, Other, Watch, connect, open_server
@@ -46,7 +47,7 @@ def process_group(
     recipe: Mapping[str, Any] | None = None,
     hang_seconds: float | None = None,
     watch: Watch | None = None,
-    code_of: Callable[[BaseException], int] = lambda error: 1,
+    code_of: Callable[[BaseException], int] = lambda error: LOST,
 ) -> Iterator[Process]:
     """Join the group of the run, gloo for host tensors and nccl for a GPU's, and leave it at the end.
 
@@ -54,7 +55,7 @@ def process_group(
         recipe: must be the same on all ranks.
         hang_seconds: the run ends when a rank does not answer, or none moves, for so long; None waits for ever.
         watch: the run's, not yet begun.
-        code_of: the exit code of an error.
+        code_of: the exit code of an error; 1 is that of a bug, which ends one of several processes here, with its traceback.
 
     Raises:
         LayoutError: the device that the recipe asks for is not there.
@@ -75,9 +76,17 @@ def process_group(
             dist.all_reduce(torch.zeros(1, device=where))
         yield Process(seat.rank, seat.world_size, seat.local_rank, where, watch)
     except BaseException as error:
-        if seat.world_size > 1 and is_of_a_lost_peer(error):
+        code, several = code_of(error), seat.world_size > 1
+        if several and is_of_a_lost_peer(error):
+            if is_ambiguous(error):
+                traceback.print_exception(error)
             watch.lost(error)
-        watch.leave(code_of(error), first_line(error))
+        is_bug = several and code == BUG and isinstance(error, Exception)
+        if is_bug:  # now: the others may end this process while it leaves its groups
+            traceback.print_exception(error)
+        watch.leave(code, first_line(error))
+        if is_bug:
+            raise SystemExit(BUG) from None
         raise
     else:
         watch.close()

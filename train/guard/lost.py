@@ -1,13 +1,15 @@
 """A run that was disturbed from outside: how it is told from a mistake of its user or of ours, and its exit code.
 
-A rank that dies shows on the others as an error of whatever they were waiting in. PyTorch has no one class for it, so the words of
-its libraries decide; what they do not know is taken for a bug and keeps its traceback.
+A rank that dies shows on the others as an error of whatever they were waiting in. PyTorch has no one class for it: what its store
+and its sockets raise is certain, but `DistBackendError` is all that NCCL may dislike. So the words of its libraries decide; what
+they do not know is taken for a bug and keeps its traceback.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch.distributed as dist
 
+BUG = 1  # exit code: ours, with its traceback
 LOST = 4  # exit code: start the same command again, and the run continues from its newest complete checkpoint
 
 # Of gloo, of its sockets, of NCCL, and of TCPStore.
@@ -22,10 +24,13 @@ WORDS = (
     "Timed out waiting",
     "recvValue failed",
     "sendBytes failed",
+    "retrieving ncclUniqueId",
     "ncclRemoteError",
-    "ncclSystemError",
     "NCCL communicator was aborted",
 )
+
+# Of NCCL, which also says it of this process's own sockets, memory and devices.
+AMBIGUOUS = ("ncclSystemError",)
 
 
 class Lost(Exception):
@@ -34,7 +39,13 @@ class Lost(Exception):
 
 def is_of_a_lost_peer(error: BaseException) -> bool:
     """Whether an error came from the loss of another rank, or of the link to it."""
-    return any(isinstance(part, dist.DistError) or _says_so(part) for part in _parts(error))
+    return any(_is_of_the_store(part) or _says_one_of(WORDS + AMBIGUOUS, part) for part in _parts(error))
+
+
+def is_ambiguous(error: BaseException) -> bool:
+    """Whether an error of a lost peer may as well be this process's own, so that its traceback must be seen."""
+    parts = list(_parts(error))
+    return any(_says_one_of(AMBIGUOUS, part) for part in parts) and not any(_says_one_of(WORDS, part) for part in parts)
 
 
 def first_line(error: BaseException) -> str:
@@ -45,8 +56,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line.partition('. This is typically')[0]}"
 
 
-def _says_so(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+def _is_of_the_store(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) and not isinstance(error, dist.DistBackendError)
+
+
+def _says_one_of(words: Iterable[str], error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _parts(error: BaseException) -> Iterator[BaseException]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from tests.small_run import Run
 from train.cli import BUG, LOST, MISTAKE, code_of, main
+from train.guard.lost import is_ambiguous, is_of_a_lost_peer
 from train.runlog import written_into
 from train.trainer import Trainer
 
@@ -45,3 +47,49 @@ def test_a_disk_that_fails_now_is_no_mistake_of_the_user(tmp_path: Path) -> None
         with pytest.raises(Exception) as raised, written_into(tmp_path):
             raise OSError(number, os.strerror(number), "somewhere")
         assert code_of(raised.value) == code
+
+
+SYSTEM = "NCCL error in: NCCLUtils.cpp:77, ncclSystemError: System call (e.g. socket, malloc) or external library call failed"
+
+
+@pytest.mark.parametrize(
+    "error, is_lost, ambiguous",
+    [
+        (DistNetworkError("The client socket has timed out after 60000ms"), True, False),
+        (DistStoreError("wait timeout after 300000ms, keys: /group//0//cuda//0"), True, False),
+        (DistBackendError("NCCL error in: NCCLUtils.cpp:77, ncclRemoteError: A call failed possibly"), True, False),
+        (DistBackendError("[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d"), True, False),
+        (DistBackendError(SYSTEM), True, True),
+        (DistBackendError("NCCL error in: X.cpp:1, ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1"), False, False),
+        (DistBackendError("NCCL error in: X.cpp:1, ncclUnhandledCudaError: Cuda failure 'out of memory'"), False, False),
+        (RuntimeError("[/pytorch/third_party/gloo/pair.cc:534] Connection closed by peer [10.0.0.1]:5"), True, False),
+        (RuntimeError("planted"), False, False),
+        (OSError(errno.EPIPE, "Broken pipe"), False, False),
+    ],
+)  # fmt: skip
+def test_only_what_another_ranks_end_causes_counts_as_its_loss(
+    error: Exception, is_lost: bool, ambiguous: bool
+) -> None:
+    assert (is_of_a_lost_peer(error), is_ambiguous(error)) == (is_lost, ambiguous)
+    wrapped = ValueError("a save failed")
+    wrapped.__cause__ = error
+    assert (is_of_a_lost_peer(wrapped), is_ambiguous(wrapped)) == (is_lost, ambiguous)
+
+
+def train_into_nccls_system_error(arguments: list[str]) -> int:
+    """As the command line; rank 1 gets this error before step 7, while rank 0 goes on."""
+    launch = Trainer._launch
+
+    def fail_or_launch(trainer: Trainer, *given: Any) -> Any:
+        if trainer.step + 1 == 7 and trainer.process.rank == 1:
+            raise DistBackendError(SYSTEM)
+        return launch(trainer, *given)
+
+    Trainer._launch = fail_or_launch  # type: ignore[method-assign]
+    return main(["train", *arguments])
+
+
+@pytest.mark.slow
+def test_an_error_that_may_be_this_ranks_own_is_seen_with_its_traceback(run: Run) -> None:
+    assert run.start(processes=2, work=train_into_nccls_system_error).wait() == [4, 4], run.said
+    assert run.said.count("Traceback") == 1 and "in fail_or_launch" in run.said
