@@ -33,6 +33,7 @@ prepare() {
   check RESTARTS '[0-9]+' "a number of restarts"
   check LASTED '[0-9]+' "seconds"
   check PAUSE '[0-9]+' "seconds"
+  check ABSENCE '[0-9]+' "seconds"
   if [ -n "$INTERFACE" ]; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME-$INTERFACE} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME-$INTERFACE}
   fi
@@ -47,10 +48,16 @@ has_nodes() {
   check MASTER_ADDR '.+' "the address of node 0 where NNODES=$NNODES"
 }
 
-# A command as a shell takes it, behind the variables that matter to it.
+# The variables that matter to a run, as NAME=value.
+variables() {
+  local name
+  for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|CUDA|OMP)_'); do echo "$name=${!name}"; done
+}
+
+# A command as a shell takes it, behind those variables.
 show() {
-  local name line words=()
-  for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|CUDA|OMP)_'); do words+=("$name=${!name}"); done
+  local line words
+  mapfile -t words < <(variables)
   line=$(printf '%q ' "${words[@]}" "$@")
   echo "${line% }"
 }
@@ -62,11 +69,13 @@ keep_running() {
     show "$@" --status FILE
     exit 0
   fi
-  status=$(mktemp -t rorqual-XXXXXXXX)
+  status=$(mktemp /tmp/rorqual-XXXXXXXX)  # TMPDIR may be one for all nodes, each of which writes a file of this name
+  export DS_ENV_FILE=$status.env          # deepspeed hands on to other nodes what stands there, and little by itself
+  variables >"$DS_ENV_FILE"
   launcher='' asked=0
-  trap 'rm -f "$status"' EXIT
+  trap 'rm -f "$status" "$DS_ENV_FILE"' EXIT
   trap stop USR1 TERM INT HUP
-  local restarts=0 began code why i
+  local restarts=0 alone='' began code why which i
   while true; do
     began=$SECONDS
     start "$@" --status "$status"
@@ -82,10 +91,18 @@ keep_running() {
       *) why="the run ended without a word, its launcher with exit code $code" code=$((code ? code : 1)) ;;
     esac
     ((asked == 0)) || { say "$why"; exit "$code"; }
-    ((SECONDS - began < LASTED)) || restarts=0
-    ((restarts < RESTARTS)) || { say "$why; gives up after $restarts restarts in a row (RESTARTS)"; exit "$code"; }
-    restarts=$((restarts + 1))
-    say "$why after $((SECONDS - began)) s; starts again in $PAUSE s (restart $restarts of $RESTARTS)"
+    if [ "$NNODES" != 1 ] && [ -z "$(said pid)" ]; then  # the nodes have not met: one may be booting
+      alone=${alone:-$began}
+      ((SECONDS - alone < ABSENCE)) || { say "$why; gives up after $((SECONDS - alone)) s without a run (ABSENCE)"; exit "$code"; }
+      which="without a run for $((SECONDS - alone)) s of $ABSENCE s"
+    else
+      alone=''
+      ((SECONDS - began < LASTED)) || restarts=0
+      ((restarts < RESTARTS)) || { say "$why; gives up after $restarts restarts in a row (RESTARTS)"; exit "$code"; }
+      restarts=$((restarts + 1))
+      which="restart $restarts of $RESTARTS"
+    fi
+    say "$why after $((SECONDS - began)) s; starts again in $PAUSE s ($which)"
     for ((i = 0; i < PAUSE && !asked; i++)); do sleep 1; done
     ((asked == 0)) || exit 0  # nothing runs: what there is to save is saved
   done
@@ -148,16 +165,18 @@ stop() {
 hand_on() {
   while [ -n "$launcher" ] && kill -0 "$launcher" 2>/dev/null; do
     if [ -n "$(said pid)" ]; then
-      kill -USR1 "$(said pid)" || true
+      kill -USR1 "$(said pid)" 2>/dev/null || true  # it may have ended
       break
     fi
     sleep 0.2
   done
 }
 
-# Nothing of a launch stays: what is in its group is killed, and what is not dies with its launcher.
+# Nothing of a launch stays: what is in its group is killed, and what is not dies with its launcher. What deepspeed has started by
+# ssh does neither: there a run that has not ended itself is killed here, and its other processes end because they miss it.
 clear_away() {
   [ -n "$launcher" ] || return 0
+  [ -n "$(said exit)" ] || kill -KILL "$(said pid)" 2>/dev/null || true
   kill -KILL -- "-$launcher" 2>/dev/null || true
   wait_for "$launcher" || true
   timeout 10 tail --pid="$relay" -f /dev/null || true

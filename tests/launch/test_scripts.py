@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ from tests.launch.launched import SCRIPTS, environment
 TWO = {"NNODES": "2", "PROCESSES": "4", "MASTER_ADDR": "10.0.0.1"}
 
 
-def call(script: str, *arguments: str, **site: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPTS / script, *arguments], env=environment(site), capture_output=True, text=True)
+def call(script: str, *arguments: str, cwd: Path | None = None, **site: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPTS / script, *arguments], env=environment(site), cwd=cwd, capture_output=True, text=True
+    )
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
@@ -52,13 +55,13 @@ def test_shellcheck_has_nothing_to_say() -> None:
         ("launch_deepspeed.sh", {"PROCESSES": "2"}, "deepspeed --num_gpus 2 --master_port 29500 --module train"),
         (
             "launch_deepspeed.sh",
-            TWO | {"HOSTFILE": "README.md"},
-            "deepspeed --hostfile README.md --log_level warning --master_addr 10.0.0.1 --master_port 29500 --module train",
+            TWO | {"HOSTFILE": "hosts"},
+            "deepspeed --hostfile hosts --log_level warning --master_addr 10.0.0.1 --master_port 29500 --module train",
         ),
         (
             "launch_deepspeed.sh",
-            TWO | {"HOSTFILE": "README.md", "NO_SSH": "1", "NODE_RANK": "1"},
-            "deepspeed --hostfile README.md --log_level warning --no_ssh --node_rank 1 --master_addr 10.0.0.1 "
+            TWO | {"HOSTFILE": "hosts", "NO_SSH": "1", "NODE_RANK": "1"},
+            "deepspeed --hostfile hosts --log_level warning --no_ssh --node_rank 1 --master_addr 10.0.0.1 "
             "--master_port 29500 --module train",
         ),
         (
@@ -70,8 +73,12 @@ def test_shellcheck_has_nothing_to_say() -> None:
         ),
     ],
 )
-def test_a_dry_run_prints_the_command_and_runs_nothing(script: str, site: dict[str, str], command: str) -> None:
-    done = call(script, "tiny", "run.dir=a b", INTERFACE="ib0", NCCL_IB_HCA="mlx5", DRY_RUN="1", **site)
+def test_a_dry_run_prints_the_command_and_runs_nothing(
+    script: str, site: dict[str, str], command: str, tmp_path: Path
+) -> None:
+    write_hosts(tmp_path, socket.gethostname())
+    site |= {"INTERFACE": "ib0", "NCCL_IB_HCA": "mlx5", "DRY_RUN": "1"}
+    done = call(script, "tiny", "run.dir=a b", cwd=tmp_path, **site)
     network = "GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 NCCL_SOCKET_IFNAME=ib0 OMP_NUM_THREADS=1"
     assert done.stdout == f"{network} {command} tiny run.dir=a\\ b --status FILE\n", done.stderr
 
@@ -92,7 +99,7 @@ def test_a_dry_run_of_slurm_prints_what_is_submitted() -> None:
 
 
 def test_every_command_of_the_readme_is_one(tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    write_hosts(tmp_path, socket.gethostname())
     commands = re.search(r"```bash\n(.*?)```", (SCRIPTS / "README.md").read_text("utf-8"), re.DOTALL)[1].splitlines()
     assert {Path(found).name for found in re.findall(r"scripts/launch_\S+", "\n".join(commands))} == {
         path.name for path in SCRIPTS.glob("launch_*")
@@ -122,6 +129,19 @@ def test_a_value_of_the_site_that_cannot_be_is_refused_in_a_line(script: str, si
     assert done.returncode == 2
     assert done.stderr.startswith("rorqual: ") and said in done.stderr and done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_deepspeed_starts_a_run_by_ssh_from_one_of_its_nodes_alone(tmp_path: Path) -> None:
+    write_hosts(tmp_path, "nowhere.invalid")
+    done = call("launch_deepspeed.sh", "tiny", cwd=tmp_path, HOSTFILE="hosts", DRY_RUN="1")
+    assert done.returncode == 2 and done.stderr.startswith("rorqual: HOSTFILE=hosts: must name this node"), done.stderr
+    for name in ("127.0.0.1", "localhost"):
+        write_hosts(tmp_path, name)
+        assert call("launch_deepspeed.sh", "tiny", cwd=tmp_path, HOSTFILE="hosts", DRY_RUN="1").returncode == 0
+
+
+def write_hosts(folder: Path, first: str) -> None:
+    (folder / "hosts").write_text(f"# name slots\n{first} slots=4\nelsewhere.invalid slots=4\n")
 
 
 def test_a_recipe_is_asked_for() -> None:
@@ -200,6 +220,14 @@ def test_restarts_are_bounded(tmp_path: Path) -> None:
     code, said = Launch(tmp_path, "echo exit=4 >>$2; exit 1", RESTARTS="1").wait()
     assert code == 4
     assert said[-1] == "rorqual: the run was disturbed; gives up after 1 restarts in a row (RESTARTS)"
+
+
+def test_starts_of_several_nodes_that_have_not_met_are_bounded_by_time_alone(tmp_path: Path) -> None:
+    program = "if [ $turns = 4 ]; then echo pid=$$ >>$2; echo exit=0 >>$2; fi; exit 1"
+    code, said = Launch(tmp_path, program, RESTARTS="0", NNODES="2").wait()
+    assert code == 0 and len(said) == 3 and all("(without a run for " in line for line in said)
+    code, said = Launch(tmp_path, "sleep 0.6; exit 1", RESTARTS="0", NNODES="2", ABSENCE="1").wait()
+    assert code == 1 and "gives up after" in said[-1] and said[-1].endswith("s without a run (ABSENCE)")
 
 
 def test_a_run_that_has_lasted_is_worth_as_many_restarts_again(tmp_path: Path) -> None:
