@@ -145,6 +145,7 @@ class _Thread(threading.Thread):
         except Exception as error:
             if not self.is_over:
                 print(f"rorqual: warning: the watch of {self.me} has failed ({first_line(error)})", file=sys.stderr)
+                self.on_ask("close", {})  # or the others would take its silence for a death
         finally:
             self.selector.close()
 
@@ -215,13 +216,13 @@ class First(_Thread):
 
     def on_ready(self, ready: set[Any]) -> None:
         if self.server in ready:
-            connection, _ = self.server.accept()
-            self.strangers[connection] = Wire(connection)
-            self.selector.register(connection, selectors.EVENT_READ)
+            self._open()
         for one in ready & self.strangers.keys():
             self._meet(one)
         for one in ready & self.by_socket.keys():
-            self._hear(self.by_socket[one])
+            peer = self.by_socket[one]
+            assert peer.wire is not None
+            self._hear(peer, peer.wire.receive())
         if self.why is not None:
             self._report_once_known()
 
@@ -261,21 +262,31 @@ class First(_Thread):
                 f"the run hangs: {alone[0]} has gone round in {alone[1]} for {waited:.0f} s, and all others wait"
             )
 
+    def _open(self) -> None:
+        """Who has called at the door."""
+        try:
+            connection, _ = self.server.accept()
+        except OSError:  # gone again, or this process has too many files open, which may pass
+            time.sleep(LINGER)
+            return
+        self.strangers[connection] = Wire(connection)
+        self.selector.register(connection, selectors.EVENT_READ)
+
     def _meet(self, connection: Any) -> None:
         wire = self.strangers[connection]
-        for message in wire.receive():
-            if message.get("token") == self.token:
-                peer = self.by_socket[connection] = self.peers[message["rank"]]
-                peer.wire, peer.heard = self.strangers.pop(connection), time.monotonic()
-                return
-        if wire.is_lost:
+        messages = wire.receive()
+        if messages and messages[0].get("token") == self.token:
+            peer = self.by_socket[connection] = self.peers[messages[0]["rank"]]
+            peer.wire = self.strangers.pop(connection)
+            self._hear(peer, messages)
+        elif messages or wire.is_lost:
             self.strangers.pop(connection)
             self.selector.unregister(connection)
             wire.close()
 
-    def _hear(self, peer: _Peer) -> None:
+    def _hear(self, peer: _Peer, messages: list[Message]) -> None:
         assert peer.wire is not None
-        for message in peer.wire.receive():
+        for message in messages:
             peer.heard = time.monotonic()
             if "mark" in message:
                 peer.mark, peer.rests = Mark(*message["mark"]), message["rests"]

@@ -2,12 +2,14 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from train.guard.patience import Patience
 from train.guard.place import Place, place_of, position
 from train.guard.report import Answer, Mark, report
 from train.guard.watch import First, Watch, connect, open_server
+from train.guard.wire import Wire
 from train.launch import process_group
 from train.trainer import Trainer
 
 SOON = "run.hang_seconds=3"
 OFTEN = ("checkpoint.every_steps=4", "checkpoint.asynchronous=false", SOON)
 RANK = r"rank {} \([^ ,]+, pid \d+\)"
+MEMBERS, PATIENCE = [Member(0, "node", 1), Member(1, "node", 2)], Patience(600)
 LAST = "start the same command again: the run continues from its newest complete checkpoint"
 
 
@@ -249,24 +253,61 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_stranger_at_the_port_of_the_watch_disturbs_nobody_and_a_rank_comes_by_any_address() -> None:
-    patience = Patience(600)
+@pytest.fixture
+def first() -> Iterator[tuple[First, dict[str, Any]]]:
+    """The thread of rank 0 of two, and what rank 1 must know to call it."""
     server, news = open_server(2)
-    members = [Member(0, "node", 1), Member(1, "node", 2)]
-    first = First(Watch(), members, patience, server, news["token"])
-    first.start()
+    thread = First(Watch(), MEMBERS, PATIENCE, server, news["token"])
+    thread.start()
+    yield thread, news
+    thread.ask("close")
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def soon(condition: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + 10
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(held)
+
+
+def test_a_stranger_at_the_port_of_the_watch_disturbs_nobody_and_a_rank_comes_by_any_address(first: Any) -> None:
+    thread, news = first
     strangers = [socket.create_connection(("127.0.0.1", news["port"])) for _ in range(4)]
     for stranger, words in zip(
         strangers, (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "rank": 1}\n', b"\xff\n", b"[1]\n")
     ):
         stranger.sendall(words)
-    wire = connect("127.0.1.1", news, members[1], patience)  # what Debian has a machine call itself
-    deadline = time.monotonic() + 10
-    while first.peers[1].wire is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert first.is_alive() and first.peers[1].wire is not None
-    first.ask("close")
-    first.join(10)
-    assert {"left": {}} in wire.receive()
+    wire = connect("127.0.1.1", news, MEMBERS[1], PATIENCE)  # what Debian has a machine call itself
+    assert soon(lambda: thread.peers[1].wire) and thread.is_alive()
+    wire.send({"left": {}})
     for one in (*strangers, wire):
         one.close()
+
+
+def test_a_rank_that_leaves_as_soon_as_it_has_come_has_left(first: Any) -> None:
+    thread, news = first
+    wire = Wire(socket.create_connection(("127.0.0.1", news["port"])))
+    wire.send({"token": news["token"], "rank": 1}), wire.send({"left": {}})
+    wire.close()
+    assert soon(lambda: thread.peers[1].has_left) and thread.why is None
+
+
+def test_a_watch_without_files_to_open_goes_on_and_one_that_fails_is_no_death(first: Any) -> None:
+    thread, news = first
+    caller = socket.socket()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        caller.connect(("127.0.0.1", news["port"]))
+        time.sleep(0.3)
+        assert thread.is_alive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    wire = Wire(caller)
+    wire.send({"token": news["token"], "rank": 1})
+    assert soon(lambda: thread.peers[1].wire)
+    wire.send({"mark": 1})
+    assert soon(lambda: {"left": {}} in wire.receive()) and soon(lambda: not thread.is_alive())
+    wire.close()
