@@ -6,7 +6,8 @@ Every rank but the first keeps a connection to the first, beside those of its tr
     rank 0 → r   that it is alive; "where do you stand?"; "it is over"
 
 * A process that dies closes its connection, which is noticed at once. One that was stopped, or whose node or link is down, is
-  silent: after `Patience.tell` a line says so, after `Patience.hang` the run ends.
+  silent: after `Patience.tell` a line says so, after `Patience.hang`, or the `patience` of its mark, the run ends: while a
+  process waits for a page of a slow disk, its threads wait too.
 * A run hangs when no rank moves. Whether a main thread moves is seen by looking at it: its stack is at another instruction
   than before, or `at` was called. So nothing has to report progress, however long a validation takes. What may rest for long in
   one place, a save, a compiler, says so with the `patience` of its mark.
@@ -40,7 +41,7 @@ from train.guard.wire import Message, Wire
 AGAIN = "start the same command again: the run continues from its newest complete checkpoint"
 LINGER = 0.2  # seconds that rank 0's connections stay, so that its last word arrives
 DEAD = "it was killed, or its node has failed"
-CUT_OFF = "it was stopped, or its node or the link to it is down"
+CUT_OFF = "it was stopped, or its node or the link to it is down, or its interpreter waits (for a disk?)"
 
 
 class Watch:
@@ -64,10 +65,14 @@ class Watch:
             step: the training step that it belongs to.
             patience: seconds in which it may stay at one place, if longer than the run's own.
         """
+        is_sooner = patience < self.mark.patience
         self.mark = Mark(doing, step, patience)
+        if is_sooner and self._thread and self._thread.is_alive():
+            self._thread.ask("tell")  # by what the others know of this rank they would still wait for long
 
     def begin(self, thread: "_Thread") -> None:
         self._thread = thread
+        os.register_at_fork(after_in_child=thread.close_copies)
         thread.start()
 
     def lost(self, error: BaseException) -> NoReturn:
@@ -128,6 +133,13 @@ class _Thread(threading.Thread):
         """From the main thread."""
         self.asked.append((what, message or {}))
         self._ring.send(b"!")
+
+    def close_copies(self) -> None:
+        """In a forked process: a connection is closed by the death of its rank only if no other process has it open."""
+        for one in [*(self.selector.get_map() or {}).values()]:
+            one.fileobj.close()
+        self._ring.close()
+        self.selector.close()
 
     def run(self) -> None:
         try:
@@ -208,11 +220,11 @@ class First(_Thread):
         if what == "lost":
             assert self.watch.error is not None
             self.alarm(f"{self.me} has lost another: {first_line(self.watch.error)}")
-            return
-        for peer in self.peers.values():
-            if peer.wire:
-                peer.wire.send({"left": message})
-        self.is_over = True
+        elif what == "tell":
+            self._tell_all({"patience": self.watch.mark.patience})
+        else:
+            self._tell_all({"left": message})
+            self.is_over = True
 
     def on_ready(self, ready: set[Any]) -> None:
         if self.server in ready:
@@ -227,9 +239,8 @@ class First(_Thread):
             self._report_once_known()
 
     def on_beat(self) -> None:
+        self._tell_all({"patience": self.watch.mark.patience})
         for peer in self.peers.values():
-            if peer.wire:
-                peer.wire.send({})
             self._tell_of_silence(peer)
         self._look_who_moves()
         if self.why is not None:
@@ -242,9 +253,12 @@ class First(_Thread):
         """Ask everybody where they stand. The first reason counts; where a rank has ended for one of its own, that is it."""
         if self.why is None and self.left is None:
             self.why, self.until = why, time.monotonic() + self.patience.answer
-            for peer in self.peers.values():
-                if peer.wire:
-                    peer.wire.send({"where": True})
+            self._tell_all({"where": True})
+
+    def _tell_all(self, message: Message) -> None:
+        for peer in self.peers.values():
+            if peer.wire:
+                peer.wire.send(message)
 
     def _look_who_moves(self) -> None:
         """Nobody: the run hangs. One alone, for very long: all others wait for it, and it never comes to them."""
@@ -302,18 +316,19 @@ class First(_Thread):
             self.selector.unregister(peer.wire.socket)
             self.by_socket.pop(peer.wire.socket)
             if not peer.has_left:
-                self.alarm(f"{peer.member} has ended without a word: {DEAD}")
+                self.alarm(f"{peer.member} {_end_of_connection(peer.silence, self.patience)}")
 
     def _tell_of_silence(self, peer: _Peer) -> None:
-        if peer.silence > self.patience.hang:
+        limit = max(self.patience.hang, peer.mark.patience)
+        if peer.silence > limit:
             self.alarm(f"{peer.member} has not answered for {peer.silence:.0f} s: {CUT_OFF}")
         elif peer.is_told and peer.silence < self.patience.tell:
             peer.is_told = False
             self._say(f"{peer.member} answers again")
         elif not peer.is_told and peer.silence > self.patience.tell:
             peer.is_told = True
-            limit = f"; the run ends after {self.patience.hang:.0f} s" if self.patience.hang < math.inf else ""
-            self._say(f"{peer.member} has not answered for {peer.silence:.0f} s, last heard of in {peer.mark}{limit}")
+            end = f"; the run ends after {limit:.0f} s" if limit < math.inf else ""
+            self._say(f"{peer.member} has not answered for {peer.silence:.0f} s, last heard of in {peer.mark}{end}")
 
     def _report_once_known(self) -> None:
         """End the run once all have said where they stand who still can."""
@@ -328,9 +343,7 @@ class First(_Thread):
 
     def _end(self, code: int, lines: list[str]) -> NoReturn:
         """Of the run."""
-        for peer in self.peers.values():
-            if peer.wire:
-                peer.wire.send({"end": code})
+        self._tell_all({"end": code})
         time.sleep(LINGER)
         self.watch.end(code, lines)
 
@@ -345,6 +358,7 @@ class Other(_Thread):
         super().__init__(watch, me, patience)
         self.first, self.seat, self.wire = first, seat, wire
         self.heard, self.is_told = time.monotonic(), False
+        self.patience_of_first = START
         self.has_first_left = False
         self.selector.register(wire.socket, selectors.EVENT_READ)
         self.has_answered = False
@@ -357,13 +371,17 @@ class Other(_Thread):
             assert self.watch.error is not None
             self.wire.send({"lost": first_line(self.watch.error)})
             self._answer()
-            return
-        self.wire.send({"left": message})
-        self.is_over = True
+        elif what == "tell":
+            self.wire.send(self.sign())
+        else:
+            self.wire.send({"left": message})
+            self.is_over = True
 
     def on_ready(self, ready: set[Any]) -> None:
+        silence = time.monotonic() - self.heard
         for message in self.wire.receive():
             self.heard = time.monotonic()
+            self.patience_of_first = message.get("patience", self.patience_of_first)
             if "where" in message:
                 self._answer()
             if "end" in message:
@@ -375,7 +393,7 @@ class Other(_Thread):
         if self.wire.is_lost and self.wire.socket in ready:
             self.selector.unregister(self.wire.socket)
             if not self.has_first_left:
-                self._end_alone(f"{self.first} has ended without a word: {DEAD}")
+                self._end_alone(f"{self.first} {_end_of_connection(silence, self.patience)}")
 
     def on_beat(self) -> None:
         self.wire.send(self.sign())
@@ -385,7 +403,7 @@ class Other(_Thread):
         if self.has_first_left:
             return
         silence = time.monotonic() - self.heard
-        if silence > self.patience.hang:
+        if silence > max(self.patience.hang, self.patience_of_first):
             self._end_alone(f"{self.first} has not answered for {silence:.0f} s: {CUT_OFF}")
         if silence > self.patience.tell and not self.is_told and self.seat.speaks:
             print(f"rorqual: {self.first} has not answered {self.me} for {silence:.0f} s", file=sys.stderr, flush=True)
@@ -400,6 +418,13 @@ class Other(_Thread):
         """Without the first: what this rank knows is all there is to say. It is silent if the first has asked, and so reported."""
         speaks = self.seat.speaks and not self.has_answered
         self.watch.end(LOST, [*report(why, {self.me: self.watch.answer()}, {}), AGAIN] if speaks else [])
+
+
+def _end_of_connection(silence: float, patience: Patience) -> str:
+    """What it means: the system closes it at a process's death, and gives it up some 15 minutes after the other node's."""
+    if silence < patience.tell:
+        return f"has ended without a word: {DEAD}"
+    return f"has not answered for {silence:.0f} s: {CUT_OFF}"
 
 
 def _end_of(member: Member, said: Message) -> tuple[int, str]:

@@ -68,6 +68,14 @@ def work_slowly() -> None:
         time.sleep(0.01)
 
 
+def die_beside_a_child() -> None:
+    """As a rank is killed whose reading-ahead process hangs in a disk: what it has forked has its connections too."""
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def go_round() -> None:
     while True:
         time.sleep(0.01)
@@ -81,6 +89,7 @@ FAULTS = {
     "goes wrong": go_wrong,
     "is slow": work_slowly,
     "goes round": go_round,
+    "dies beside a child": die_beside_a_child,
 }
 
 
@@ -164,6 +173,12 @@ def test_a_rank_that_goes_round_for_ever_while_the_others_wait_is_named(run: Run
     )
     assert re.fullmatch(rf"  {RANK.format(0)}: step 3: waiting, .*", waits)
     assert re.fullmatch(rf"  {RANK.format(1)}: step 3: goes round, .*", loops) and last == LAST
+
+
+def test_a_rank_that_dies_beside_a_child_is_noticed_at_once(run: Run) -> None:
+    processes = run.start(processes=2, work=with_each_other, extra=("dies beside a child",))
+    assert processes.wait() == [4, -signal.SIGKILL], run.said
+    assert re.search(rf"^rorqual: {RANK.format(1)} has ended without a word: ", run.said), run.said
 
 
 def test_an_error_of_one_rank_is_told_by_its_name(run: Run) -> None:
