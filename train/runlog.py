@@ -2,7 +2,11 @@
 
 import errno
 import fcntl
+import logging
 import math
+import os
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,13 +22,21 @@ from model.transformer import Transformer
 from parallel.engine import StepResult
 from train.config import Recipe, RecipeError
 from train.evaluate import Evaluation
+from train.guard.lost import Lost
 from train.launch import Process
 from train.loggers import Logger, MetricsError, open_loggers
+from train.marker import MARKER
 from train.metrics import MetricsLog, TerminalLine, balance_metrics
 from train.planning.devices import peak_flops
 from train.schedule import Schedule, Step
 
-HANDOVER = 10.0  # seconds that a run waits for the end of the one before it
+HANDOVER = (
+    120.0  # seconds that a run waits for the end of the one before it; a dead node's locks outlive it for so long
+)
+TELL = 10.0  # seconds until a line says so
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of a file system that has none
+
+log = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -34,7 +46,8 @@ class RunLog:
         step: of the checkpoint that the run continues from.
 
     Raises:
-        RecipeError: on the first rank; another run is at work in the folder.
+        RecipeError: on the first rank; another run on this machine is at work in the folder.
+        Lost: on the first rank; one elsewhere is, or was until now.
         MetricsError: on the first rank; the package of a logger is not installed, or the folder cannot be written.
 
     Once the run is under way, a disk that fails does not end it: that is told, and what shall be in `metrics.jsonl` waits.
@@ -54,7 +67,11 @@ class RunLog:
         self.peak = process.world_size * peak_flops(process.device, computes)
         self.folder = folder = Path(recipe.run.dir)
         with written_into(folder):
-            self._open.enter_context(_alone_in(folder))
+            process.watch.at("waiting for run.dir", patience=2 * HANDOVER)
+            waited = self._open.enter_context(_alone_in(folder))
+            saved = max((path.parent.name for path in folder.glob(f"checkpoints/step-*/{MARKER}")), default="")
+            if waited and saved > f"step-{step:08d}":
+                raise Lost(f"run.dir = {folder}: another run has saved {saved} meanwhile; start the same command again")
             for logger in open_loggers(recipe.logging, folder, recipe.model_dump(mode="json", by_alias=True), step):
                 self._open.callback(logger.close)
                 self._loggers.append(logger)
@@ -186,25 +203,59 @@ class RunLog:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system lets go of it when the process ends, however it ends; one that was killed may be at it."""
-    with (folder / ".lock").open("w") as file:
-        deadline = time.monotonic() + HANDOVER
-        while not _locks(file):
-            if time.monotonic() > deadline:
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; whether it had to be waited for. It has the host and the process of its holder in it.
+
+    The system lets go of it when the process ends, however it ends; one that was killed may be at it. A file server waits for a
+    node that is gone, for a minute or two.
+    """
+    with (folder / ".lock").open("a+") as file:
+        started, told, waited = time.monotonic(), False, 0.0
+        while not _locks(file, folder):
+            waited = time.monotonic() - started
+            host, process = _holder(file)
+            holder = f"process {process} on {host}" if process else "another process"
+            if waited > HANDOVER and host == socket.gethostname() and psutil.pid_exists(process):
                 raise RecipeError(
-                    f"run.dir = {folder}: another run is at work in it; processes of one run are started by torchrun; wait for "
-                    "the other run, or set another run.dir"
+                    f"run.dir = {folder}: another run is at work in it, {holder}; processes of one run are started by torchrun; "
+                    "wait for the other run, or set another run.dir"
                 )
+            if waited > HANDOVER:
+                raise Lost(
+                    f"run.dir = {folder}: locked by {holder} for {waited:.0f} s; if it is alive, set another run.dir; if its node "
+                    "is gone, start the same command again"
+                )
+            if waited > TELL and not told:
+                told = True
+                line = f"run.dir = {folder}: locked by {holder}; waiting for up to {HANDOVER:.0f} s"
+                print(f"rorqual: {line}", file=sys.stderr, flush=True)
             time.sleep(0.1)
-        yield
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        file.flush()
+        yield waited > 0
 
 
-def _locks(file: TextIO) -> bool:
+def _holder(file: TextIO) -> tuple[str, int]:
+    """Host and process of who has the lock; nobody and 0 where they are not known."""
+    file.seek(0)
+    host, _, process = file.read().strip().partition(" ")
+    return host, int(process) if process.isdecimal() else 0
+
+
+def _locks(file: TextIO, folder: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning(
+            "run.dir = %s: its file system has no locks (%s): nothing keeps a second run out of it",
+            folder,
+            error.strerror,
+        )
     return True
 
 

@@ -2,7 +2,9 @@
 
 import fcntl
 import importlib.util
+import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -147,10 +149,16 @@ def test_a_folder_that_another_run_works_in_is_refused(
     half: Run, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runlog, "HANDOVER", 0.2)
+    holder = f"{socket.gethostname()} {os.getpid()}"
     with (half.folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        print(holder, file=file, flush=True)
         line = refuse("train", *half.arguments())
-    assert line.startswith(f"run.dir = {half.folder}: another run is at work in it; ") and "torchrun" in line
+    at_work = (
+        f"run.dir = {half.folder}: another run is at work in it, process {os.getpid()} on {socket.gethostname()}; "
+    )
+    assert line.startswith(at_work) and "torchrun" in line
+    assert (half.folder / ".lock").read_text() == f"{holder}\n"
 
 
 def test_text_of_another_tokenizer_is_refused_by_a_run(half: Run, refuse: Refuse, tmp_path: Path) -> None:

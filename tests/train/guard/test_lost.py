@@ -1,17 +1,24 @@
 """What ends a run with exit code 4, for the same command may do better, and what does not."""
 
 import errno
+import fcntl
 import os
+import re
 import signal
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from tests.small_run import Run
+from train import runlog
 from train.cli import BUG, LOST, MISTAKE, code_of, main
-from train.guard.lost import is_ambiguous, is_of_a_lost_peer
+from train.guard.lost import Lost, is_ambiguous, is_of_a_lost_peer
 from train.runlog import written_into
 from train.trainer import Trainer
 
@@ -93,3 +100,55 @@ def train_into_nccls_system_error(arguments: list[str]) -> int:
 def test_an_error_that_may_be_this_ranks_own_is_seen_with_its_traceback(run: Run) -> None:
     assert run.start(processes=2, work=train_into_nccls_system_error).wait() == [4, 4], run.said
     assert run.said.count("Traceback") == 1 and "in fail_or_launch" in run.said
+
+
+@pytest.mark.parametrize("holder", ["node-b 4711", f"{socket.gethostname()} {2**22 + 1}", ""])
+def test_a_lock_that_only_a_file_server_still_holds_is_waited_for_and_no_mistake(
+    holder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runlog, "HANDOVER", 0.4)
+    monkeypatch.setattr(runlog, "TELL", 0.1)
+    (tmp_path / ".lock").write_text(f"{holder}\n")
+    named = "process {1} on {0}".format(*holder.split()) if holder else "another process"
+    with (tmp_path / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Lost, match=f"locked by {re.escape(named)} for 0 s; ") as raised, runlog._alone_in(tmp_path):
+            pass
+    assert code_of(raised.value) == LOST
+    assert capsys.readouterr().err == f"rorqual: run.dir = {tmp_path}: locked by {named}; waiting for up to 0 s\n"
+    with runlog._alone_in(tmp_path) as waited:
+        assert not waited and (tmp_path / ".lock").read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+
+
+def test_a_file_system_without_locks_is_told_of_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with runlog._alone_in(tmp_path) as waited:
+        assert not waited
+    assert "its file system has no locks (Function not implemented)" in caplog.text
+
+
+def test_what_another_run_has_saved_while_this_one_waited_is_not_gone_back_behind(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.folder.mkdir()
+    lock, marker = run.folder / ".lock", run.folder / "checkpoints" / "step-00000004" / "COMPLETE"
+
+    def save_and_end() -> None:
+        while sum(file.path == str(lock) for file in psutil.Process().open_files()) < 2:
+            time.sleep(0.05)
+        marker.parent.mkdir(parents=True)
+        marker.touch()
+        held.close()
+
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        other = threading.Thread(target=save_and_end, daemon=True)
+        other.start()
+        assert main(["train", *run.arguments("data.workers=0")]) == 4
+        other.join()
+    assert "another run has saved step-00000004 meanwhile; start the same command again" in capsys.readouterr().err
