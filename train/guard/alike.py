@@ -3,8 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 from platform import python_version
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 
 from train.guard.members import Member, in_words
 
+PACKAGES = ("model", "parallel", "data", "train")
+CODE = {".py", ".cpp", ".h"}
 LONG = 120  # characters of a value; beyond them its hash stands for it
 
 Facts = dict[str, str]  # by the name that a person would look for
@@ -22,13 +26,24 @@ class UnlikeError(ValueError):
 
 
 def facts_of(recipe: Mapping[str, Any], uses_cuda: bool) -> Facts:
-    """The versions that a run stands on, then its recipe, a key at a time."""
+    """The versions that a run stands on, its own source, then its recipe, a key at a time."""
     engine = recipe.get("parallel", {}).get("engine", "")
     packages = ["rorqual", "torch", "transformers"] + ["deepspeed"] * engine.startswith("zero")
     facts = {"Python": python_version()} | {name: version(name) for name in packages}
+    facts["source of rorqual"] = f"sha256 {source_hash(Path(__file__).parents[2])[:12]}"
     if uses_cuda:
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return facts | _leaves(recipe)
+
+
+@cache
+def source_hash(root: Path) -> str:
+    """Of every file of code of the packages under a folder: a checkout keeps its version while it changes."""
+    whole = sha256()
+    for package in PACKAGES:
+        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in CODE):
+            whole.update(f"{path.relative_to(root)}\0".encode() + sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
 
 
 def difference(members: Sequence[Member], facts: Sequence[Facts], fix: str) -> str | None:
