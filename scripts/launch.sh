@@ -137,7 +137,8 @@ relay() {
   done >&2
   cat >/dev/null
 }
-LAUNCHERS_WORDS='^[IWE][0-9]{4} .* torch/distributed/|\[launch\.py:|^Traceback '  # how those of torch and deepspeed begin
+# How those of torch, of its store and of deepspeed begin.
+LAUNCHERS_WORDS='^[IWE][0-9]{4} .* torch/distributed/|^\[[WE][0-9]{4} .*\.cpp:|\[launch\.py:|^Traceback '
 
 # said pid|exit: the value in the status file; of an exit code only if nothing has started since.
 said() {

@@ -185,9 +185,14 @@ TABLE = (
 )
 
 
-@pytest.mark.parametrize("code", [0, 2, 3])
-def test_what_the_run_has_decided_ends_it_and_the_launcher_does_not_repeat_it(tmp_path: Path, code: int) -> None:
-    launch = Launch(tmp_path, f"echo the run >&2; echo pid=$$ >>$2; echo exit={code} >>$2; {TABLE}; exit 1")
+STORE = "echo '[W1123 06:00:00.000 TCPStore.cpp:115] [c10d] recvVector failed' >&2; echo frame >&2"  # node 0 has ended first
+
+
+@pytest.mark.parametrize(("code", "words"), [(0, STORE), (2, TABLE), (3, TABLE)])
+def test_what_the_run_has_decided_ends_it_and_the_launcher_does_not_repeat_it(
+    tmp_path: Path, code: int, words: str
+) -> None:
+    launch = Launch(tmp_path, f"echo the run >&2; echo pid=$$ >>$2; echo exit={code} >>$2; {words}; exit 1")
     assert launch.wait() == (code, ["the run"])
 
 
