@@ -7,9 +7,10 @@ the next step and the loader its samples; starting the same recipe again continu
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from enum import Enum, auto
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,7 @@ from train.generate import continue_texts
 from train.guard.evidence import save_evidence
 from train.guard.incidents import Incident, all_passed_over, roll_backs, write_incident
 from train.guard.locate import Located, locate
-from train.guard.passed_over import SampleRange, to_pass_over
+from train.guard.passed_over import SampleRange, to_pass_over, union
 from train.guard.patience import LONG, START
 from train.guard.replicas import ReplicasDiffer, compare_replicas
 from train.guard.spikes import SpikeDetector
@@ -56,6 +57,14 @@ log = logging.getLogger(__name__)
 
 FINISHED, DIVERGED = 0, 3  # exit codes
 NOTICEABLE = 1.0  # seconds that training waits for a disk before a line says so
+
+
+class Answer(Enum):
+    """To what a run cannot simply go on from."""
+
+    GO_ON = auto()  # after all
+    ROLL_BACK = auto()
+    GIVE_UP = auto()
 
 
 class Trainer:
@@ -121,7 +130,9 @@ class Trainer:
         self.skipped = record.get("skipped", 0)  # steps that updated nothing
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.spikes = SpikeDetector(recipe.spikes, record.get("losses", ()))
-        self.located: Located | None = None  # of the steps in a row that have just gone wrong
+        self.wrong_in_a_row = 0
+        self.located: Located | None = None  # of those
+        self.replayed: int | None = None  # the last step that was
         self.config = recipe.model_config_resolved()  # of its longest sequences
         self.is_extended = began_extended(recipe, record)
         self.batches = self._read_ahead()
@@ -159,9 +170,11 @@ class Trainer:
                     wrong = self._end_step(launched, run_log)
                     if wrong and self._is_too_much(wrong):
                         self._finish_save(run_log)
-                        if self._roll_back(launched, wrong, run_log):
+                        answer, why = self._answer(launched, wrong, run_log)
+                        if answer is Answer.ROLL_BACK:
                             return None
-                        return self._diverge(launched, wrong, run_log)
+                        if answer is Answer.GIVE_UP:
+                            return self._diverge(launched, wrong, why, run_log)
                 if save or stop or self._is_over:
                     self._finish_save(run_log)
                     with nullcontext() if stop or self._is_over else _told(run_log):
@@ -264,19 +277,34 @@ class Trainer:
         metrics = run_log.end_step(
             launched.number, step, result, self.skipped, launched.waited, launched.consumed, limit
         )
-        if wrong is None:
+        self.wrong_in_a_row = self.wrong_in_a_row + 1 if wrong else 0
+        if wrong:
+            self._tell(launched, wrong, limit, run_log)
+        else:
             self.located = None
-        elif self.located is None:
-            self.located = self._locate(launched, limit)
-            self._keep(launched, wrong)
-            run_log.say(f"{wrong.of(launched.number)}: {self.located}")
-        elif result.skipped:
-            run_log.say(wrong.of(launched.number))
         validates = self._validates(launched.number)
         run_log.write(metrics, self._evaluate(step) if validates else None)
         if validates or wrong:
             run_log.start_step()
         return wrong
+
+    def _tell(self, launched: Launched, wrong: Wrong, limit: float, run_log: RunLog) -> None:
+        """Say what went wrong, and where: of the first step in a row, and at most once in a window, for a replay takes its time.
+
+        What the run cannot go on from is always looked for.
+        """
+        is_first, number = self.wrong_in_a_row == 1, launched.number
+        is_due = self.replayed is None or number - self.replayed >= self.recipe.spikes.window
+        where = ""
+        if self.located is None and ((is_first and is_due) or self._is_too_much(wrong)):
+            self.located, self.replayed = self._locate(launched, limit), number
+            where = f": {self.located}"
+        elif is_first:
+            where = f"; not replayed, so soon after step {self.replayed}"
+        if is_first:
+            self._keep(launched, wrong)
+        if where or wrong.skipped:
+            run_log.say(f"{wrong.of(number)}{where}")
 
     def _is_too_much(self, wrong: Wrong) -> bool:
         """Whether the run cannot go on from what went wrong."""
@@ -294,11 +322,8 @@ class Trainer:
 
     def _keep(self, launched: Launched, wrong: Wrong, passed_over: SampleRange | None = None) -> None:
         """A line in the run's incidents."""
-        assert self.located is not None
-        step = launched.step
-        incident = Incident(
-            launched.number, wrong.reason, step.first_sample, step.settings.batch, asdict(self.located), passed_over
-        )
+        step, located = launched.step, asdict(self.located) if self.located else None
+        incident = Incident(launched.number, wrong.reason, step.first_sample, step.settings.batch, located, passed_over)
 
         def write() -> None:
             # What is passed over must be on the disk; the rest has been said.
@@ -307,35 +332,54 @@ class Trainer:
 
         self.ranks.first(write)
 
-    def _roll_back(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> bool:
-        """Put down what is passed over from now on, and say whether the run rolls back: it may not, or has done so too often.
-
-        It is on the disk before anything else happens: see `_stand`.
-        """
+    def _answer(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> tuple[Answer, str]:
+        """Whether the run rolls back, and why it does not. What it then passes over is on the disk before anything else happens."""
         spikes = self.recipe.spikes
         if spikes.action != "roll_back":
-            return False
-        checkpointed = self.ranks.first(lambda: [read_run(path)["samples"] for path in self.checkpoints.complete()])
+            return Answer.GIVE_UP, ""
+        records = self.ranks.first(lambda: [read_run(path) for path in self.checkpoints.complete()])
+        checkpointed = [record["samples"] for record in records]
         first = self.spikes.first_sample(launched.number, max(spikes.pass_over, self.skipped_in_a_row))
         found = to_pass_over(
             (first, launched.step.end_sample - 1), checkpointed, self.rolled_back_from, spikes.most_roll_backs
         )
         if found is None:
-            return False
+            return (
+                Answer.GIVE_UP,
+                f", and the run has rolled back here {spikes.most_roll_backs} times (spikes.most_roll_backs)",
+            )
+        lacking = self._lacks(found, next(record for record in records[::-1] if record["samples"] <= found[0]))
+        if lacking:
+            run_log.say(f"step {launched.number} is skipped and nothing is passed over: {lacking}")
+            is_end = self.skipped_in_a_row >= self.recipe.run.max_skipped
+            return Answer.GIVE_UP if is_end else Answer.GO_ON, ", and there is no data to read in their place"
         self._keep(launched, wrong, found)
         run_log.say(f"rolling back from step {launched.number}; samples {found[0]} to {found[1]} are passed over")
-        return True
+        return Answer.ROLL_BACK, ""
 
-    def _diverge(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> int:
+    def _lacks(self, passed_over: SampleRange, record: Mapping[str, Any]) -> str:
+        """What the stores lack for the run to go on from a checkpoint without these samples; nothing as a rule.
+
+        Asked before they are put down: from then on every start of the run passes over them.
+        """
+        self.watch.at("opening stores", patience=START)
+        recipe = self.recipe.passing_over(union(self.recipe.data.passed_over, [passed_over]))
+        try:
+            Corpus(recipe, Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over), record, self.ranks)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def _diverge(self, launched: Launched, wrong: Wrong, why: str, run_log: RunLog) -> int:
         """Save what is needed to look at a run that cannot go on."""
         self._save()
         self.ranks.all(partial(self._save_evidence, launched))
         self.checkpoints.wait()
         in_a_row = self.skipped_in_a_row
         what = f"{in_a_row} steps in a row {wrong.reason}" if in_a_row > 1 else wrong.of(launched.number)
-        if self.recipe.spikes.action == "roll_back":
-            what += f", and the run has rolled back here {self.recipe.spikes.most_roll_backs} times (spikes.most_roll_backs)"
-        run_log.say(f"{what}; batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint")
+        run_log.say(
+            f"{what}{why}; batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint"
+        )
         return DIVERGED
 
     def _validates(self, number: int) -> bool:

@@ -1,6 +1,6 @@
 """What went wrong in a run and was survived, in its folder: `incidents.jsonl`, one object a line.
 
-    {"step": 12, "reason": "…", "first_sample": 88, "samples": 8, "located": {…}, "passed_over": [88, 95] or null}
+    {"step": 12, "reason": "…", "first_sample": 88, "samples": 8, "located": {…} or null, "passed_over": [88, 95] or null}
 
 The lines with `passed_over` decide what the run reads from then on: such a line is on the disk before the run rolls back, and
 whoever starts the run again, after a kill in that very moment too, finds it, and not the checkpoints that have read these samples.
@@ -29,7 +29,7 @@ class Incident:
     reason: str
     first_sample: int
     samples: int
-    located: Mapping[str, Any]  # `train.guard.locate.Located`
+    located: Mapping[str, Any] | None  # `train.guard.locate.Located`; None: it was not looked for
     passed_over: SampleRange | None = None  # the run rolled back and goes on without these
 
     def is_read_by(self, record: Mapping[str, Any]) -> bool:

@@ -1,8 +1,9 @@
 """Which losses stand out: a loss is held against the median of those before it, in robust standard deviations.
 
-    limit(n) = median + threshold · 1.4826 · MAD            of the losses of steps n − 1 − window … n − 2
+    limit(n) = median + threshold · max(1.4826 · MAD, median / 1000)        of the losses of steps n − 1 − window … n − 2
 
-MAD is the median distance from the median; 1.4826 of it is the standard deviation where losses are normal (Hampel 1974). Both
+MAD is the median distance from the median; 1.4826 of it is the standard deviation where losses are normal (Hampel 1974). A curve
+that stands still, by huge batches or because little is left to learn, must not make its median the limit. Median and MAD
 forget up to half of the window: a spike of some steps does not move the limit of the next. If losses stay where they jumped to,
 half a window later the limit is there too. One-sided: a loss that falls is none of this.
 
@@ -68,7 +69,8 @@ class SpikeDetector:
 def center(losses: Sequence[float]) -> tuple[float, float]:
     """Median, and robust standard deviation."""
     middle = median(losses)
-    return middle, NORMAL * median(abs(loss - middle) for loss in losses)
+    return middle, max(NORMAL * median(abs(loss - middle) for loss in losses), FLOOR * abs(middle))
 
 
 NORMAL = 1.4826  # standard deviation of a normal distribution over its MAD
+FLOOR = 1e-3  # of the median: smaller deviations are none

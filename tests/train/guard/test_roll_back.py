@@ -57,7 +57,11 @@ def rolled_back(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def noise_in(run: Run) -> list[int]:
     """Documents that the run's incidents blame."""
-    return [document["number"] for incident in read_incidents(run.folder) for document in incident.located["documents"]]
+    return [
+        document["number"]
+        for incident in read_incidents(run.folder)
+        for document in (incident.located or {})["documents"]
+    ]
 
 
 def kill_after_incident(arguments: list[str], number: int) -> int:
@@ -186,6 +190,29 @@ def test_what_is_not_finite_is_located_and_after_some_roll_backs_the_run_ends(pl
     assert last.startswith("2 steps in a row had no finite gradient (first in ")
     assert "and the run has rolled back here 2 times (spikes.most_roll_backs); batches and settings are in" in last
     assert "step-00000000" in run.checkpoints()
+
+
+def test_a_run_whose_data_has_no_more_to_give_skips_instead_of_rolling_back(planted: Path, tmp_path: Path) -> None:
+    """A roll back that was put down and cannot be gone on from would end every start that follows."""
+    run, text = Run(planted, tmp_path / "run"), Store.open(planted)
+    steps = text.manifest.splits["train"].tokens // (LENGTH * SEQUENCES) - 1
+    changes = (
+        *GIVEN, "spikes.action=roll_back", f"schedule.tokens={steps * SEQUENCES * LENGTH}",
+        f"data.train=[{{path: {planted}, max_epochs: 1}}]",
+    )  # fmt: skip
+    assert run.train(*changes) == [0], run.said
+    assert "is skipped and nothing is passed over: data.train: " in run.said and "raise max_epochs" in run.said
+    assert run.metrics()[-1]["step"] == steps and run.metrics()[-1]["skipped"] > 0
+    assert run.record(steps)["recipe"]["data"]["passed_over"] == []
+
+
+def test_a_step_is_replayed_once_in_a_window(planted: Path, tmp_path: Path) -> None:
+    run = Run(planted, tmp_path / "run")
+    changes = ("spikes.window=12", "spikes.threshold=3")
+    assert run.train(*GIVEN, *changes) == [0], run.said
+    first, second = read_incidents(run.folder)
+    assert first.located is not None and second.located is None
+    assert f"step {second.step} {second.reason}; not replayed, so soon after step {first.step}\n" in run.said
 
 
 def test_what_has_been_consumed_cannot_be_passed_over(rolled_back: Run) -> None:

@@ -19,7 +19,11 @@ def test_the_limit_is_the_median_and_so_many_robust_deviations() -> None:
     # Steps 2 … 5: median 3.0, distances 0.1, 0.1, 0.3, 0.1 with the median 0.1. Step 6 is too near.
     detector = seen([9.0, 3.1, 2.9, 3.3, 2.9, 7.0])
     assert math.isclose(detector.limit(7, 0), 3.0 + 10 * 1.4826 * 0.1)
-    assert center([3.0] * 4) == (3.0, 0.0)
+
+
+def test_a_curve_that_stands_still_is_not_its_own_limit() -> None:
+    assert center([3.0] * 4) == (3.0, 3e-3)
+    assert seen([3.0] * 6).limit(7, 0) == 3.0 + 10 * 3e-3
 
 
 def test_the_limit_does_not_depend_on_whether_the_last_step_has_been_read() -> None:
