@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from parallel.layout import LayoutError
 from train.guard.alike import facts_of
 from train.guard.lost import BUG, LOST, first_line, is_ambiguous, is_of_a_lost_peer
-from train.guard.patience import LONG, Patience
+from train.guard.patience import LONG, START, Patience
 from train.guard.roll_call import Seat, open_store, roll_call
 from train.guard.watch import First, Other, Watch, connect, open_server
 
@@ -70,10 +70,12 @@ def process_group(
         store = _gather(seat, watch, patience, facts_of(recipe or {}, where.type == "cuda"))
         _wait_longer_than(patience)
     try:
+        watch.at("making of the group of all ranks", patience=START, meeting=1)
         # Without a device_id: NCCL would then send a pipeline's messages through the communicator of its collectives, in turn.
         dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.world_size)
         if where.type == "cuda":  # a group's first operation needs all of its ranks, which point to point does not ask
             dist.all_reduce(torch.zeros(1, device=where))
+        watch.at("starting", patience=START)
         yield Process(seat.rank, seat.world_size, seat.local_rank, where, watch)
     except BaseException as error:
         code, several = code_of(error), seat.world_size > 1

@@ -139,12 +139,12 @@ class Trainer:
 
     def _train(self) -> int | None:
         """Train from where the run stands. Returns the exit code; None: the run has rolled back, and must stand anew."""
+        started = check_groups_and_devices(self.ranks, self.engine.groups, self.process.device, self.watch)
         if self._is_stopped_already():
             return FINISHED
         self._resume()
         with self.ranks.all(self._open_log) as run_log:
             run_log.say(self.corpus.describe())
-            started = check_groups_and_devices(self.ranks, self.engine.groups, self.process.device, self.watch)
             left = [] if self._is_over else self.schedule.spans_from(self.tokens)
             for line in (
                 layout_in_words(self.recipe, self.layout, self.process.world_size, left) + self.who_computes + started

@@ -13,6 +13,7 @@ class Mark(NamedTuple):
     doing: str
     step: int | None = None
     patience: float = 0.0  # seconds in which it need not move; the run's own where that is longer
+    meeting: int = 0  # the number of the place, along their way, where all ranks meet for the first time
 
     def __str__(self) -> str:
         return self.doing if self.step is None else f"step {self.step}: {self.doing}"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from data.store import Store
 from train.guard.alike import UnlikeError, difference
 from train.guard.members import Member
+from train.guard.patience import START
 from train.guard.watch import Watch
 from train.ranks import Ranks
 
@@ -48,12 +49,14 @@ def check_groups_and_devices(
     if ranks.size == 1:
         return []
     sums: dict[str, tuple[float, float]] = {}
-    for name, group in {"all": dist.group.WORLD, **groups}.items():
-        watch.at(f"first sum over the ranks of {name}")
+    for number, (name, group) in enumerate({"all": dist.group.WORLD, **groups}.items(), 1):
+        watch.at(f"first sum over the ranks of {name}", meeting=number)
         add = partial(dist.all_reduce, torch.ones(1, device=device), group=group)
         sums[name] = _seconds(add), _seconds(add)
-    watch.at("a product on every device")
-    return _lines(ranks.gather((me(ranks), sums, _product_seconds(device))))
+    watch.at("product on every device", meeting=len(sums) + 1)
+    found = ranks.gather((me(ranks), sums, _product_seconds(device)))
+    watch.at("starting", patience=START)
+    return _lines(found)
 
 
 def me(ranks: Ranks) -> Member:

@@ -31,7 +31,7 @@ from secrets import token_hex
 from typing import Any, NoReturn
 
 from train.guard.lost import LOST, Lost, first_line
-from train.guard.members import Member
+from train.guard.members import Member, in_words
 from train.guard.patience import START, Patience
 from train.guard.place import Place, Position, error_in, place_of, place_of_error, position
 from train.guard.report import Answer, Mark, report
@@ -58,15 +58,16 @@ class Watch:
         self.error: BaseException | None = None  # of a collective, in the main thread
         self._thread: _Thread | None = None
 
-    def at(self, doing: str, step: int | None = None, patience: float = 0.0) -> None:
+    def at(self, doing: str, step: int | None = None, patience: float = 0.0, meeting: int = 0) -> None:
         """The main thread begins something else.
 
         Args:
             step: the training step that it belongs to.
             patience: seconds in which it may stay at one place, if longer than the run's own.
+            meeting: 1, 2, 3 … where ranks wait for each other for the first time: who is late will be named.
         """
         is_sooner = patience < self.mark.patience
-        self.mark = Mark(doing, step, patience)
+        self.mark = Mark(doing, step, patience, meeting)
         if is_sooner and self._thread and self._thread.is_alive():
             self._thread.ask("tell")  # by what the others know of this rank they would still wait for long
 
@@ -137,7 +138,8 @@ class _Thread(threading.Thread):
     def close_copies(self) -> None:
         """In a forked process: a connection is closed by the death of its rank only if no other process has it open."""
         for one in [*(self.selector.get_map() or {}).values()]:
-            one.fileobj.close()
+            if isinstance(one.fileobj, socket.socket):
+                one.fileobj.close()
         self._ring.close()
         self.selector.close()
 
@@ -215,6 +217,8 @@ class First(_Thread):
         self.left: tuple[float, int, str] | None = None  # a rank has ended for a reason: when all shall, code, line
         self.alone: tuple[Member, Mark] | None = None  # who moves while all others rest, and at what
         self.alone_since = math.inf
+        self.late: tuple[Mark, Mark] | None = None  # of the ranks that meet: what the last one is at, and the first
+        self.late_since = math.inf
 
     def on_ask(self, what: str, message: Message) -> None:
         if what == "lost":
@@ -243,6 +247,7 @@ class First(_Thread):
         for peer in self.peers.values():
             self._tell_of_silence(peer)
         self._look_who_moves()
+        self._look_who_is_late()
         if self.why is not None:
             self._report_once_known()
         elif self.left and time.monotonic() > self.left[0]:
@@ -275,6 +280,23 @@ class First(_Thread):
             self.alarm(
                 f"the run hangs: {alone[0]} has gone round in {alone[1]} for {waited:.0f} s, and all others wait"
             )
+
+    def _look_who_is_late(self) -> None:
+        """Where ranks meet for the first time, say who does not come, or where they meet for too long: it is no reason to end."""
+        marks = {self.me: self.watch.mark} | {peer.member: peer.mark for peer in self.peers.values()}
+        last, first = (choose(marks.values(), key=lambda mark: mark.meeting) for choose in (min, max))
+        late = (last, first) if first.meeting else None
+        if late != self.late:
+            self.late, self.late_since = late, time.monotonic()
+        elif late and time.monotonic() - self.late_since > self.patience.tell:
+            self.late_since = math.inf  # once
+            waits = f"for {self.patience.tell:.0f} s"
+            if last.meeting < first.meeting:
+                behind = [member for member, mark in marks.items() if mark.meeting == last.meeting]
+                have = "have" if len(behind) > 1 else "has"
+                self._say(f"{in_words(behind)} {have} not come to the {first} {waits}; last heard of in: {last}")
+            else:
+                self._say(f"all ranks have been in the {first} {waits}: look at the network between them")
 
     def _open(self) -> None:
         """Who has called at the door."""

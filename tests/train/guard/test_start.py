@@ -4,9 +4,11 @@ import ctypes
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from data.prepare import prepare
 from tests.conftest import write_tiny_recipe
@@ -15,7 +17,10 @@ from tests.train.guard.test_watch import RANK, SOON
 from train.cli import main
 from train.guard.alike import difference
 from train.guard.members import Member
-from train.guard.start import _lines
+from train.guard.patience import START
+from train.guard.start import _lines, check_groups_and_devices
+from train.launch import process_group
+from train.ranks import Ranks
 
 CLONE_NEWNS = 0x20000  # of linux/sched.h
 
@@ -76,6 +81,23 @@ def test_a_rank_that_reads_other_text_is_named(run: Run, other_store: Path) -> N
         rf"rorqual: data {run.store}: content \w+ on {RANK.format(1)}; content \w+ on the others; it must be the same on every "
         "rank; copy one store to all nodes, or read it from a file system that they share",
         line,
+    )
+
+
+def be_late(_: list[str]) -> int:
+    with process_group("cpu", hang_seconds=1.5) as process:
+        process.watch.at("building the engine", patience=START)
+        time.sleep(1.5 * process.rank)
+        check_groups_and_devices(Ranks(dist.group.WORLD), {}, process.device, process.watch)
+    return 0
+
+
+def test_a_rank_that_is_late_at_the_first_sum_is_named_and_waited_for(run: Run) -> None:
+    assert run.start(processes=2, work=be_late).wait() == [0, 0], run.said
+    assert re.fullmatch(
+        rf"rorqual: {RANK.format(1)} has not come to the first sum over the ranks of all for 1 s; last heard of in: building the "
+        r"engine\n",
+        run.said,
     )
 
 
