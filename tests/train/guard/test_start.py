@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data.prepare import prepare
 from tests.conftest import write_tiny_recipe
 from tests.small_run import Run
-from tests.train.guard.test_watch import RANK, SOON
+from tests.train.guard.test_watch import RANK
 from train.cli import main
 from train.guard.alike import difference
 from train.guard.members import Member
@@ -47,7 +47,7 @@ def train_with_another(arguments: list[str], change: str) -> int:
 
 
 def test_a_rank_with_another_recipe_is_named_with_both_values(run: Run) -> None:
-    assert run.start(SOON, processes=3, work=train_with_another, extra=("schedule.lr=2e-2",)).wait() == [2, 2, 2]
+    assert run.start(processes=3, work=train_with_another, extra=("schedule.lr=2e-2",)).wait() == [2, 2, 2]
     (line,) = run.said.splitlines()
     assert re.fullmatch(
         rf"rorqual: schedule.lr: 0.02 on {RANK.format(1)}; 0.01 on the others; it must be the same on every rank; start every "
@@ -75,7 +75,7 @@ def other_store(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
 def test_a_rank_that_reads_other_text_is_named(run: Run, other_store: Path) -> None:
-    assert run.start(SOON, processes=2, work=train_over, extra=(str(run.store), str(other_store))).wait() == [2, 2]
+    assert run.start(processes=2, work=train_over, extra=(str(run.store), str(other_store))).wait() == [2, 2]
     (line,) = run.said.splitlines()
     assert re.fullmatch(
         rf"rorqual: data {run.store}: content \w+ on {RANK.format(1)}; content \w+ on the others; it must be the same on every "

@@ -28,8 +28,8 @@ from train.guard.wire import Wire
 from train.launch import process_group
 from train.trainer import Trainer
 
-SOON = "run.hang_seconds=3"
-OFTEN = ("checkpoint.every_steps=4", "checkpoint.asynchronous=false", SOON)
+SOON = "run.hang_seconds=3"  # where something is planted: by itself a rank on a busy machine may rest for as long
+OFTEN = ("checkpoint.every_steps=4", "checkpoint.asynchronous=false")
 RANK = r"rank {} \([^ ,]+, pid \d+\)"
 MEMBERS, PATIENCE = [Member(0, "node", 1), Member(1, "node", 2)], Patience(600)
 LAST = "start the same command again: the run continues from its newest complete checkpoint"
@@ -106,7 +106,9 @@ def test_a_rank_that_is_killed_or_stopped_is_named_and_the_run_goes_on_to_the_sa
     run: Run, undisturbed: Run, tmp_path: Path, fault: str, rank: int
 ) -> None:
     status = tmp_path / "status"
-    processes = run.start(*OFTEN, "--status", str(status), processes=2, work=train_with_a_fault, extra=(rank, 7, fault))
+    processes = run.start(
+        *OFTEN, SOON, "--status", str(status), processes=2, work=train_with_a_fault, extra=(rank, 7, fault)
+    )
     processes.ranks[1 - rank].join(30)
     assert processes.ranks[1 - rank].exitcode == 4
     processes.send(signal.SIGKILL)
@@ -164,6 +166,7 @@ def with_each_other(_: list[str], fault: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_round_for_ever_while_the_others_wait_is_named(run: Run) -> None:
     processes = run.start(processes=2, work=with_each_other, extra=("goes round",))
     assert processes.wait() == [4, 4], run.said
@@ -253,8 +256,8 @@ def test_a_line_comes_before_the_end() -> None:
 
 def reported(run: Run) -> str:
     """From the report of a disturbance to its end."""
-    start = run.said.index("rorqual: ")
-    return run.said[start : run.said.index(LAST) + len(LAST)]
+    end = run.said.index(LAST)
+    return run.said[run.said.rindex("rorqual: ", 0, end) : end + len(LAST)]
 
 
 def said(processes: Processes) -> str:
