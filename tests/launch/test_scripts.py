@@ -162,6 +162,7 @@ class Launch:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=_listen_to_interrupts,
         )
 
     def wait(self) -> tuple[int, list[str]]:
@@ -178,6 +179,11 @@ class Launch:
     def signal(self, number: signal.Signals) -> None:
         """To everything in the script's process group, as a scheduler or a terminal does."""
         os.killpg(self.process.pid, number)
+
+
+def _listen_to_interrupts() -> None:
+    """A shell in the background is started deaf to them, so is what it starts, and bash cannot undo that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 TABLE = (

@@ -13,6 +13,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_layers import MtpModel
 
+from data.tokenizer import fingerprint
 from model.config import FP8_STORAGE, ConfigError, ModelConfig, YarnScaling, load_preset
 from model.hf import IN_FP8, quantized, to_hf
 from tests.small_model import small_model
@@ -57,8 +58,9 @@ def make_run(tmp_path_factory, tokenizer_folder):
         state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers())}
         state["exp_avg"] = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
         state["ema"] = {name: tensor / 2 for name, tensor in model.named_parameters()}
-        run = {"model": model.config.to_hf(), "recipe": {"optimizer": {"ema": 0.5}}}
         shutil.copytree(tokenizer_folder, folder / "tokenizer")
+        run = {"model": model.config.to_hf(), "recipe": {"optimizer": {"ema": 0.5}}}
+        run["tokenizer_fingerprint"] = fingerprint(tokenizer_folder)
         Checkpoints(folder / "checkpoints", asynchronous=False).save(20, state, run)
         return model, folder
 
