@@ -7,10 +7,9 @@ the next step and the loader its samples; starting the same recipe again continu
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
-from enum import Enum, auto
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +26,7 @@ from model.config import ModelConfig
 from model.init import Write, initialize
 from model.ops.attention.choose import expect
 from model.transformer import Transformer
-from parallel.engine import State, StepSettings
+from parallel.engine import State
 from train.assemble import assemble
 from train.checkpoint import CheckpointError, Checkpoints, DiskError, read_run
 from train.config import Recipe
@@ -37,14 +36,13 @@ from train.evaluate import Evaluation, evaluate
 from train.first_weights import began_extended, start_from
 from train.generate import continue_texts
 from train.guard.evidence import save_evidence
-from train.guard.incidents import Incident, all_passed_over, roll_backs, write_incident
+from train.guard.incidents import all_passed_over, roll_backs
+from train.guard.judge import Answer, Judge
 from train.guard.locate import Located, locate
-from train.guard.passed_over import SampleRange, to_pass_over, union
 from train.guard.patience import LONG, START
 from train.guard.replicas import ReplicasDiffer, compare_replicas
-from train.guard.spikes import SpikeDetector
 from train.guard.start import check_content, check_groups_and_devices
-from train.guard.wrong import Wrong, what_went_wrong
+from train.guard.wrong import Wrong
 from train.late import Late, Launched
 from train.launch import Process
 from train.layout_words import layout_in_words
@@ -57,14 +55,6 @@ log = logging.getLogger(__name__)
 
 FINISHED, DIVERGED = 0, 3  # exit codes
 NOTICEABLE = 1.0  # seconds that training waits for a disk before a line says so
-
-
-class Answer(Enum):
-    """To what a run cannot simply go on from."""
-
-    GO_ON = auto()  # after all
-    ROLL_BACK = auto()
-    GIVE_UP = auto()
 
 
 class Trainer:
@@ -119,7 +109,6 @@ class Trainer:
             log.warning("%s", told)
         recipe = recipe.passing_over(all_passed_over(recipe, record, rolled_back))
         self.recipe = recipe
-        self.rolled_back_from = [incident.passed_over for incident in rolled_back if incident.passed_over]  # by itself
         self.schedule = Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over)
         self.schedule.check_layout(self.layout, recipe.micro_batch, is_begun=bool(record))
         self.watch.at("opening stores", patience=LONG)  # the first rank packs documents alone
@@ -128,11 +117,7 @@ class Trainer:
         self.step = record.get("step", 0)  # optimizer steps behind us, skipped ones included
         self.tokens, self.samples = self.corpus.start.tokens, self.corpus.start.samples  # consumed
         self.skipped = record.get("skipped", 0)  # steps that updated nothing
-        self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
-        self.spikes = SpikeDetector(recipe.spikes, record.get("losses", ()))
-        self.wrong_in_a_row = 0
-        self.located: Located | None = None  # of those
-        self.replayed: int | None = None  # the last step that was
+        self.judge = Judge(recipe, self.corpus, self.checkpoints, self.ranks, record, rolled_back, self._locate)
         self.config = recipe.model_config_resolved()  # of its longest sequences
         self.is_extended = began_extended(recipe, record)
         self.batches = self._read_ahead()
@@ -168,9 +153,10 @@ class Trainer:
                     self._finish_save(run_log)
                 for launched in late.due(partial(self._needs_result, stop or save)):
                     wrong = self._end_step(launched, run_log)
-                    if wrong and self._is_too_much(wrong):
+                    if wrong and self.judge.is_too_much(wrong):
                         self._finish_save(run_log)
-                        answer, why = self._answer(launched, wrong, run_log)
+                        self.watch.at("what to do about it", launched.number, LONG)
+                        answer, why = self.judge.answer(launched, wrong, run_log.say)
                         if answer is Answer.ROLL_BACK:
                             return None
                         if answer is Answer.GIVE_UP:
@@ -243,7 +229,7 @@ class Trainer:
             expect(self.attention, batch.documents)
         on_device = [Batch(*(part.to(device, non_blocking=True) for part in batch)) for batch in batches]
         self.engine.model.set_positions(self._model_at(step.first_token))
-        pending = self.engine.launch(on_device, self._with_limit(step))
+        pending = self.engine.launch(on_device, self.judge.with_limit(self.step + 1, step))
         if self.ema:
             self.ema.update(lambda: pending.result().skipped)
         self.has_stepped = True
@@ -253,63 +239,27 @@ class Trainer:
         consumed = self.corpus.samples.tokens_by_source(self.samples)
         return Launched(self.step, step, batches, pending, waited, consumed)
 
-    def _with_limit(self, step: Step) -> StepSettings:
-        """The settings of the next step. One that stands out updates nothing, unless nobody minds."""
-        if self.recipe.spikes.action == "tell":
-            return step.settings
-        return replace(step.settings, max_loss=self.spikes.limit(self.step + 1, self.corpus.stage_at(step.first_token)))
-
     def _needs_result(self, is_asked: bool) -> bool:
         """Whether the result of the last step must be known before another one may be launched."""
-        could_end_the_run = self.skipped_in_a_row + 1 >= self.recipe.run.max_skipped
-        return is_asked or could_end_the_run or self._validates(self.step) or self._is_time_to_save() or self._is_over
+        is_needed = self._validates(self.step) or self._is_time_to_save() or self._is_over
+        return is_asked or is_needed or self.judge.is_next_too_much
 
     def _end_step(self, launched: Launched, run_log: RunLog) -> Wrong | None:
         """Count a step and write down what is known of it, with a validation where it is due; what went wrong, if anything did."""
         self.watch.at("its result", launched.number)
         result, step = launched.pending.result(), launched.step
-        stage = self.corpus.stage_at(step.first_token)
-        limit = self.spikes.limit(launched.number, stage)
-        self.spikes.see(launched.number, stage, step.first_sample, result.losses.main)
+        wrong, limit = self.judge.see(launched)
         self.skipped += result.skipped
-        wrong = what_went_wrong(result, limit)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if wrong and result.skipped else 0
         metrics = run_log.end_step(
             launched.number, step, result, self.skipped, launched.waited, launched.consumed, limit
         )
-        self.wrong_in_a_row = self.wrong_in_a_row + 1 if wrong else 0
         if wrong:
-            self._tell(launched, wrong, limit, run_log)
-        else:
-            self.located = None
+            self.judge.tell(launched, wrong, limit, run_log.say)
         validates = self._validates(launched.number)
         run_log.write(metrics, self._evaluate(step) if validates else None)
         if validates or wrong:
             run_log.start_step()
         return wrong
-
-    def _tell(self, launched: Launched, wrong: Wrong, limit: float, run_log: RunLog) -> None:
-        """Say what went wrong, and where: of the first step in a row, and at most once in a window, for a replay takes its time.
-
-        What the run cannot go on from is always looked for.
-        """
-        is_first, number = self.wrong_in_a_row == 1, launched.number
-        is_due = self.replayed is None or number - self.replayed >= self.recipe.spikes.window
-        where = ""
-        if self.located is None and ((is_first and is_due) or self._is_too_much(wrong)):
-            self.located, self.replayed = self._locate(launched, limit), number
-            where = f": {self.located}"
-        elif is_first:
-            where = f"; not replayed, so soon after step {self.replayed}"
-        if is_first:
-            self._keep(launched, wrong)
-        if where or wrong.skipped:
-            run_log.say(f"{wrong.of(number)}{where}")
-
-    def _is_too_much(self, wrong: Wrong) -> bool:
-        """Whether the run cannot go on from what went wrong."""
-        is_answered = wrong.is_spike and self.recipe.spikes.action == "roll_back"
-        return is_answered or self.skipped_in_a_row >= self.recipe.run.max_skipped
 
     def _locate(self, launched: Launched, limit: float) -> Located:
         """Which sequences of a step went wrong, and where: on all ranks together."""
@@ -320,62 +270,12 @@ class Trainer:
         reader = self.layout.data_rank(self.process.rank), self.layout.data_ranks
         return locate(self.engine.model, batches, self.corpus.samples, step.first_sample, limit, reader, self.ranks)
 
-    def _keep(self, launched: Launched, wrong: Wrong, passed_over: SampleRange | None = None) -> None:
-        """A line in the run's incidents."""
-        step, located = launched.step, asdict(self.located) if self.located else None
-        incident = Incident(launched.number, wrong.reason, step.first_sample, step.settings.batch, located, passed_over)
-
-        def write() -> None:
-            # What is passed over must be on the disk; the rest has been said.
-            with written_into(self.folder) if passed_over else suppress(OSError):
-                write_incident(self.folder, incident)
-
-        self.ranks.first(write)
-
-    def _answer(self, launched: Launched, wrong: Wrong, run_log: RunLog) -> tuple[Answer, str]:
-        """Whether the run rolls back, and why it does not. What it then passes over is on the disk before anything else happens."""
-        spikes = self.recipe.spikes
-        if spikes.action != "roll_back":
-            return Answer.GIVE_UP, ""
-        records = self.ranks.first(lambda: [read_run(path) for path in self.checkpoints.complete()])
-        checkpointed = [record["samples"] for record in records]
-        first = self.spikes.first_sample(launched.number, max(spikes.pass_over, self.skipped_in_a_row))
-        found = to_pass_over(
-            (first, launched.step.end_sample - 1), checkpointed, self.rolled_back_from, spikes.most_roll_backs
-        )
-        if found is None:
-            return (
-                Answer.GIVE_UP,
-                f", and the run has rolled back here {spikes.most_roll_backs} times (spikes.most_roll_backs)",
-            )
-        lacking = self._lacks(found, next(record for record in records[::-1] if record["samples"] <= found[0]))
-        if lacking:
-            run_log.say(f"step {launched.number} is skipped and nothing is passed over: {lacking}")
-            is_end = self.skipped_in_a_row >= self.recipe.run.max_skipped
-            return Answer.GIVE_UP if is_end else Answer.GO_ON, ", and there is no data to read in their place"
-        self._keep(launched, wrong, found)
-        run_log.say(f"rolling back from step {launched.number}; samples {found[0]} to {found[1]} are passed over")
-        return Answer.ROLL_BACK, ""
-
-    def _lacks(self, passed_over: SampleRange, record: Mapping[str, Any]) -> str:
-        """What the stores lack for the run to go on from a checkpoint without these samples; nothing as a rule.
-
-        Asked before they are put down: from then on every start of the run passes over them.
-        """
-        self.watch.at("opening stores", patience=START)
-        recipe = self.recipe.passing_over(union(self.recipe.data.passed_over, [passed_over]))
-        try:
-            Corpus(recipe, Schedule(recipe.schedule, recipe.data.lengths, recipe.data.passed_over), record, self.ranks)
-        except DataError as error:
-            return str(error)
-        return ""
-
     def _diverge(self, launched: Launched, wrong: Wrong, why: str, run_log: RunLog) -> int:
         """Save what is needed to look at a run that cannot go on."""
         self._save()
         self.ranks.all(partial(self._save_evidence, launched))
         self.checkpoints.wait()
-        in_a_row = self.skipped_in_a_row
+        in_a_row = self.judge.skipped_in_a_row
         what = f"{in_a_row} steps in a row {wrong.reason}" if in_a_row > 1 else wrong.of(launched.number)
         run_log.say(
             f"{what}{why}; batches and settings are in {self.folder / 'non_finite'}, the weights in its checkpoint"
@@ -470,8 +370,8 @@ class Trainer:
                 "step": self.step,
                 **self.corpus.position(self.tokens, self.samples).to_record(),
                 "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "losses": self.spikes.record(),
+                "skipped_in_a_row": self.judge.skipped_in_a_row,
+                "losses": self.judge.spikes.record(),
                 # Every random number of a run is drawn from a seed and a name or an index: there is no generator to save.
                 "random": {"weights": self.recipe.run.seed, "order": self.recipe.data.seed},
                 "world_size": self.process.world_size,
@@ -525,7 +425,8 @@ class Trainer:
 
     def _save_evidence(self, launched: Launched) -> None:
         name = f"step-{launched.number:08d}"
-        more = {"weights": f"checkpoints/step-{self.step:08d}", "located": self.located and asdict(self.located)}
+        located = self.judge.located
+        more = {"weights": f"checkpoints/step-{self.step:08d}", "located": located and asdict(located)}
         save_evidence(self.folder, self.folder / "non_finite" / name, self.process, launched, **more)
 
     def _ending(self) -> str:

@@ -15,9 +15,9 @@ from data.indexed import write_indexed
 from data.store import Store
 from data.tokenizer import eos_token_id
 from tests.small_run import LENGTH, SEQUENCES, Run, assert_same_bits
-from train import trainer as trainer_module
 from train.cli import main
 from train.config import load_recipe
+from train.guard import judge
 from train.guard.incidents import Incident, read_incidents, write_incident
 from train.launch import process_group
 from train.trainer import DIVERGED, Trainer
@@ -72,7 +72,7 @@ def kill_after_incident(arguments: list[str], number: int) -> int:
         if len(read_incidents(run)) == number and incident.passed_over:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer_module.write_incident = write_and_die
+    judge.write_incident = write_and_die
     return main(["train", *arguments])
 
 
